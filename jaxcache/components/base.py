@@ -1,0 +1,95 @@
+"""The contract of a component: one kind of state with its own page ids. Never imports jax.
+
+A component states once what must be present to resume at token n; matching, pinning, load-back, backup, storage
+queries, commits and eviction are derived from it.
+
+    PREFIX   |################|         pages [0, n)                      full attention
+    SUFFIX   |           #####|         pages over the last tokens        sliding window
+    POINT    |                #         one state, exactly at n           recurrent state
+             0                n
+"""
+
+from __future__ import annotations
+
+import enum
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from jaxcache.types import Span
+
+
+class Reach(enum.Enum):
+    """Which part of a sequence a component must hold to resume."""
+
+    PREFIX = "prefix"
+    SUFFIX = "suffix"
+    POINT = "point"
+
+
+AXES = ("layers", "slots", "heads", None)
+
+
+@dataclass(frozen=True)
+class FieldSpec:
+    """One array inside a component's page, unsharded.
+
+    shape: of one page (of one state for recurrent components), e.g. (layers, 2, page_tokens, kv_heads, head_dim)
+    dtype: a numpy or ml_dtypes name, e.g. "bfloat16"
+    axes:  for each dimension "layers" (sharded over pp), "slots" (token slots, over cp), "heads" (over tp), or None
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    axes: tuple[str | None, ...]
+
+    def __post_init__(self):
+        if len(self.shape) != len(self.axes):
+            raise ValueError(f"field {self.name!r}: {self.shape=} and {self.axes=} must have one axis per dimension")
+        if any(n < 1 for n in self.shape):
+            raise ValueError(f"field {self.name!r}: every dimension of {self.shape=} must be at least 1")
+        named = [axis for axis in self.axes if axis is not None]
+        if any(axis not in AXES for axis in named) or len(set(named)) != len(named):
+            raise ValueError(f"field {self.name!r}: {self.axes=} must be distinct names of {AXES[:-1]}, or None")
+        np_dtype(self.dtype)
+
+
+def np_dtype(name: str) -> np.dtype:
+    """numpy's dtype of that name; bfloat16 and the fp8 types come from ml_dtypes."""
+    try:
+        return np.dtype(name)
+    except TypeError:
+        import ml_dtypes
+
+        try:
+            return np.dtype(getattr(ml_dtypes, name))
+        except (AttributeError, TypeError):
+            raise ValueError(f"dtype {name!r} is known neither to numpy nor to ml_dtypes") from None
+
+
+@dataclass(frozen=True)
+class Component(ABC):
+    """A kind of state, declared: its name, its arrays, and what must be present to resume."""
+
+    name: str
+    fields: tuple[FieldSpec, ...]
+    reach: ClassVar[Reach]
+
+    def __post_init__(self):
+        if not self.name.isidentifier():
+            raise ValueError(f"component {self.name!r}: the name must be a Python identifier")
+        names = [spec.name for spec in self.fields]
+        if len(set(names)) != len(names):
+            raise ValueError(f"component {self.name!r}: field names must differ, not {names}")
+
+    @property
+    def grid_tokens(self) -> int:
+        """A request can resume only at multiples of this."""
+        return 1
+
+    @abstractmethod
+    def required(self, n: int) -> Span:
+        """The tokens whose pages must be present to resume at token n; an empty span at n means the state at n."""

@@ -1,0 +1,29 @@
+"""Recurrent state (Mamba, gated delta net): one state, exactly at n, which lies on the chunk's grid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxcache.components.base import Component, Reach
+from jaxcache.types import Span
+
+
+@dataclass(frozen=True)
+class RecurrentState(Component):
+    """The state after n tokens; it exists at multiples of chunk_tokens only. Its pages are called slots."""
+
+    chunk_tokens: int = 1
+    reach: ClassVar[Reach] = Reach.POINT
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.chunk_tokens < 1:
+            raise ValueError(f"component {self.name!r}: {self.chunk_tokens=} must be at least 1")
+
+    @property
+    def grid_tokens(self) -> int:
+        return self.chunk_tokens
+
+    def required(self, n: int) -> Span:
+        return Span(n, n)

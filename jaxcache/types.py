@@ -1,0 +1,153 @@
+"""The values that the parts of jaxcache hand to each other. Imports nothing of ours, and never jax.
+
+    calls, agreed outcomes ---> core ---> Plan = (Transfer, ...) ---> runtime ---> Outcome ---> agreement ---> core
+
+A `Transfer` describes an effect and never performs it. Page ids are int32 host integers, equal on every rank.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+PageIds = np.ndarray  # int32[n], read-only once handed out
+NO_PAGES: PageIds = np.empty(0, np.int32)
+NO_PAGES.flags.writeable = False
+
+
+class Tier(enum.IntEnum):
+    """Where a page is."""
+
+    DEVICE = 0
+    HOST = 1
+    STORAGE = 2
+
+
+class TransferKind(enum.Enum):
+    """What a transfer does. `STORE`, `QUERY` and `FETCH` have outcomes that ranks agree on; the others cannot differ."""
+
+    BACKUP = "device to host"
+    LOAD_BACK = "host to device"
+    STORE = "host to storage"
+    QUERY = "asks storage"
+    FETCH = "storage to host"
+
+
+class WritePolicy(enum.Enum):
+    """When device pages are copied to the host tier."""
+
+    NONE = "none"
+    WRITE_THROUGH = "write_through"
+    WRITE_THROUGH_SELECTIVE = "write_through_selective"
+    WRITE_BACK = "write_back"
+
+
+class PrefetchPolicy(enum.Enum):
+    """What `admit` does with a ticket that is still running."""
+
+    BEST_EFFORT = "best_effort"
+    WAIT_COMPLETE = "wait_complete"
+
+
+class Span(NamedTuple):
+    """Tokens [start, stop)."""
+
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Move:
+    """The pages of one component in one transfer, in order.
+
+    src_page_ids: int32[n]  device ids (BACKUP), host ids (LOAD_BACK, STORE), else empty
+    dst_page_ids: int32[n]  host ids (BACKUP, FETCH), device ids (LOAD_BACK), else empty
+    page_keys:    n chained keys (STORE, FETCH, QUERY), else empty
+    page_ends:    n positions in tokens: where each page (or the state) ends (QUERY), else empty
+    """
+
+    component: str
+    src_page_ids: PageIds = field(default_factory=lambda: NO_PAGES)
+    dst_page_ids: PageIds = field(default_factory=lambda: NO_PAGES)
+    page_keys: tuple[bytes, ...] = ()
+    page_ends: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Transfer:
+    """A described copy. Ids are consecutive and equal on every rank; `step` is the step in which it was planned."""
+
+    id: int
+    kind: TransferKind
+    step: int
+    moves: tuple[Move, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """What the runtime must do now, in this order.
+
+    discarded: ids of load-backs whose scatter must not happen any more (`drop_device`)
+    """
+
+    transfers: tuple[Transfer, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one process (before the agreement) or every rank (after it) says about a live storage transfer.
+
+    done:         nothing more will be delivered
+    quiet:        no thread touches the transfer's host pages any more
+    pages:        FETCH: how many leading pages of each component are good; a failed or pending one counts zero
+    smallest_end, largest_end:
+                  QUERY: min and max over ranks of "the largest end <= bound that I can serve"; one rank says the same for both
+    """
+
+    done: bool
+    quiet: bool
+    pages: Mapping[str, int] = field(default_factory=dict)
+    smallest_end: int = 0
+    largest_end: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The longest resumable prefix; looking changes nothing.
+
+    num_tokens:      where a request could resume
+    device_tokens:   leading tokens of it that need no load-back
+    host_tokens:     num_tokens - device_tokens
+    unusable_tokens: full attention found beyond num_tokens, for want of a window or state
+    branch_points:   positions where making a window or state in this prefill would unlock them next time
+    """
+
+    num_tokens: int
+    device_tokens: int
+    host_tokens: int
+    unusable_tokens: int
+    branch_points: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """`admit` cannot now; nothing has changed. Falsy, so `if lease := cache.admit(...)` works."""
+
+    reason: str
+
+    def __bool__(self) -> bool:
+        return False
+
+
+class RanksDiverged(RuntimeError):
+    """Ranks hold different caches; serving must stop."""
+
+
+class TransferFault(RuntimeError):
+    """A copy between device and host failed; serving must stop."""

@@ -1,0 +1,94 @@
+"""CacheConfig: every choice a user can make, in one frozen value, validated once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from jaxcache.types import PrefetchPolicy, WritePolicy
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """How big the tiers are and how the cache behaves.
+
+    page_tokens:            tokens per page
+    device_pages:           pages of every component on the device, or {component name: pages}
+    host_pages:             the same for host memory; 0: no host tier
+    write_policy:           when device pages are copied to host memory
+    selective_hits:         write_through_selective copies a node from this many hits on
+    eviction_policy:        order of eviction
+    evict_output_first:     pages of generated text leave before pages of prompts
+    load_back_min_tokens:   a shorter load-back is recomputed instead
+    max_states_per_path:    recurrent states kept along one path; the shallow ones go first
+    prefetch_policy:        what `admit` does with a running prefetch
+    prefetch_min_tokens:    storage is not asked for less
+    prefetch_host_share:    share of the host pages that prefetches may reserve at once
+    max_stores:             STORE transfers in flight; later ones queue
+    max_queued_stores:      queued ones; later ones are dropped and counted
+    max_stored_beliefs:     pages remembered as already stored
+    max_live_transfers:     storage transfers that one agreement carries; the rest wait in id order
+    agreement_every_steps:  with no storage transfer live, the digest is exchanged every so many steps
+    max_transfer_pages:     pages of the largest transfer program; longer transfers are cut
+    storage_threads:        workers for storage
+    storage_deadline_s:     a storage transfer that takes longer is a miss
+    caching:                False: same interface, nothing is ever found (for comparison)
+    """
+
+    page_tokens: int
+    device_pages: int | Mapping[str, int]
+    host_pages: int | Mapping[str, int] = 0
+    write_policy: WritePolicy = WritePolicy.WRITE_THROUGH
+    selective_hits: int = 2
+    eviction_policy: str = "lru"
+    evict_output_first: bool = True
+    load_back_min_tokens: int = 1
+    max_states_per_path: int = 4
+    prefetch_policy: PrefetchPolicy = PrefetchPolicy.BEST_EFFORT
+    prefetch_min_tokens: int = 256
+    prefetch_host_share: float = 0.5
+    max_stores: int = 4
+    max_queued_stores: int = 256
+    max_stored_beliefs: int = 1 << 20
+    max_live_transfers: int = 16
+    agreement_every_steps: int = 8
+    max_transfer_pages: int = 256
+    storage_threads: int = 4
+    storage_deadline_s: float = 5.0
+    caching: bool = True
+
+    def __post_init__(self):
+        for name in _POSITIVE:
+            value = self.__dict__[name]
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be an int of at least 1, not {value!r}")
+        for name, kind in (("write_policy", WritePolicy), ("prefetch_policy", PrefetchPolicy)):
+            if not isinstance(self.__dict__[name], kind):
+                raise ValueError(f"{name} must be a {kind.__name__}, not {self.__dict__[name]!r}")
+        if not 0 < self.prefetch_host_share <= 1:
+            raise ValueError(f"{self.prefetch_host_share=} must be in (0, 1]")
+        if self.storage_deadline_s <= 0:
+            raise ValueError(f"{self.storage_deadline_s=} must be positive seconds")
+
+    def num_pages(self, pages: int | Mapping[str, int], component: str, at_least: int) -> int:
+        """The entry of `device_pages` or `host_pages` for one component."""
+        count = pages.get(component) if isinstance(pages, Mapping) else pages
+        if not isinstance(count, int) or isinstance(count, bool) or count < at_least:
+            raise ValueError(f"component {component!r} needs an int of at least {at_least} pages, not {count!r}")
+        return count
+
+
+_POSITIVE = (
+    "page_tokens",
+    "selective_hits",
+    "load_back_min_tokens",
+    "max_states_per_path",
+    "prefetch_min_tokens",
+    "max_stores",
+    "max_queued_stores",
+    "max_stored_beliefs",
+    "max_live_transfers",
+    "agreement_every_steps",
+    "max_transfer_pages",
+    "storage_threads",
+)

@@ -1,0 +1,267 @@
+"""Admission: pins the longest resumable prefix, makes room, plans the load-back. All or nothing, in one transaction.
+
+Everything is checked before anything changes: `available = free + resident - pinned - newly pinned` is exact.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxcache.core import matching
+from jaxcache.core.backups import Backups
+from jaxcache.core.lease import Lease, read_only
+from jaxcache.core.matching import Prefix
+from jaxcache.core.planner import Planner
+from jaxcache.core.radix_tree import Node
+from jaxcache.core.sequence import Sequence
+from jaxcache.core.tiers import Hold, Tiers
+from jaxcache.types import Move, TransferKind, WritePolicy
+
+
+class Need(NamedTuple):
+    """Per component: nodes to load back, top first; and the position above which nodes are needed."""
+
+    loads: list[list[Node]]
+    lows: list[int]
+
+
+class Loading(NamedTuple):
+    """A load-back pins what it writes until it has been scattered, even if its lease is released before."""
+
+    holds: list[Hold]
+    until_step: int
+
+
+class Admission:
+    """loading: load-backs that are not scattered yet."""
+
+    def __init__(self, tiers: Tiers, planner: Planner, backups: Backups, counters: Counter[str]):
+        self.tiers = tiers
+        self.planner = planner
+        self.backups = backups
+        self.counters = counters
+        self.loading: list[Loading] = []
+        self._last_lease = 0
+
+    def candidates(self, sequence: Sequence, max_tokens: int | None) -> list[Prefix]:
+        """Prefixes to try, longest first, then nothing at all."""
+        tiers = self.tiers
+        longest = matching.longest_prefix(tiers, sequence, max_tokens)
+        prefixes = [longest]
+        if longest.num_tokens:
+            ends = matching.resumable_ends(tiers, longest.path)[-2::-1]
+            prefixes += [Prefix(end, longest.path[: place + 1], longest.found_tokens) for place, end in ends]
+            prefixes.append(Prefix(0, [], longest.found_tokens))
+        return prefixes
+
+    def worth_loading(self, prefix: Prefix) -> bool:
+        """Whether its load-back is not below the threshold (nothing to load is always worth it)."""
+        least = self.tiers.config.load_back_min_tokens
+        if least <= self.tiers.page_tokens or not prefix.num_tokens:
+            return True
+        host_tokens = prefix.num_tokens - matching.device_tokens(self.tiers, prefix)
+        return not 0 < host_tokens < least
+
+    def need(self, prefix: Prefix, num_new_tokens: int) -> Need | None:
+        """What admitting at this prefix takes; None if it does not fit. Changes nothing."""
+        tiers = self.tiers
+        page = tiers.page_tokens
+        num_tokens, path, _ = prefix
+        own_pages = -(-(num_tokens + num_new_tokens) // page) - num_tokens // page
+        loads: list[list[Node]] = []
+        lows: list[int] = []
+        for c, device in enumerate(tiers.device):
+            is_point = c == tiers.point
+            low = num_tokens - 1 if is_point else tiers.required_start(c, num_tokens)
+            wanted = 1 if is_point else own_pages
+            missing = []
+            start = 0
+            for node, end in path:
+                if end > low:
+                    count = 1 if is_point else (end - start) // page
+                    if node.pages[c] is None:
+                        wanted += count
+                        missing.append(node)
+                    elif not node.pins[c]:
+                        wanted += count
+                start = end
+            if wanted > device.available():
+                return None
+            loads.append(missing)
+            lows.append(low)
+        return Need(loads, lows)
+
+    def admit(
+        self, sequence: Sequence, prefix: Prefix, need: Need, num_new_tokens: int, plan_is_applied: Callable[[], bool]
+    ) -> Lease:
+        """Carries out what `need` has found to fit."""
+        tiers = self.tiers
+        prefix, need = self._cut(prefix, need)
+        self._last_lease += 1
+        lease = Lease(self._last_lease, sequence, tiers, plan_is_applied)
+        lease.num_cached_tokens = lease.num_computed = lease._published = prefix.num_tokens
+        lease._node = prefix.path[-1][0] if prefix.path else sequence.root
+        lease._node.ends_here += 1
+        lease.num_tokens = prefix.num_tokens + num_new_tokens
+        lease.first_step = max([tiers.step, *[node.ready_step for node, _ in prefix.path]])
+        self._pin(lease, prefix, need)
+        self._allocate(lease, prefix, need)
+        for node, _ in prefix.path:
+            node.hits += 1
+        if tiers.partial:
+            self._plan_stops(lease, prefix)
+            self.checkpoints(lease, prefix.num_tokens, lease.num_tokens)
+        return lease
+
+    def _cut(self, prefix: Prefix, need: Need) -> tuple[Prefix, Need]:
+        """Splits the last node at the prefix, so that nothing beyond is pinned with it."""
+        if not prefix.path or prefix.path[-1][1] == prefix.path[-1][0].end:
+            return prefix, need
+        node, end = prefix.path[-1]
+        front = self.tiers.split(node, end)
+        loads = [[front if load is node else load for load in nodes] for nodes in need.loads]
+        return Prefix(end, [*prefix.path[:-1], (front, end)], prefix.found_tokens), Need(loads, need.lows)
+
+    def _pin(self, lease: Lease, prefix: Prefix, need: Need) -> None:
+        tiers = self.tiers
+        for c, device in enumerate(tiers.device):
+            low = need.lows[c]
+            top = prefix.num_tokens
+            for node, end in reversed(prefix.path):
+                if end <= low:
+                    break
+                device.pin(node)
+                top = node.end - len(node.edge) // 4
+            lease._pin_tops[c] = top
+        if tiers.point is not None and prefix.num_tokens:
+            lease._state_node = lease._node
+
+    def _allocate(self, lease: Lease, prefix: Prefix, need: Need) -> None:
+        """Makes room, puts loaded nodes on the device, and builds the tables."""
+        tiers = self.tiers
+        page = tiers.page_tokens
+        own_pages = -(-lease.num_tokens // page) - prefix.num_tokens // page
+        sources = self._hold_sources(need)
+        moves = []
+        for c, device in enumerate(tiers.device):
+            own = 1 if c == tiers.point else own_pages
+            wanted = own
+            for node in need.loads[c]:
+                pages = node.pages[tiers.host[c].index]
+                assert pages is not None, f"I6: {node=} is neither on the device nor in host memory"
+                wanted += len(pages)
+            room = device.allocator.num_free >= wanted or self.backups.make_room_on_device(c, wanted)
+            assert room, f"{device.component.name}: promised {wanted} pages, {device.allocator.num_free} free"
+            if need.loads[c]:
+                moves.append(self._load(c, need.loads[c]))
+            self._build_table(lease, c, prefix, need.lows[c], device.allocator.allocate(own))
+        tiers.let_go(sources)
+        if moves:
+            self._plan_load(lease, need, tuple(moves))
+
+    def _hold_sources(self, need: Need) -> list[Hold]:
+        """Under write_back, making room on the device may evict host pages; not those that are about to be loaded."""
+        tiers = self.tiers
+        if tiers.config.write_policy is not WritePolicy.WRITE_BACK:
+            return []
+        return [
+            held
+            for c, nodes in enumerate(need.loads)
+            for node in nodes
+            for held in tiers.hold(tiers.host[c], node, node.end - 1 if c == tiers.point else node.start)
+        ]
+
+    def _load(self, c: int, nodes: list[Node]) -> Move:
+        tiers = self.tiers
+        sources, targets = [], []
+        for node in nodes:
+            source = node.pages[tiers.host[c].index]
+            assert source is not None
+            target = tiers.device[c].allocator.allocate(len(source))
+            tiers.put(tiers.device[c], node, target)
+            tiers.host[c].touch(node)
+            node.ready_step = tiers.step + 1
+            sources.append(source)
+            targets.append(target)
+        return Move(tiers.components[c].name, np.concatenate(sources), np.concatenate(targets))
+
+    def _plan_load(self, lease: Lease, need: Need, moves: tuple[Move, ...]) -> None:
+        tiers = self.tiers
+        self.planner.add(TransferKind.LOAD_BACK, moves)
+        self.counters["load_back_pages"] += sum(len(move.src_page_ids) for move in moves)
+        lease.first_step = max(lease.first_step, tiers.step + 1)
+        holds = [
+            held
+            for c, nodes in enumerate(need.loads)
+            for node in nodes
+            for held in tiers.hold(tiers.device[c], node, node.end - 1 if c == tiers.point else node.start)
+        ]
+        self.loading.append(Loading(holds, tiers.step + 1))
+
+    def _build_table(self, lease: Lease, c: int, prefix: Prefix, low: int, own) -> None:
+        tiers = self.tiers
+        page = tiers.page_tokens
+        if c == tiers.point:
+            lease.write_slot = int(own[0])
+            states = prefix.path[-1][0].pages[c] if prefix.path else None
+            lease.read_slot = None if states is None else int(states[0])
+            return
+        if low == 0:
+            cached = [node.pages[c] for node, _ in prefix.path]
+            lease._tables[c] = read_only(np.concatenate([*cached, own]) if cached else own.copy())  # pyright: ignore
+            return
+        first = prefix.num_tokens // page
+        table = np.full(first + len(own), tiers.device[c].allocator.num_pages, np.int32)
+        for node, end in prefix.path:
+            if end > low:
+                table[node.start // page : end // page] = node.pages[c]
+        table[first:] = own
+        lease._tables[c] = read_only(table)
+
+    # ---- checkpoints of states
+
+    def _plan_stops(self, lease: Lease, prefix: Prefix) -> None:
+        """Prefill chunks end at the prompt's last grid point and where a missing window or state would have helped."""
+        grid = self.tiers.grid_tokens
+        sequence = lease.sequence
+        branch = min(prefix.found_tokens, sequence.num_tokens - 1) // grid * grid
+        stops = {branch: None}
+        if self.tiers.point is not None:
+            stops[sequence.prompt_tokens // grid * grid] = None
+        lease._stops = [stop for stop in sorted(stops) if stop > prefix.num_tokens]
+
+    def checkpoints(self, lease: Lease, low: int, high: int) -> None:
+        """Slots for the states to keep in (low, high]; a missing slot only costs a later hit."""
+        tiers = self.tiers
+        point = tiers.point
+        if point is None:
+            return
+        for stop in lease._stops:
+            if low < stop <= high and stop not in lease.checkpoints:
+                self._checkpoint(lease, point, stop)
+        last = high // tiers.grid_tokens * tiers.grid_tokens
+        if last > low and last > lease.sequence.prompt_tokens and last not in lease.checkpoints:
+            earlier = lease._last_grid_point
+            if earlier in lease.checkpoints:  # while decoding only the last grid point is kept
+                lease.checkpoints[last] = lease.checkpoints.pop(earlier)
+                lease._filled.pop(earlier, None)
+            else:
+                self._checkpoint(lease, point, last)
+            lease._last_grid_point = last
+
+    def _checkpoint(self, lease: Lease, point: int, position: int) -> None:
+        device = self.tiers.device[point]
+        if device.available() and self.backups.make_room_on_device(point, 1):
+            lease.checkpoints[position] = int(device.allocator.allocate(1)[0])
+
+    # ---- later
+
+    def scattered(self) -> None:
+        """Load-backs whose step has come are scattered by the next apply, before anything else: their pins go."""
+        for loading in [loading for loading in self.loading if loading.until_step <= self.tiers.step]:
+            self.tiers.let_go(loading.holds)
+        self.loading = [loading for loading in self.loading if loading.until_step > self.tiers.step]

@@ -1,0 +1,112 @@
+"""What an admitted request holds until it is released, exactly once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from jaxcache.core.radix_tree import Node
+from jaxcache.core.sequence import Sequence
+from jaxcache.types import PageIds
+
+if TYPE_CHECKING:
+    from jaxcache.core.tiers import Tiers
+
+
+class Lease:
+    """A promise that these pages stay.
+
+        |-- on device --|-- from host --|-- from storage --|-- own pages: new --|
+        0                                          num_cached_tokens       num_tokens
+
+    id:                 counts up; equal on every rank
+    num_cached_tokens:  tokens that need not be computed
+    device_tokens, host_tokens, storage_tokens: where those came from
+    first_step:         the first step in which a model step may use it
+    num_tokens:         how far its pages reach
+    num_computed:       what the caller has reported as computed
+    read_slot, write_slot: the recurrent state to read first (None at 0 tokens), and the one to write; later read write_slot
+    """
+
+    __slots__ = (
+        "_branch",
+        "_filled",
+        "_last_grid_point",
+        "_node",
+        "_pin_tops",
+        "_plan_is_applied",
+        "_published",
+        "_released",
+        "_state_node",
+        "_stops",
+        "_tables",
+        "_tiers",
+        "checkpoints",
+        "device_tokens",
+        "first_step",
+        "host_tokens",
+        "id",
+        "num_cached_tokens",
+        "num_computed",
+        "num_tokens",
+        "read_slot",
+        "sequence",
+        "storage_tokens",
+        "write_slot",
+    )
+
+    def __init__(self, id: int, sequence: Sequence, tiers: Tiers, plan_is_applied: Callable[[], bool]):
+        self.id = id
+        self.sequence = sequence
+        self.num_cached_tokens = self.num_computed = self.num_tokens = 0
+        self.device_tokens = self.host_tokens = self.storage_tokens = 0
+        self.first_step = 0
+        self.read_slot: int | None = None
+        self.write_slot: int | None = None
+        self.checkpoints: dict[int, int] = {}
+        self._tiers = tiers
+        self._plan_is_applied = plan_is_applied
+        self._tables: list[PageIds | None] = [None] * len(tiers.components)
+        self._node: Node = sequence.root  # where its pins end
+        self._published = 0  # pages below this are the tree's, pages above its own
+        self._pin_tops = [0] * len(tiers.components)  # start of the topmost pinned node
+        self._state_node: Node | None = None  # whose state it still reads
+        self._stops: list[int] = []  # where prefill chunks end
+        self._filled: dict[int, None] = {}  # checkpoints whose position was reported
+        self._last_grid_point: int | None = None
+        self._released = False
+
+    @property
+    def page_tables(self) -> dict[str, PageIds]:
+        """Page ids by component, one per page of the sequence: int32[ceil(num_tokens / page_tokens)], read-only.
+
+        A page that is not there (behind a window) has the id num_pages. Raises RuntimeError while a plan is unapplied,
+        because a model step must not run then.
+        """
+        if not self._plan_is_applied():
+            raise RuntimeError("pages are about to move: call pools = cache.apply(pools) before a model step")
+        names = [component.name for component in self._tiers.components]
+        return {name: table for name, table in zip(names, self._tables, strict=True) if table is not None}
+
+    @property
+    def next_stop(self) -> int | None:
+        """Where the coming chunk must end at the latest, so that a state can be checkpointed there; None: anywhere."""
+        computed = self.num_computed
+        for stop in self._stops:
+            if stop > computed:
+                return stop
+        if self._tiers.point is None:
+            return None
+        grid = self._tiers.grid_tokens
+        return (computed // grid + 1) * grid
+
+    def __repr__(self) -> str:
+        return f"Lease({self.id}, cached {self.num_cached_tokens}, room for {self.num_tokens} tokens)"
+
+
+def read_only(array: np.ndarray) -> np.ndarray:
+    """Marks a table that was handed out: a running program may still read it, so a change makes a new one."""
+    array.flags.writeable = False
+    return array

@@ -1,0 +1,316 @@
+"""The state machine: match, admit, grow, insert, release, prefetch, cancel, commit. No I/O, no clock, no threads.
+
+Calls and agreed outcomes go in, plans come out. Every process runs the same calls in the same order and so holds the
+same tree: same node ids, same page ids, same evictions, same digest.
+
+    sequence -> match -> [prefetch] -> admit -> grow/insert ... -> release
+                             |           |            |
+                          QUERY,FETCH LOAD_BACK  BACKUP,STORE      take_plan() -> runtime
+                             +---- agreed outcomes: commit() <---- runtime
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxcache.components.base import Component
+from jaxcache.config import CacheConfig
+from jaxcache.core import matching
+from jaxcache.core.admission import Admission, Need
+from jaxcache.core.backups import Backups
+from jaxcache.core.clearing import Clearing
+from jaxcache.core.lease import Lease, read_only
+from jaxcache.core.matching import Prefix
+from jaxcache.core.page_hash import Namespace
+from jaxcache.core.planner import Planner
+from jaxcache.core.prefetches import Prefetches
+from jaxcache.core.publishing import Publishing
+from jaxcache.core.sequence import Sequence
+from jaxcache.core.stores import Stores
+from jaxcache.core.ticket import Ticket, TicketState
+from jaxcache.core.tiers import Tiers
+from jaxcache.types import Match, Outcome, Plan, PrefetchPolicy, Wait
+
+
+class PrefixCache:
+    """Generic over any tuple of components. counters: what `stats` reports, from zero."""
+
+    def __init__(self, components: tuple[Component, ...], config: CacheConfig):
+        self.components = tuple(components)
+        self.config = config
+        self.tiers = Tiers(self.components, config)
+        self.counters: Counter[str] = Counter()
+        self.planner = Planner()
+        self.stores = Stores(self.tiers, self.planner, self.counters)
+        self.backups = Backups(self.tiers, self.planner, self.stores, self.counters)
+        self.admission = Admission(self.tiers, self.planner, self.backups, self.counters)
+        self.publishing = Publishing(self.tiers, self.planner, self.counters)
+        self.prefetches = Prefetches(self.tiers, self.planner, self.backups, self.counters)
+        self.leases: dict[int, Lease] = {}
+        self.clearing = Clearing(self)
+
+    @property
+    def digest(self) -> int:
+        return self.planner.digest
+
+    @property
+    def step_number(self) -> int:
+        return self.tiers.step
+
+    # ---- sequences
+
+    def new_namespace(self, **fields: str) -> Namespace:
+        """A namespace from fields such as model, weights_version, adapter, tenant_salt; equal fields are the same one."""
+        for name, value in fields.items():
+            if not isinstance(value, str):
+                raise TypeError(f"namespace field {name!r} must be a str, not {value!r}")
+        namespace = Namespace(self, fields)
+        known = self.tiers.tree.namespaces.get(namespace.digest)
+        if known is not None:
+            return known
+        self.tiers.tree.root(namespace)
+        return namespace
+
+    def retire_namespace(self, namespace: Namespace) -> None:
+        """Makes all its pages unreachable at once, O(1); they are reclaimed as room is needed."""
+        self._own(namespace)
+        self.tiers.tree.retire(namespace)
+        self.planner.note("retire", 1, len(self.tiers.tree.roots))
+
+    def sequence(self, tokens: Any, namespace: Namespace) -> Sequence:
+        self._own(namespace)
+        return Sequence(namespace, self.tiers.tree.root(namespace), tokens, self.config.page_tokens)
+
+    def _own(self, namespace: Namespace) -> None:
+        if not isinstance(namespace, Namespace):
+            raise TypeError(f"a Namespace of this cache is needed, not {namespace!r}")
+        if namespace.owner is not self:
+            raise ValueError(f"{namespace!r} belongs to another cache")
+        if namespace.retired:
+            raise ValueError(f"{namespace!r} was retired")
+
+    def match(self, sequence: Sequence, max_tokens: int | None = None) -> Match:
+        """Where a request could resume; changes nothing."""
+        self._check_sequence(sequence)
+        prefix = matching.longest_prefix(self.tiers, sequence, max_tokens)
+        return matching.describe(self.tiers, sequence, prefix)
+
+    def _check_sequence(self, sequence: Sequence) -> None:
+        if not isinstance(sequence, Sequence):
+            raise TypeError(f"a Sequence is needed (cache.sequence(tokens, namespace)), not {type(sequence).__name__}")
+        if sequence.namespace.owner is not self:
+            raise ValueError(f"{sequence.namespace!r} belongs to another cache")
+
+    # ---- requests
+
+    def admit(
+        self,
+        sequence: Sequence,
+        num_new_tokens: int,
+        ticket: Ticket | None = None,
+        max_cached_tokens: int | None = None,
+    ) -> Lease | Wait:
+        """Pins the longest resumable prefix and makes room for the next chunk, evicting and loading back if needed.
+
+        |---- on device ----|---- loaded back ----|---- new pages ----|
+        0             device_tokens       num_cached_tokens    + num_new_tokens
+
+        Wait(reason): not now, and nothing has changed. While nothing else runs a shorter hit that fits is taken, so in
+        an empty cache only a chunk that is larger than the device waits for ever.
+        """
+        self._check_sequence(sequence)
+        if num_new_tokens < 1:
+            raise ValueError(f"{num_new_tokens=} must be at least 1")
+        if max_cached_tokens is not None and max_cached_tokens < 0:
+            raise ValueError(f"{max_cached_tokens=} must not be negative")
+        if ticket is not None and ticket.sequence is not sequence:
+            raise ValueError(f"{ticket!r} was made for another sequence")
+        running = ticket is not None and not ticket.done and not ticket.cancelled
+        if running and self.config.prefetch_policy is PrefetchPolicy.WAIT_COMPLETE:
+            return self._wait("prefetch")
+        candidates = self._candidates(sequence, max_cached_tokens)
+        idle = not (self.leases or self.admission.loading or self.prefetches.live or self.stores.live)
+        chosen = self._first_that_fits(candidates if idle else candidates[:1], num_new_tokens)
+        if chosen is None:
+            return self._wait("no room")
+        if running:
+            assert ticket is not None
+            self._take_what_came(ticket)
+            chosen = self._first_that_fits(self._candidates(sequence, max_cached_tokens), num_new_tokens)
+            assert chosen is not None, "accepting a prefetch takes host memory only: what fitted before still fits"
+        return self._admit(sequence, *chosen, num_new_tokens, ticket)
+
+    def _wait(self, reason: str) -> Wait:
+        self.counters["waits"] += 1
+        return Wait(reason)
+
+    def _candidates(self, sequence: Sequence, max_tokens: int | None) -> list[Prefix]:
+        candidates = self.admission.candidates(sequence, max_tokens)
+        return [prefix for prefix in candidates if self.admission.worth_loading(prefix)]
+
+    def _first_that_fits(self, candidates: list[Prefix], num_new_tokens: int) -> tuple[Prefix, Need] | None:
+        for prefix in candidates:
+            need = self.admission.need(prefix, num_new_tokens)
+            if need is not None:
+                return prefix, need
+        return None
+
+    def _take_what_came(self, ticket: Ticket) -> None:
+        """best_effort: what is agreed so far becomes the tree's, and nothing more is wanted."""
+        if ticket.state is TicketState.FETCH:
+            self.prefetches.decide(ticket)
+        else:
+            self.prefetches.cancel(ticket)
+
+    def _admit(
+        self, sequence: Sequence, prefix: Prefix, need: Need, num_new_tokens: int, ticket: Ticket | None
+    ) -> Lease:
+        device_tokens = matching.device_tokens(self.tiers, prefix)
+        lease = self.admission.admit(sequence, prefix, need, num_new_tokens, self.plan_is_applied)
+        self.leases[lease.id] = lease
+        lease.device_tokens = device_tokens
+        if ticket is not None:
+            lease.storage_tokens = self.prefetches.use(ticket, device_tokens, lease.num_cached_tokens)
+        lease.host_tokens = lease.num_cached_tokens - device_tokens - lease.storage_tokens
+        counters = self.counters
+        counters["admits"] += 1
+        counters["prompt_tokens"] += sequence.num_tokens
+        counters["device_hit_tokens"] += device_tokens
+        counters["host_hit_tokens"] += lease.host_tokens
+        counters["storage_hit_tokens"] += lease.storage_tokens
+        self.planner.note("admit", 3, lease.id, lease.num_cached_tokens, lease._node.id)
+        return lease
+
+    def grow(self, lease: Lease, num_computed: int, num_new_tokens: int) -> bool:
+        """Room for the next `num_new_tokens` after `num_computed`; False: nothing has changed, retract somebody."""
+        self._check_lease(lease, num_computed)
+        if num_new_tokens < 1:
+            raise ValueError(f"{num_new_tokens=} must be at least 1")
+        tiers = self.tiers
+        self.publishing.report(lease, num_computed)
+        end = num_computed + num_new_tokens
+        wanted = -(-end // tiers.page_tokens)
+        missing = [0 if table is None else wanted - len(table) for table in lease._tables]
+        if max(missing) > 0:
+            if any(n > device.available() for n, device in zip(missing, tiers.device, strict=True)):
+                return False
+            for c, device in enumerate(tiers.device):
+                if missing[c] > 0:
+                    room = self.backups.make_room_on_device(c, missing[c])
+                    assert room, f"{device.component.name}: promised {missing[c]} pages"
+                    table = np.concatenate([lease._tables[c], device.allocator.allocate(missing[c])])  # pyright: ignore
+                    lease._tables[c] = read_only(table)
+            self.planner.note("grow", 4, lease.id, num_computed, num_new_tokens)
+        lease.num_tokens = max(lease.num_tokens, end)
+        if tiers.point is not None:
+            self.admission.checkpoints(lease, num_computed, end)
+        return True
+
+    def insert(self, lease: Lease, num_computed: int) -> None:
+        """Publishes the whole pages of what is computed, and plans their backup. Publishing again changes nothing."""
+        self._check_lease(lease, num_computed)
+        if num_computed > lease.sequence.num_tokens:
+            raise ValueError(
+                f"{num_computed=} but the sequence has {lease.sequence.num_tokens} tokens: call sequence.extend first"
+            )
+        self.publishing.report(lease, num_computed)
+        if not self.config.caching or lease.sequence.namespace.retired:
+            return
+        old_end = lease._published
+        self.publishing.insert(lease, num_computed)
+        self.planner.note("insert", 5, lease.id, lease._published, lease._node.id)
+        self.backups.after_insert(lease._node, old_end)
+
+    def release(self, lease: Lease) -> None:
+        """Gives back what the lease holds. Raises ValueError the second time."""
+        self._check_lease(lease, None)
+        lease._released = True
+        del self.leases[lease.id]
+        self.publishing.release(lease)
+        self.planner.note("release", 7, lease.id)
+
+    def _check_lease(self, lease: Lease, num_computed: int | None) -> None:
+        if not isinstance(lease, Lease):
+            raise TypeError(f"a Lease is needed, not {type(lease).__name__}: did admit answer Wait?")
+        if lease._released:
+            raise ValueError(f"{lease!r} was released already")
+        if self.leases.get(lease.id) is not lease:
+            raise ValueError(f"{lease!r} belongs to another cache")
+        if num_computed is not None and not lease.num_computed <= num_computed <= lease.num_tokens:
+            raise ValueError(
+                f"{num_computed=} must be between {lease.num_computed} (computed before) and {lease.num_tokens} (its room)"
+            )
+
+    # ---- storage
+
+    def prefetch(self, sequence: Sequence) -> Ticket | None:
+        """Asks storage for what follows the longest match; None where that cannot pay. Give the ticket to `admit`."""
+        self._check_sequence(sequence)
+        if not self.stores.attached or not self.config.caching or sequence.namespace.retired:
+            return None
+        return self.prefetches.prefetch(sequence)
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Nothing more is wanted of it. Harmless when it is over."""
+        if not isinstance(ticket, Ticket):
+            raise TypeError(f"a Ticket is needed, not {type(ticket).__name__}")
+        if ticket.sequence.namespace.owner is not self:
+            raise ValueError(f"{ticket!r} belongs to another cache")
+        self.prefetches.cancel(ticket)
+
+    def live_transfers(self) -> list[int]:
+        """Ids of the storage transfers whose outcomes are awaited, ascending."""
+        return sorted([*self.stores.live, *self.prefetches.live])
+
+    def unwanted_transfers(self) -> list[int]:
+        """Those of which only quiet is awaited: their workers may stop."""
+        return [id for id, ticket in self.prefetches.live.items() if ticket.cancelled or ticket.done]
+
+    def largest_end(self, transfer_id: int, exists: Mapping[str, Any]) -> int:
+        """What one process answers to a live QUERY: the largest end within its bound that its storage can serve."""
+        return self.prefetches.largest_end(self.prefetches.live[transfer_id], exists)
+
+    # ---- steps
+
+    def commit(self, agreed: Mapping[int, Outcome]) -> None:
+        """Begins a step: takes the outcomes that all ranks agreed on, in the order of their ids."""
+        self.tiers.step += 1
+        self.planner.step = self.tiers.step
+        self.admission.scattered()
+        for id in sorted(agreed):
+            if id in self.stores.live:
+                self.stores.commit(id, agreed[id])
+            elif id in self.prefetches.live:
+                self.prefetches.commit(self.prefetches.live[id], agreed[id])
+        self.clearing.settle()
+        self.stores.start()
+
+    def take_plan(self) -> Plan:
+        """What has been planned since the last time; whoever takes it applies it."""
+        return self.planner.take()
+
+    def plan_is_applied(self) -> bool:
+        """Whether a model step may run."""
+        return not self.planner.transfers
+
+    # ---- everything at once
+
+    def reset(self) -> None:
+        """Forgets everything on device and host. Raises RuntimeError while leases are out."""
+        self._no_leases("reset")
+        self.clearing.clear_all()
+        self.planner.note("reset", 14, 0)
+
+    def drop_device(self) -> None:
+        """The device pages are lost (a donated step failed): keeps what host memory has."""
+        self._no_leases("drop_device")
+        self.clearing.keep_host()
+        self.planner.note("drop_device", 15, 0)
+
+    def _no_leases(self, what: str) -> None:
+        if self.leases:
+            raise RuntimeError(f"{what} needs every lease released first; held: {sorted(self.leases)[:8]}")

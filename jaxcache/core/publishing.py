@@ -1,0 +1,245 @@
+"""Publishing: a lease's computed pages become the tree's, and pages that a window has left behind are given back.
+
+|-- the tree's, pinned --|-- own pages --|-- room --|
+0                    published        computed   num_tokens
+                         |------>|  insert moves `published` up to the last whole computed page
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+
+from jaxcache.core.lease import Lease, read_only
+from jaxcache.core.planner import Planner
+from jaxcache.core.radix_tree import Node
+from jaxcache.core.tiers import Tiers
+from jaxcache.types import PageIds
+
+
+class Publishing:
+    """Changes the tables of leases by replacing them: a running program may still read the old ones."""
+
+    def __init__(self, tiers: Tiers, planner: Planner, counters: Counter[str]):
+        self.tiers = tiers
+        self.planner = planner
+        self.counters = counters
+
+    def report(self, lease: Lease, num_computed: int) -> None:
+        """The caller has computed up to here; a checkpoint counts only if the caller stopped at it."""
+        lease.num_computed = num_computed
+        if num_computed in lease.checkpoints:
+            lease._filled[num_computed] = None
+        if self.tiers.suffixes:
+            self._leave_behind(lease, num_computed)
+
+    # ---- windows
+
+    def live_start(self, c: int, num_computed: int) -> int:
+        """Start of the window of the newest position at which the request could be resumed, not of its current one."""
+        grid, page = self.tiers.grid_tokens, self.tiers.page_tokens
+        return min(self.tiers.required_start(c, num_computed // grid * grid), num_computed // page * page)
+
+    def _leave_behind(self, lease: Lease, num_computed: int) -> None:
+        """Gives back own window pages, and pins, that are behind the live window."""
+        tiers = self.tiers
+        page = tiers.page_tokens
+        for c in tiers.suffixes:
+            live = self.live_start(c, num_computed)
+            table = lease._tables[c]
+            assert table is not None
+            absent = tiers.device[c].allocator.num_pages
+            if live and (table[: live // page] != absent).any():
+                own = table[lease._published // page : live // page]
+                tiers.device[c].allocator.free(own[own != absent])
+                table = table.copy()
+                table[: live // page] = absent
+                lease._tables[c] = read_only(table)
+            if lease._node.parent is not None and lease._pin_tops[c] < live:
+                self._unpin_behind(lease, c, live)
+
+    def _unpin_behind(self, lease: Lease, c: int, live: int) -> None:
+        node, top, new_top = lease._node, lease._pin_tops[c], lease._published
+        while node.parent is not None and node.end > top:
+            if node.end <= live:
+                self.tiers.device[c].unpin(node)
+            else:
+                new_top = node.start
+            node = node.parent
+        lease._pin_tops[c] = new_top
+
+    # ---- insert
+
+    def insert(self, lease: Lease, num_computed: int) -> None:
+        tiers = self.tiers
+        page = tiers.page_tokens
+        if lease._state_node is not None and num_computed > lease.num_cached_tokens:
+            assert tiers.point is not None
+            tiers.device[tiers.point].unpin(lease._state_node)
+            lease._state_node = None
+        end = num_computed // page * page
+        at, node = lease._published, lease._node
+        if at < end:
+            tables = [None if table is None else table.copy() for table in lease._tables]
+            lives = [(c, self.live_start(c, num_computed)) for c in tiers.suffixes]
+            while at < end:
+                child = self._child(lease, node, at, end, tables, lives)
+                if child is None:
+                    break
+                if tiers.full is not None:
+                    self._publish_full(child, tables[tiers.full], at)
+                for c, live in lives:
+                    self._publish_window(lease, child, c, tables[c], at, live)
+                at, node = child.end, child
+            lease._tables = [None if table is None else read_only(table) for table in tables]
+            self._move_end(lease, node, at)
+        for position in [position for position in lease.checkpoints if position <= min(at, num_computed)]:
+            self._publish_state(lease, position, lease.checkpoints.pop(position))
+
+    def _child(self, lease: Lease, node: Node, at: int, end: int, tables, lives) -> Node | None:
+        """The node that holds the sequence's next pages from `at` on: found, cut to what agrees, or new.
+
+        None if it is being loaded back: its pages cannot replace the lease's own yet.
+        """
+        tiers = self.tiers
+        tree = tiers.tree
+        data = lease.sequence.data
+        prompt_end = lease.sequence.prompt_tokens // tiers.page_tokens * tiers.page_tokens
+        child = node.children.get(bytes(data[at * 4 : at * 4 + tree.page_bytes]))
+        if child is None:
+            stops = [stop for _, stop in lives if at < stop < end]
+            if tiers.config.evict_output_first and at < prompt_end < end:
+                stops.append(prompt_end)
+            stop = min(stops, default=end)
+            child = tree.add(node, bytes(data[at * 4 : stop * 4]), stop)
+            child.is_output = tiers.config.evict_output_first and at >= prompt_end
+            return child
+        if child.ready_step > tiers.step:
+            return None
+        if child.end <= end and data.startswith(child.edge, at * 4):
+            stop = child.end
+        else:
+            stop = at + tree.common_bytes(child.edge, data, at * 4, end * 4) // 4
+        for c, live in lives:  # adopt the live part of a window only: the node is cut where it begins
+            if child.pages[c] is None and at < live < stop:
+                stop = live
+        if stop < child.end:
+            child = tiers.split(child, stop)
+        if child.end <= prompt_end:
+            child.is_output = False
+        return child
+
+    def _publish_full(self, child: Node, table: PageIds | None, at: int) -> None:
+        """Replaces duplicates by the tree's pages, or gives the tree ours, and pins."""
+        tiers = self.tiers
+        assert tiers.full is not None and table is not None
+        device = tiers.device[tiers.full]
+        page = tiers.page_tokens
+        mine = table[at // page : child.end // page]
+        theirs = child.pages[device.index]
+        device.pin(child)
+        if theirs is None:
+            tiers.put(device, child, mine.copy())
+        else:
+            device.allocator.free(mine)
+            mine[:] = theirs
+            self.counters["duplicate_pages"] += len(theirs)
+
+    def _publish_window(self, lease: Lease, child: Node, c: int, table: PageIds | None, at: int, live: int) -> None:
+        tiers = self.tiers
+        assert table is not None
+        if child.end <= live:
+            lease._pin_tops[c] = child.end
+            return
+        device = tiers.device[c]
+        page = tiers.page_tokens
+        mine = table[at // page : child.end // page]
+        here = mine[mine != device.allocator.num_pages]
+        theirs = child.pages[device.index]
+        device.pin(child)
+        if theirs is None:
+            assert len(here) == len(mine), f"window hole in {child=}: {mine=}"
+            tiers.put(device, child, mine.copy())
+        else:
+            device.allocator.free(here)
+            mine[:] = theirs
+
+    def _move_end(self, lease: Lease, node: Node, at: int) -> None:
+        if node is not lease._node:
+            node.ends_here += 1
+            lease._node.ends_here -= 1
+            lease._node = node
+        lease._published = at
+
+    # ---- states
+
+    def _publish_state(self, lease: Lease, position: int, slot: int) -> None:
+        """Hands a checkpoint to the node that ends exactly there."""
+        tiers = self.tiers
+        assert tiers.point is not None
+        device = tiers.device[tiers.point]
+        slots = np.array([slot], np.int32)
+        if lease._filled.pop(position, False) is False:
+            device.allocator.free(slots)
+            return
+        node = lease._node
+        while node.parent is not None and node.start >= position:
+            node = node.parent
+        if node.end > position:
+            node = tiers.split(node, position)
+        assert node.end == position, f"{node=} {position=}"
+        if node.pages[device.index] is None:
+            tiers.put(device, node, slots)
+        else:
+            device.allocator.free(slots)
+        self._thin_out(node)
+
+    def _thin_out(self, newest: Node) -> None:
+        """At most max_states_per_path states above `newest`; the shallow ones go first."""
+        tiers = self.tiers
+        assert tiers.point is not None
+        device = tiers.device[tiers.point]
+        with_state = []
+        node = newest
+        while node.parent is not None:
+            if node.pages[device.index] is not None:
+                with_state.append(node)
+            node = node.parent
+        surplus = with_state[tiers.config.max_states_per_path :]
+        tiers.reason = "max_states_per_path"
+        for node in reversed(surplus):
+            if not node.pins[device.index]:
+                tiers.drop(device, node)
+        tiers.reason = "room"
+
+    # ---- release
+
+    def release(self, lease: Lease) -> None:
+        """Gives back own pages and pins; nothing that another lease or the tree holds."""
+        tiers = self.tiers
+        for c, device in enumerate(tiers.device):
+            if c == tiers.point:
+                slots = [lease.write_slot, *lease.checkpoints.values()]
+                device.allocator.free(np.array(slots, np.int32))
+                if lease._state_node is not None:
+                    device.unpin(lease._state_node)
+                continue
+            table = lease._tables[c]
+            assert table is not None
+            own = table[lease._published // tiers.page_tokens :]
+            device.allocator.free(own[own != device.allocator.num_pages])
+            tiers.unpin_up(device, lease._node, lease._pin_tops[c])
+        lease._node.ends_here -= 1
+        if tiers.full is None:
+            tiers.prune(lease._node)
+        else:
+            self._touch_host(lease._node)
+
+    def _touch_host(self, node: Node) -> None:
+        """What a request used on the device counts as used in host memory too: its deepest entry there."""
+        assert self.tiers.full is not None
+        host = self.tiers.host[self.tiers.full]
+        while node.parent is not None and node.pages[host.index] is None:
+            node = node.parent
+        host.touch(node)

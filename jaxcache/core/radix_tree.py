@@ -1,0 +1,234 @@
+"""The radix tree: nodes are runs of whole pages. Knows tokens, not pages: where a node's pages are is its residencies'
+business, and the arrays indexed by residency on a node are only kept here.
+
+    root --[ 0 .. 4 pages ]-- a --[ 2 pages ]-- b            an edge is int32 tokens as bytes
+                              \\--[ 7 pages ]-- c            children are keyed by the bytes of their first page
+
+One edge is compared with one `startswith`: no copy and no work per page. A split takes views (slicing bytes would
+copy). Ids count up in the order of the calls, so they are equal on every rank.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxcache.core.page_hash import Namespace, chain
+
+if TYPE_CHECKING:
+    from jaxcache.core.sequence import Sequence
+
+
+class Node:
+    """A run of pages. start = parent.end, end: positions in tokens.
+
+    pages, pins, resident_children: one entry per residency (see core/residency.py); pages[r] is None where nothing is
+    ready_step:  the step from which loaded-back pages may be read
+    ends_here:   leases and load-backs that end at this node
+    hits:        admits that found it
+    is_output:   generated text, not (yet) part of a prompt
+    keys:        page keys, once somebody needed them
+    """
+
+    __slots__ = (
+        "children",
+        "edge",
+        "end",
+        "ends_here",
+        "first_page",
+        "hits",
+        "id",
+        "is_output",
+        "keys",
+        "pages",
+        "parent",
+        "pins",
+        "ready_step",
+        "resident_children",
+    )
+
+    def __init__(self, id: int, parent: Node | None, edge: Any, first_page: bytes, end: int, num_residencies: int):
+        self.id = id
+        self.parent = parent
+        self.children: dict[bytes, Node] = {}
+        self.edge = edge
+        self.first_page = first_page
+        self.end = end
+        self.pages: list[np.ndarray | None] = [None] * num_residencies
+        self.pins = [0] * num_residencies
+        self.resident_children = [0] * num_residencies
+        self.ready_step = 0
+        self.ends_here = 0
+        self.hits = 0
+        self.is_output = False
+        self.keys: list[bytes] | None = None
+
+    @property
+    def start(self) -> int:
+        return self.end - len(self.edge) // 4
+
+    def __repr__(self) -> str:
+        return f"Node({self.id}, [{self.start}, {self.end}))"
+
+
+class RadixTree:
+    """One root per namespace.
+
+    version: changes with whatever could change the answer to a match
+    """
+
+    def __init__(self, page_tokens: int, num_residencies: int):
+        self.page_tokens = page_tokens
+        self.page_bytes = page_tokens * 4
+        self.num_residencies = num_residencies
+        self.roots: dict[bytes, Node] = {}
+        self.namespaces: dict[bytes, Namespace] = {}
+        self.retired_roots: list[Node] = []
+        self.version = 0
+        self.num_nodes = 0
+        self._last_id = 0
+
+    def _node(self, parent: Node | None, edge: Any, first_page: bytes, end: int) -> Node:
+        self._last_id += 1
+        return Node(self._last_id, parent, edge, first_page, end, self.num_residencies)
+
+    def root(self, namespace: Namespace) -> Node:
+        root = self.roots.get(namespace.digest)
+        if root is None:
+            root = self.roots[namespace.digest] = self._node(None, b"", b"", 0)
+            root.keys = [namespace.digest]
+            self.namespaces[namespace.digest] = namespace
+        return root
+
+    def retire(self, namespace: Namespace) -> None:
+        """Makes everything below a namespace unreachable, in O(1); its nodes leave as their pages are evicted."""
+        namespace.retired = True
+        root = self.roots.pop(namespace.digest, None)
+        self.namespaces.pop(namespace.digest, None)
+        self.retired_roots = [r for r in self.retired_roots if r.children]
+        if root is not None:
+            self.retired_roots.append(root)
+        self.version += 1
+
+    def all_roots(self) -> list[Node]:
+        return [*self.roots.values(), *self.retired_roots]
+
+    def walk(self, sequence: Sequence, limit: int) -> list[tuple[Node, int]]:
+        """(node, end of what agrees) along the path of a sequence's whole pages in [0, limit); only the last may be partial.
+
+        Continues from where the last walk of this sequence ended, if that node is still there.
+        """
+        if sequence.path_version == self.version and sequence.path_limit == limit:
+            return sequence.path
+        data = sequence.data
+        page_bytes = self.page_bytes
+        stop = limit // self.page_tokens * page_bytes
+        path, node, offset = self._resume(sequence, stop)
+        while offset < stop:
+            child = node.children.get(bytes(data[offset : offset + page_bytes]))
+            if child is None:
+                break
+            edge = child.edge
+            if offset + len(edge) <= stop and data.startswith(edge, offset):
+                offset += len(edge)
+                path.append((child, offset // 4))
+                node = child
+                continue
+            agreed = self.common_bytes(edge, data, offset, stop)
+            path.append((child, (offset + agreed) // 4))
+            break
+        sequence.path = path
+        sequence.path_version = self.version
+        sequence.path_limit = limit
+        return path
+
+    def _resume(self, sequence: Sequence, stop: int) -> tuple[list[tuple[Node, int]], Node, int]:
+        """The deepest wholly agreeing node of the last walk that is still in the tree; its ancestors are too."""
+        path = sequence.path
+        while path:
+            node, agreed = path[-1]
+            if node.parent is not None and agreed == node.end and agreed * 4 <= stop:
+                break
+            path = path[:-1]
+        if not path:
+            return [], sequence.root, 0
+        node = path[-1][0]
+        fresh = []
+        above = node
+        while above.parent is not None:
+            fresh.append((above, above.end))
+            above = above.parent
+        fresh.reverse()
+        return fresh, node, node.end * 4
+
+    def common_bytes(self, edge: Any, data: bytearray, offset: int, stop: int) -> int:
+        """How many bytes of whole pages of `edge` agree with data[offset:stop]. Compares in growing blocks."""
+        num_tokens = min(len(edge), stop - offset) // 4
+        ours = np.frombuffer(edge, np.int32, num_tokens)
+        theirs = np.frombuffer(data, np.int32, num_tokens, offset)
+        low, block = 0, 256
+        while low < num_tokens:
+            high = min(low + block, num_tokens)
+            differs = ours[low:high] != theirs[low:high]
+            first = int(differs.argmax())
+            if differs[first]:
+                return (low + first) // self.page_tokens * self.page_bytes
+            low = high
+            block *= 4
+        return num_tokens // self.page_tokens * self.page_bytes
+
+    def add(self, parent: Node, edge: bytes, end: int) -> Node:
+        node = self._node(parent, edge, edge[: self.page_bytes], end)
+        parent.children[node.first_page] = node
+        self.version += 1
+        self.num_nodes += 1
+        return node
+
+    def split(self, node: Node, at: int) -> Node:
+        """Cuts a node at token `at`; the new node is the prefix, so whoever ends at `node` still does.
+
+        parent --[ edge ]-- node    becomes    parent --[ prefix ]-- new --[ rest ]-- node
+        """
+        parent = node.parent
+        assert parent is not None and node.start < at < node.end and at % self.page_tokens == 0, f"{node=} {at=}"
+        cut = (at - node.start) * 4
+        edge = memoryview(node.edge)
+        prefix = self._node(parent, edge[:cut], node.first_page, at)
+        prefix.ready_step = node.ready_step
+        prefix.hits = node.hits
+        prefix.is_output = node.is_output
+        if node.keys is not None:
+            pages = cut // self.page_bytes
+            prefix.keys, node.keys = node.keys[:pages], node.keys[pages:]
+        parent.children[node.first_page] = prefix
+        node.edge = edge[cut:]
+        node.first_page = bytes(node.edge[: self.page_bytes])
+        node.parent = prefix
+        prefix.children[node.first_page] = node
+        self.version += 1
+        self.num_nodes += 1
+        return prefix
+
+    def remove(self, node: Node) -> None:
+        """Takes a childless node out; from then on its parent is None."""
+        assert not node.children and not node.ends_here, f"{node=} has children or a lease"
+        assert node.parent is not None
+        del node.parent.children[node.first_page]
+        node.parent = None
+        self.version += 1
+        self.num_nodes -= 1
+
+    def keys(self, node: Node) -> list[bytes]:
+        """Page keys of a node's pages, chained from the namespace; computed once per node."""
+        missing = []
+        above = node
+        while above.keys is None:
+            missing.append(above)
+            above = above.parent
+            assert above is not None, "a root has the namespace digest as its key"
+        for below in reversed(missing):
+            assert below.parent is not None and below.parent.keys is not None
+            below.keys = chain(below.parent.keys[-1], below.edge, self.page_bytes)
+        assert node.keys is not None
+        return node.keys

@@ -1,0 +1,187 @@
+"""Where the nodes' pages are: one residency per (component, tier).
+
+    capacity = free + resident (on nodes, evictable or pinned) + held by leases, tickets, transfers
+    available = free + resident - pinned            exact, because every pin also pins full attention up to the root
+
+An entry is `node.pages[index]`. The order of eviction holds exactly the entries that may leave: unpinned and, for
+prefix components, without a resident child (closure: pages leave from the outside in).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from jaxcache.components.base import Component, Reach
+from jaxcache.core.eviction import EvictionOrder
+from jaxcache.core.page_allocator import PageAllocator
+from jaxcache.core.radix_tree import Node
+from jaxcache.types import PageIds, Tier
+
+
+class Residency(ABC):
+    """The entries of one (component, tier). `index` is its place in the nodes' arrays."""
+
+    __slots__ = ("allocator", "component", "index", "num_pinned", "num_resident", "order", "tier")
+
+    def __init__(self, component: Component, tier: Tier, index: int, num_pages: int, order: EvictionOrder):
+        self.component = component
+        self.tier = tier
+        self.index = index
+        self.allocator = PageAllocator(num_pages)
+        self.order = order
+        self.num_resident = 0
+        self.num_pinned = 0
+
+    def available(self) -> int:
+        """Pages that an allocation could have, evicting whatever may leave."""
+        return self.allocator.num_free + self.num_resident - self.num_pinned
+
+    @abstractmethod
+    def evictable(self, node: Node) -> bool:
+        """Whether the entry on a node is in the order of eviction."""
+
+    @abstractmethod
+    def put(self, node: Node, page_ids: PageIds) -> None:
+        """Makes an entry; the pages belong to the tree from now on."""
+
+    @abstractmethod
+    def take(self, node: Node) -> PageIds:
+        """Removes an unpinned entry; its pages belong to the caller."""
+
+    @abstractmethod
+    def split(self, node: Node, prefix: Node, num_pages: int) -> None:
+        """Shares an entry and its pins between a node and its new prefix of `num_pages` pages."""
+
+    def _candidate(self, node: Node) -> None:
+        if node.is_output:
+            self.order.add_oldest(node)
+        else:
+            self.order.add(node)
+
+    def pin(self, node: Node) -> None:
+        index = self.index
+        pins = node.pins
+        if not pins[index]:
+            pages = node.pages[index]
+            if pages is not None:
+                self.num_pinned += len(pages)
+                self.order.discard(node)
+        pins[index] += 1
+
+    def unpin(self, node: Node) -> None:
+        index = self.index
+        pins = node.pins
+        pins[index] -= 1
+        assert pins[index] >= 0, f"I2: {node=} {self.component.name} {self.tier.name}"
+        if not pins[index]:
+            pages = node.pages[index]
+            if pages is not None:
+                self.num_pinned -= len(pages)
+                if self.evictable(node):
+                    self._candidate(node)
+
+    def touch(self, node: Node) -> None:
+        """Counts as used now, if it is a candidate."""
+        if node in self.order:
+            self.order.discard(node)
+            self.order.add(node)
+
+
+class PrefixResidency(Residency):
+    """Full attention: entries leave from the outside in."""
+
+    __slots__ = ()
+
+    def evictable(self, node: Node) -> bool:
+        index = self.index
+        return node.pages[index] is not None and not node.pins[index] and not node.resident_children[index]
+
+    def put(self, node: Node, page_ids: PageIds) -> None:
+        index = self.index
+        assert node.pages[index] is None, f"I1: {node=} has pages already"
+        node.pages[index] = page_ids
+        self.num_resident += len(page_ids)
+        parent = node.parent
+        assert parent is not None
+        if not parent.resident_children[index]:
+            self.order.discard(parent)
+        parent.resident_children[index] += 1
+        if node.pins[index]:
+            self.num_pinned += len(page_ids)
+        elif not node.resident_children[index]:
+            self._candidate(node)
+
+    def take(self, node: Node) -> PageIds:
+        index = self.index
+        page_ids = node.pages[index]
+        parent = node.parent
+        assert page_ids is not None and parent is not None
+        assert not node.pins[index], f"I3: {node=} is pinned"
+        assert not node.resident_children[index], f"I6: {node=} has resident children"
+        node.pages[index] = None
+        self.num_resident -= len(page_ids)
+        self.order.discard(node)
+        parent.resident_children[index] -= 1
+        if self.evictable(parent):
+            self.order.add_oldest(parent)
+        return page_ids
+
+    def split(self, node: Node, prefix: Node, num_pages: int) -> None:
+        index = self.index
+        prefix.pins[index] = node.pins[index]
+        pages = node.pages[index]
+        if pages is not None:
+            prefix.pages[index], node.pages[index] = pages[:num_pages], pages[num_pages:]
+            prefix.resident_children[index] = 1
+
+
+class FreeResidency(Residency):
+    """Sliding windows: an entry may leave wherever it is (a match simply gets shorter)."""
+
+    __slots__ = ()
+
+    def evictable(self, node: Node) -> bool:
+        return node.pages[self.index] is not None and not node.pins[self.index]
+
+    def put(self, node: Node, page_ids: PageIds) -> None:
+        assert node.pages[self.index] is None, f"I1: {node=} has pages already"
+        node.pages[self.index] = page_ids
+        self.num_resident += len(page_ids)
+        if node.pins[self.index]:
+            self.num_pinned += len(page_ids)
+        else:
+            self._candidate(node)
+
+    def take(self, node: Node) -> PageIds:
+        page_ids = node.pages[self.index]
+        assert page_ids is not None
+        assert not node.pins[self.index], f"I3: {node=} is pinned"
+        node.pages[self.index] = None
+        self.num_resident -= len(page_ids)
+        self.order.discard(node)
+        return page_ids
+
+    def split(self, node: Node, prefix: Node, num_pages: int) -> None:
+        index = self.index
+        prefix.pins[index] = node.pins[index]
+        pages = node.pages[index]
+        if pages is not None:
+            prefix.pages[index], node.pages[index] = pages[:num_pages], pages[num_pages:]
+            if not prefix.pins[index]:
+                self._candidate(prefix)
+
+
+class PointResidency(FreeResidency):
+    """Recurrent states: one slot, at the end of its node; a split leaves it and its pins there."""
+
+    __slots__ = ()
+
+    def split(self, node: Node, prefix: Node, num_pages: int) -> None:
+        pass
+
+
+RESIDENCIES: dict[Reach, type[Residency]] = {
+    Reach.PREFIX: PrefixResidency,
+    Reach.SUFFIX: FreeResidency,
+    Reach.POINT: PointResidency,
+}

@@ -1,0 +1,98 @@
+"""A request's tokens, converted once and extended in place, with its page keys and its last place in the tree."""
+
+from __future__ import annotations
+
+from array import array
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxcache.core import page_hash
+
+if TYPE_CHECKING:
+    from jaxcache.core.radix_tree import Node
+
+INT32_MAX = 2**31 - 1
+
+
+class Sequence:
+    """Tokens as int32 bytes in one namespace.
+
+    prompt_tokens: how many there were at the start; what `extend` adds later is generated text
+    path, path_version: where the last walk ended, and the version of the tree that it saw (see RadixTree.walk)
+    """
+
+    __slots__ = (
+        "data",
+        "keys",
+        "match_cache",
+        "namespace",
+        "num_tokens",
+        "page_bytes",
+        "path",
+        "path_limit",
+        "path_version",
+        "prompt_tokens",
+        "root",
+    )
+
+    def __init__(self, namespace: page_hash.Namespace, root: Node, tokens: Any, page_tokens: int):
+        self.namespace = namespace
+        self.root = root
+        self.data = bytearray(token_bytes(tokens))
+        self.num_tokens = self.prompt_tokens = len(self.data) // 4
+        if not self.num_tokens:
+            raise ValueError("a sequence needs at least one token")
+        self.page_bytes = page_tokens * 4
+        self.keys: list[bytes] = []
+        self.path: list[tuple[Node, int]] = []
+        self.path_version = -1
+        self.path_limit = -1
+        self.match_cache: Any = None
+
+    def extend(self, tokens: Any) -> None:
+        """Appends generated tokens (list, numpy int array, or jax array on the host)."""
+        self.data += token_bytes(tokens)
+        self.num_tokens = len(self.data) // 4
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """A copy of the tokens: int32[num_tokens]."""
+        return np.frombuffer(bytes(self.data), np.int32)
+
+    def page_keys(self, num_pages: int) -> list[bytes]:
+        """Chained keys of the first whole pages; computed once."""
+        have = len(self.keys)
+        if have < num_pages:
+            parent = self.keys[-1] if have else self.namespace.digest
+            new = bytes(self.data[have * self.page_bytes : num_pages * self.page_bytes])
+            self.keys += page_hash.chain(parent, new, self.page_bytes)
+        assert len(self.keys) >= num_pages, f"{num_pages=} of {self.num_tokens} tokens"
+        return self.keys[:num_pages]
+
+
+def token_bytes(tokens: Any) -> bytes:
+    """Token ids as int32 bytes. Raises TypeError for what is not a flat row of ints, ValueError for an id out of range."""
+    if isinstance(tokens, (list, tuple)):
+        try:
+            ids = array("i", tokens)
+        except OverflowError:
+            raise ValueError(f"token ids must be in [0, {INT32_MAX}], not {_out_of_range(tokens)}") from None
+        except TypeError:
+            raise TypeError("token ids must be ints in a flat list, tuple or integer array") from None
+        values = np.frombuffer(ids, np.int32) if len(ids) > 64 else ids
+        if len(ids) and (values.min() if isinstance(values, np.ndarray) else min(values)) < 0:
+            raise ValueError(f"token ids must be in [0, {INT32_MAX}], not {_out_of_range(tokens)}")
+        return ids.tobytes()
+    values = np.asarray(tokens)
+    if values.ndim != 1 or values.dtype.kind not in "iu":
+        raise TypeError(
+            f"token ids must be a flat row of ints, not {type(tokens).__name__} {values.shape} {values.dtype}"
+        )
+    if values.size and (values.min() < 0 or values.max() > INT32_MAX):
+        raise ValueError(f"token ids must be in [0, {INT32_MAX}], not {_out_of_range(values.tolist())}")
+    return values.astype(np.int32).tobytes()
+
+
+def _out_of_range(tokens) -> int:
+    return next(token for token in tokens if not 0 <= token <= INT32_MAX)

@@ -1,0 +1,215 @@
+"""The tree and all residencies together: what no single one of them can do alone.
+
+Owns the rules that span components and tiers: a split shares every entry, a node leaves the tree with its last
+full-attention entry, room is made in the order of eviction. Decides nothing about requests.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from math import lcm
+from typing import NamedTuple
+
+from jaxcache.components.base import Component, Reach
+from jaxcache.config import CacheConfig
+from jaxcache.core.eviction import make_order
+from jaxcache.core.radix_tree import Node, RadixTree
+from jaxcache.core.residency import RESIDENCIES, Residency
+from jaxcache.types import Tier, WritePolicy
+
+MAX_EVICTIONS_REMEMBERED = 4096
+
+
+class Eviction(NamedTuple):
+    """Why something is not there any more (see `explain`)."""
+
+    component: str
+    tier: Tier
+    step: int
+    reason: str
+
+
+class Hold(NamedTuple):
+    """Pins on the entries of [top, node.end) of one residency; a split of the node changes nothing about it."""
+
+    residency: Residency
+    node: Node
+    top: int
+
+
+class Tiers:
+    """device[c] and host[c] are the residencies of component c; `full` and `point` are component indices or None."""
+
+    def __init__(self, components: tuple[Component, ...], config: CacheConfig):
+        _validate(components, config)
+        self.components = components
+        self.config = config
+        self.page_tokens = config.page_tokens
+        num = len(components)
+        self.tree = RadixTree(config.page_tokens, 2 * num)
+        self.device: list[Residency] = []
+        self.host: list[Residency] = []
+        for tier, pages, residencies in (
+            (Tier.DEVICE, config.device_pages, self.device),
+            (Tier.HOST, config.host_pages, self.host),
+        ):
+            for c, component in enumerate(components):
+                count = config.num_pages(pages, component.name, at_least=1 if tier is Tier.DEVICE else 0)
+                order = make_order(config.eviction_policy)
+                index = c + tier * num
+                residencies.append(RESIDENCIES[component.reach](component, tier, index, count, order))
+        self.residencies = [*self.device, *self.host]
+        reaches = [component.reach for component in components]
+        self.full = reaches.index(Reach.PREFIX) if Reach.PREFIX in reaches else None
+        self.point = reaches.index(Reach.POINT) if Reach.POINT in reaches else None
+        self.suffixes = tuple(c for c, reach in enumerate(reaches) if reach is Reach.SUFFIX)
+        self.partial = tuple(c for c, reach in enumerate(reaches) if reach is not Reach.PREFIX)
+        self.top_first = self.partial if self.full is None else (self.full, *self.partial)
+        self.grid_tokens = lcm(config.page_tokens, *[component.grid_tokens for component in components])
+        self.step = 0
+        self.reason = "room"
+        self.evictions: OrderedDict[tuple, Eviction] = OrderedDict()
+        self.num_evicted_pages = [0] * (2 * num)
+
+    # ---- what must be there
+
+    def required_start(self, c: int, n: int) -> int:
+        """The page-aligned start of what component c needs to resume at token n (n itself for a state)."""
+        span = self.components[c].required(n)
+        return span.start // self.page_tokens * self.page_tokens if span.start < span.stop else n
+
+    def resident(self, c: int, node: Node) -> bool:
+        """On the device or in host memory."""
+        pages = node.pages
+        return pages[c] is not None or pages[c + len(self.components)] is not None
+
+    # ---- changes
+
+    def split(self, node: Node, at: int) -> Node:
+        """Cuts a node at token `at` and returns the prefix."""
+        prefix = self.tree.split(node, at)
+        num_pages = (at - prefix.start) // self.page_tokens
+        for residency in self.residencies:
+            residency.split(node, prefix, num_pages)
+        return prefix
+
+    def pin_up(self, residency: Residency, node: Node, top: int = 0) -> None:
+        """Pins a node and its ancestors down to position `top`."""
+        while node.parent is not None and node.end > top:
+            residency.pin(node)
+            node = node.parent
+
+    def unpin_up(self, residency: Residency, node: Node, top: int = 0) -> None:
+        while node.parent is not None and node.end > top:
+            residency.unpin(node)
+            node = node.parent
+
+    def hold(self, residency: Residency, node: Node, top: int) -> list[Hold]:
+        """Pins [top, node.end) of a residency, and full attention up to the root so that nothing below it can leave.
+
+        Under write_back host pages may lie below pages that are only on the device: those are pinned too.
+        """
+        holds = []
+        if self.full is None or residency.component.reach is not Reach.PREFIX:
+            holds.append(Hold(residency, node, top))
+        if self.full is not None:
+            holds.append(Hold((self.device, self.host)[residency.tier][self.full], node, 0))
+            below_device = residency.tier is Tier.HOST and self.config.write_policy is WritePolicy.WRITE_BACK
+            if below_device and node.parent is not None:
+                holds.append(Hold(self.device[self.full], node.parent, 0))
+        for held in holds:
+            self.pin_up(*held)
+        return holds
+
+    def let_go(self, holds: list[Hold]) -> None:
+        for held in holds:
+            self.unpin_up(*held)
+
+    def put(self, residency: Residency, node: Node, page_ids) -> None:
+        residency.put(node, page_ids)
+        self.tree.version += 1
+
+    def drop(self, residency: Residency, node: Node) -> None:
+        """Frees an entry; the node goes too if nothing holds it any more."""
+        page_ids = residency.take(node)
+        residency.allocator.free(page_ids)
+        self.num_evicted_pages[residency.index] += len(page_ids)
+        self.tree.version += 1
+        self._remember((node.id, residency.index), residency)
+        if self.full is None:
+            self.prune(node)
+        elif not self.resident(self.full, node):
+            for other in self.residencies:
+                if node.pages[other.index] is not None:
+                    other.allocator.free(other.take(node))
+            self._remove(node, residency)
+
+    def drop_subtree(self, node: Node) -> None:
+        """Frees everything at and below a node, deepest first; nothing of it may be pinned."""
+        for child in list(node.children.values()):
+            self.drop_subtree(child)
+        for residency in self.residencies:
+            if node.parent is not None and node.pages[residency.index] is not None:
+                self.drop(residency, node)
+
+    def prune(self, node: Node) -> None:
+        """Without full attention, tokens alone hold a node: removes it and its ancestors while they hold nothing."""
+        while node.parent is not None and not node.children and not node.ends_here:
+            if any(pages is not None for pages in node.pages):
+                return
+            parent = node.parent
+            self.tree.remove(node)
+            node = parent
+
+    def _remove(self, node: Node, residency: Residency) -> None:
+        parent = node.parent
+        assert parent is not None
+        self._remember((parent.id, node.first_page), residency)
+        self.tree.remove(node)
+
+    def _remember(self, key: tuple, residency: Residency) -> None:
+        evictions = self.evictions
+        evictions[key] = Eviction(residency.component.name, residency.tier, self.step, self.reason)
+        if len(evictions) > MAX_EVICTIONS_REMEMBERED:
+            evictions.popitem(last=False)
+
+    # ---- room
+
+    def make_room(self, residency: Residency, num_pages: int, protect: Node | None = None) -> bool:
+        """Evicts until `num_pages` are free, sparing `protect`; False if there is nothing left to evict."""
+        allocator = residency.allocator
+        while allocator.num_free < num_pages:
+            victim = self.victim(residency, protect)
+            if victim is None:
+                return False
+            self.drop(residency, self.trim(residency, victim, num_pages - allocator.num_free))
+        return True
+
+    def victim(self, residency: Residency, protect: Node | None = None) -> Node | None:
+        for node in residency.order:
+            if node is not protect:
+                return node
+        return None
+
+    def trim(self, residency: Residency, victim: Node, num_pages: int) -> Node:
+        """The part of a victim that has to leave: full attention from the end, only as many pages as needed."""
+        pages = victim.pages[residency.index]
+        assert pages is not None
+        if residency.component.reach is Reach.PREFIX and len(pages) > num_pages:
+            self.split(victim, victim.end - num_pages * self.page_tokens)
+        return victim
+
+
+def _validate(components: tuple[Component, ...], config: CacheConfig) -> None:
+    names = [component.name for component in components]
+    if not components or len(set(names)) != len(names):
+        raise ValueError(f"a cache needs components with different names, not {names}")
+    for reach in (Reach.PREFIX, Reach.POINT):
+        same = [component.name for component in components if component.reach is reach]
+        if len(same) > 1:
+            raise ValueError(f"{same} live and move together: declare one {reach.value} component with several fields")
+    for pages in (config.device_pages, config.host_pages):
+        if not isinstance(pages, int):
+            unknown = sorted(set(pages) - set(names))
+            if unknown:
+                raise ValueError(f"pages are given for {unknown}, but the components are {names}")

@@ -1,0 +1,76 @@
+"""jaxcache: a hierarchical prefix cache for JAX serving loops on GPU meshes.
+
+Public names are loaded when first used (PEP 562), so `import jaxcache.core` never imports jax.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxcache.cache import Cache, one_device_mesh
+    from jaxcache.components import Component, FieldSpec, FullAttention, RecurrentState, SlidingWindow
+    from jaxcache.config import CacheConfig
+    from jaxcache.core.lease import Lease
+    from jaxcache.core.page_hash import Namespace
+    from jaxcache.core.sequence import Sequence
+    from jaxcache.core.ticket import Ticket
+    from jaxcache.runtime.compiles import compile_count
+    from jaxcache.storage.base import Storage, StorageError
+    from jaxcache.storage.file import FileStorage
+    from jaxcache.storage.memory import MemoryStorage
+    from jaxcache.types import Match, PrefetchPolicy, RanksDiverged, TransferFault, Wait, WritePolicy
+
+_HOMES = {
+    "jaxcache.cache": ("Cache", "one_device_mesh"),
+    "jaxcache.components": ("Component", "FieldSpec", "FullAttention", "RecurrentState", "SlidingWindow"),
+    "jaxcache.config": ("CacheConfig",),
+    "jaxcache.core.lease": ("Lease",),
+    "jaxcache.core.page_hash": ("Namespace",),
+    "jaxcache.core.sequence": ("Sequence",),
+    "jaxcache.core.ticket": ("Ticket",),
+    "jaxcache.runtime.compiles": ("compile_count",),
+    "jaxcache.storage.base": ("Storage", "StorageError"),
+    "jaxcache.storage.file": ("FileStorage",),
+    "jaxcache.storage.memory": ("MemoryStorage",),
+    "jaxcache.types": ("Match", "PrefetchPolicy", "RanksDiverged", "TransferFault", "Wait", "WritePolicy"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "Cache",
+    "CacheConfig",
+    "Component",
+    "FieldSpec",
+    "FileStorage",
+    "FullAttention",
+    "Lease",
+    "Match",
+    "MemoryStorage",
+    "Namespace",
+    "PrefetchPolicy",
+    "RanksDiverged",
+    "RecurrentState",
+    "Sequence",
+    "SlidingWindow",
+    "Storage",
+    "StorageError",
+    "Ticket",
+    "TransferFault",
+    "Wait",
+    "WritePolicy",
+    "compile_count",
+    "one_device_mesh",
+]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'jaxcache' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

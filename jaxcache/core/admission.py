@@ -19,7 +19,7 @@ from jaxcache.core.planner import Planner
 from jaxcache.core.radix_tree import Node
 from jaxcache.core.sequence import Sequence
 from jaxcache.core.tiers import Hold, Tiers
-from jaxcache.types import Move, TransferKind, WritePolicy
+from jaxcache.types import Move, PageIds, TransferKind, WritePolicy
 
 
 class Need(NamedTuple):
@@ -45,7 +45,7 @@ class Admission:
         self.backups = backups
         self.counters = counters
         self.loading: list[Loading] = []
-        self._last_lease = 0
+        self.next_lease_id = 1
 
     def candidates(self, sequence: Sequence, max_tokens: int | None) -> list[Prefix]:
         """Prefixes to try, longest first, then nothing at all."""
@@ -101,8 +101,8 @@ class Admission:
         """Carries out what `need` has found to fit."""
         tiers = self.tiers
         prefix, need = self._cut(prefix, need)
-        self._last_lease += 1
-        lease = Lease(self._last_lease, sequence, tiers, plan_is_applied)
+        lease = Lease(self.next_lease_id, sequence, tiers, plan_is_applied)
+        self.next_lease_id += 1
         lease.num_cached_tokens = lease.num_computed = lease._published = prefix.num_tokens
         lease._node = prefix.path[-1][0] if prefix.path else sequence.root
         lease._node.ends_here += 1
@@ -158,7 +158,7 @@ class Admission:
             assert room, f"{device.component.name}: promised {wanted} pages, {device.allocator.num_free} free"
             if need.loads[c]:
                 moves.append(self._load(c, need.loads[c]))
-            self._build_table(lease, c, prefix, need.lows[c], device.allocator.allocate(own))
+            self._build_table(lease, c, need.lows[c], device.allocator.allocate(own))
         tiers.let_go(sources)
         if moves:
             self._plan_load(lease, need, tuple(moves))
@@ -202,25 +202,23 @@ class Admission:
         ]
         self.loading.append(Loading(holds, tiers.step + 1))
 
-    def _build_table(self, lease: Lease, c: int, prefix: Prefix, low: int, own) -> None:
+    def _build_table(self, lease: Lease, c: int, low: int, own: PageIds) -> None:
+        """The lease's pages of component c, from the nodes as they are now: making room may have split some."""
         tiers = self.tiers
-        page = tiers.page_tokens
         if c == tiers.point:
+            states = lease._node.pages[c]
             lease.write_slot = int(own[0])
-            states = prefix.path[-1][0].pages[c] if prefix.path else None
             lease.read_slot = None if states is None else int(states[0])
             return
-        if low == 0:
-            cached = [node.pages[c] for node, _ in prefix.path]
-            lease._tables[c] = read_only(np.concatenate([*cached, own]) if cached else own.copy())  # pyright: ignore
-            return
-        first = prefix.num_tokens // page
-        table = np.full(first + len(own), tiers.device[c].allocator.num_pages, np.int32)
-        for node, end in prefix.path:
-            if end > low:
-                table[node.start // page : end // page] = node.pages[c]
-        table[first:] = own
-        lease._tables[c] = read_only(table)
+        pages = [own]
+        node = lease._node
+        while node.parent is not None and node.end > low:
+            cached = node.pages[c]
+            assert cached is not None, f"{node=} is not on the device"
+            pages.append(cached)
+            node = node.parent
+        absent = np.full(node.end // tiers.page_tokens, tiers.device[c].allocator.num_pages, np.int32)
+        lease._tables[c] = read_only(np.concatenate([absent, *reversed(pages)]))
 
     # ---- checkpoints of states
 
@@ -260,8 +258,13 @@ class Admission:
 
     # ---- later
 
-    def scattered(self) -> None:
-        """Load-backs whose step has come are scattered by the next apply, before anything else: their pins go."""
-        for loading in [loading for loading in self.loading if loading.until_step <= self.tiers.step]:
+    def scattered(self) -> bool:
+        """Load-backs whose step has come are scattered by the next apply, before anything else: their pins go.
+
+        Returns whether there are any.
+        """
+        due = [loading for loading in self.loading if loading.until_step <= self.tiers.step]
+        for loading in due:
             self.tiers.let_go(loading.holds)
         self.loading = [loading for loading in self.loading if loading.until_step > self.tiers.step]
+        return bool(due)

@@ -23,6 +23,7 @@ from jaxcache.core import matching
 from jaxcache.core.admission import Admission, Need
 from jaxcache.core.backups import Backups
 from jaxcache.core.clearing import Clearing
+from jaxcache.core.explain import Explanation, explain
 from jaxcache.core.lease import Lease, read_only
 from jaxcache.core.matching import Prefix
 from jaxcache.core.page_hash import Namespace
@@ -52,6 +53,7 @@ class PrefixCache:
         self.prefetches = Prefetches(self.tiers, self.planner, self.backups, self.counters)
         self.leases: dict[int, Lease] = {}
         self.clearing = Clearing(self)
+        self._scatter_is_due = False
 
     @property
     def digest(self) -> int:
@@ -104,6 +106,11 @@ class PrefixCache:
             raise TypeError(f"a Sequence is needed (cache.sequence(tokens, namespace)), not {type(sequence).__name__}")
         if sequence.namespace.owner is not self:
             raise ValueError(f"{sequence.namespace!r} belongs to another cache")
+
+    def explain(self, sequence: Sequence) -> Explanation:
+        """Why a prompt is a hit or a miss; changes nothing."""
+        self._check_sequence(sequence)
+        return explain(self.tiers, sequence)
 
     # ---- requests
 
@@ -170,6 +177,7 @@ class PrefixCache:
         self, sequence: Sequence, prefix: Prefix, need: Need, num_new_tokens: int, ticket: Ticket | None
     ) -> Lease:
         device_tokens = matching.device_tokens(self.tiers, prefix)
+        self.tiers.lease_id = self.admission.next_lease_id
         lease = self.admission.admit(sequence, prefix, need, num_new_tokens, self.plan_is_applied)
         self.leases[lease.id] = lease
         lease.device_tokens = device_tokens
@@ -198,6 +206,7 @@ class PrefixCache:
         if max(missing) > 0:
             if any(n > device.available() for n, device in zip(missing, tiers.device, strict=True)):
                 return False
+            tiers.lease_id = lease.id
             for c, device in enumerate(tiers.device):
                 if missing[c] > 0:
                     room = self.backups.make_room_on_device(c, missing[c])
@@ -221,6 +230,7 @@ class PrefixCache:
         if not self.config.caching or lease.sequence.namespace.retired:
             return
         old_end = lease._published
+        self.tiers.lease_id = lease.id
         self.publishing.insert(lease, num_computed)
         self.planner.note("insert", 5, lease.id, lease._published, lease._node.id)
         self.backups.after_insert(lease._node, old_end)
@@ -280,7 +290,7 @@ class PrefixCache:
         """Begins a step: takes the outcomes that all ranks agreed on, in the order of their ids."""
         self.tiers.step += 1
         self.planner.step = self.tiers.step
-        self.admission.scattered()
+        self._scatter_is_due |= self.admission.scattered()
         for id in sorted(agreed):
             if id in self.stores.live:
                 self.stores.commit(id, agreed[id])
@@ -291,11 +301,12 @@ class PrefixCache:
 
     def take_plan(self) -> Plan:
         """What has been planned since the last time; whoever takes it applies it."""
+        self._scatter_is_due = False
         return self.planner.take()
 
     def plan_is_applied(self) -> bool:
-        """Whether a model step may run."""
-        return not self.planner.transfers
+        """Whether a model step may run: nothing is planned, and no load-back waits to be scattered in this step."""
+        return not self.planner.transfers and not self._scatter_is_due
 
     # ---- everything at once
 

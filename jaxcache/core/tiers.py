@@ -27,6 +27,7 @@ class Eviction(NamedTuple):
     tier: Tier
     step: int
     reason: str
+    lease: int  # for whom room was made; 0: nobody
 
 
 class Hold(NamedTuple):
@@ -67,7 +68,8 @@ class Tiers:
         self.top_first = self.partial if self.full is None else (self.full, *self.partial)
         self.grid_tokens = lcm(config.page_tokens, *[component.grid_tokens for component in components])
         self.step = 0
-        self.reason = "room"
+        self.reason = "room"  # why, and for which lease, evictions happen now
+        self.lease_id = 0
         self.evictions: OrderedDict[tuple, Eviction] = OrderedDict()
         self.num_evicted_pages = [0] * (2 * num)
 
@@ -169,7 +171,7 @@ class Tiers:
 
     def _remember(self, key: tuple, residency: Residency) -> None:
         evictions = self.evictions
-        evictions[key] = Eviction(residency.component.name, residency.tier, self.step, self.reason)
+        evictions[key] = Eviction(residency.component.name, residency.tier, self.step, self.reason, self.lease_id)
         if len(evictions) > MAX_EVICTIONS_REMEMBERED:
             evictions.popitem(last=False)
 

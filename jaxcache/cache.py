@@ -1,0 +1,259 @@
+"""Cache: the face. Wires core, pools, storage and runtime for one data-parallel replica; decides nothing itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxcache.components import Component
+from jaxcache.config import CacheConfig
+from jaxcache.core.explain import Explanation
+from jaxcache.core.lease import Lease
+from jaxcache.core.page_hash import Namespace
+from jaxcache.core.prefix_cache import PrefixCache
+from jaxcache.core.sequence import Sequence as TokenSequence
+from jaxcache.core.ticket import Ticket
+from jaxcache.pools.batch_tables import BatchTables
+from jaxcache.pools.device_pool import DevicePools, init_pools
+from jaxcache.pools.page_layout import page_layouts
+from jaxcache.runtime.agreement import Agreement
+from jaxcache.runtime.controller import Controller
+from jaxcache.runtime.transfer_engine import TransferEngine
+from jaxcache.storage.base import Storage
+from jaxcache.types import Match, Tier, Wait
+
+
+class Cache:
+    """A hierarchical prefix cache on a mesh with the axes cp, tp and pp.
+
+        cache = Cache(components, mesh, config, storage=FileStorage(path))
+        pools = cache.init_pools()
+        while serving:
+            pools = cache.step(pools)              once per iteration
+            lease = cache.admit(cache.sequence(tokens, namespace), num_new_tokens=chunk)
+            pools = cache.apply(pools)             required before a model step
+            logits, pools = model_step(params, pools, cache.tables([lease], max_pages), ...)
+            cache.insert(lease, num_computed)
+            cache.release(lease)
+
+    `pools` is a value, {component: {field: Array}}: whoever changes it returns the new one. Serving thread only; in a
+    fleet every process makes the same calls in the same order.
+    """
+
+    def __init__(
+        self, components: Sequence[Component], mesh: Mesh, config: CacheConfig, storage: Storage | None = None
+    ):
+        if storage is not None and not isinstance(storage, Storage):
+            raise TypeError(f"storage must be a jaxcache Storage, not {type(storage).__name__}")
+        self.config = config
+        self.mesh = mesh
+        self.layouts = page_layouts(tuple(components), mesh)
+        self.core = PrefixCache(tuple(components), config)
+        self.core.stores.attached = storage is not None and any(self._host_pages().values())
+        self.storage = storage
+        self.device_pages = {r.component.name: r.allocator.num_pages for r in self.core.tiers.device}
+        self._tables = BatchTables(self.device_pages)
+        self.engine = TransferEngine(
+            self.layouts,
+            mesh,
+            self.device_pages,
+            self._host_pages(),
+            storage=storage,
+            max_bucket=config.max_transfer_pages,
+            deadline_s=config.storage_deadline_s,
+            num_threads=config.storage_threads,
+        )
+        names = [component.name for component in self.core.components]
+        self._controller = Controller(self.core, self.engine, Agreement(mesh, names, config.max_live_transfers))
+        self._closed = False
+
+    def _host_pages(self) -> dict[str, int]:
+        return {r.component.name: r.allocator.num_pages for r in self.core.tiers.host}
+
+    def __enter__(self) -> Cache:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    # ---- pools
+
+    def init_pools(self) -> DevicePools:
+        """Zeroed device pools {component: {field: Array[num_pages, ...]}}; MemoryError if they do not fit."""
+        return init_pools(self.layouts, self.device_pages, self.mesh)
+
+    def warmup(self, pools: DevicePools) -> DevicePools:
+        """Compiles every transfer program, so that nothing compiles while serving; pools (donated) come back unchanged."""
+        self._check_pools(pools)
+        return self.engine.warmup(pools)
+
+    def _check_pools(self, pools: DevicePools) -> None:
+        wanted = {name: sorted(layout.shardings()) for name, layout in self.layouts.items()}
+        if not isinstance(pools, Mapping) or {name: sorted(fields) for name, fields in pools.items()} != wanted:
+            raise ValueError(f"pools must be what init_pools returned or a later value of it, with arrays {wanted}")
+        for name, fields in pools.items():
+            for field, array in fields.items():
+                if array.is_deleted():
+                    raise ValueError(f"stale pools: {name}.{field} was donated; pass the value that the last call returned")
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("the cache is closed")
+
+    # ---- the loop
+
+    def step(self, pools: DevicePools) -> DevicePools:
+        """Begins an iteration: takes agreed outcomes, issues the next agreement. Returns the same pools.
+
+        Raises RanksDiverged or TransferFault when serving must stop, ValueError for stale pools.
+        """
+        self._check_open()
+        self._check_pools(pools)
+        self._controller.step()
+        return pools
+
+    def apply(self, pools: DevicePools) -> DevicePools:
+        """Dispatches every planned move in plan order; pools are donated if anything is loaded. Required before a model step."""
+        self._check_open()
+        self._check_pools(pools)
+        return self._controller.apply(pools)
+
+    def tables(self, leases: Sequence[Lease | None], max_pages: int) -> dict[str, np.ndarray]:
+        """Page tables of a batch, int32[len(leases), max_pages] per component; None: an empty row.
+
+        Raises RuntimeError while a plan is unapplied, or for a lease whose first_step has not come.
+        """
+        for lease in leases:
+            if lease is not None and lease.first_step > self.core.step_number:
+                raise RuntimeError(f"{lease!r} may run from step {lease.first_step} on; this is {self.core.step_number}")
+        return self._tables.build(leases, max_pages)
+
+    @property
+    def step_number(self) -> int:
+        """How many steps have begun; compare with `Lease.first_step`."""
+        return self.core.step_number
+
+    # ---- requests
+
+    def new_namespace(self, **fields: str) -> Namespace:
+        """What tokens mean: model=, weights_version=, adapter=, tenant_salt= and any other key. The layout of pages is added.
+
+        Namespaces that differ in any field never share a page, on any tier.
+        """
+        layout = "; ".join(f"{name}: {component}" for name, component in self._layout_fields())
+        return self.core.new_namespace(**fields, page_layout=layout)
+
+    def _layout_fields(self) -> list[tuple[str, str]]:
+        components = [(component.name, repr(component)) for component in self.core.components]
+        return [("page_tokens", str(self.config.page_tokens)), *components]
+
+    def retire_namespace(self, namespace: Namespace) -> None:
+        """After new weights: everything of the old version is unreachable at once; its pages are reclaimed lazily."""
+        self.core.retire_namespace(namespace)
+
+    def sequence(self, tokens: Any, namespace: Namespace) -> TokenSequence:
+        """A request's tokens (list, numpy ints, jax array on the host), converted once; `extend` it while decoding."""
+        return self.core.sequence(tokens, namespace)
+
+    def match(self, sequence: TokenSequence, max_tokens: int | None = None) -> Match:
+        """Where a request could resume; changes nothing."""
+        return self.core.match(sequence, max_tokens)
+
+    def prefetch(self, sequence: TokenSequence) -> Ticket | None:
+        """Asks storage for what follows the match, while the request waits; None where that cannot pay."""
+        return self.core.prefetch(sequence)
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Nothing more is wanted of a prefetch."""
+        self.core.cancel(ticket)
+
+    def admit(
+        self,
+        sequence: TokenSequence,
+        num_new_tokens: int,
+        ticket: Ticket | None = None,
+        max_cached_tokens: int | None = None,
+    ) -> Lease | Wait:
+        """A Lease on the longest resumable prefix with room for the next chunk, or Wait(reason): nothing has changed."""
+        self._check_open()
+        return self.core.admit(sequence, num_new_tokens, ticket, max_cached_tokens)
+
+    def grow(self, lease: Lease, num_computed: int, num_new_tokens: int) -> bool:
+        """Room for `num_new_tokens` after `num_computed`; False: nothing has changed, somebody must be retracted."""
+        return self.core.grow(lease, num_computed, num_new_tokens)
+
+    def insert(self, lease: Lease, num_computed: int) -> None:
+        """Publishes the whole pages of what is computed (that is, of what a dispatched model step will have computed)."""
+        self.core.insert(lease, num_computed)
+
+    def release(self, lease: Lease) -> None:
+        """Gives back what the lease holds; raises ValueError the second time."""
+        self.core.release(lease)
+
+    def explain(self, sequence: TokenSequence) -> Explanation:
+        """Why a prompt is a hit or a miss: first page that differs, tier of every page, who evicted the missing one."""
+        return self.core.explain(sequence)
+
+    # ---- everything at once
+
+    def reset(self) -> None:
+        """Frees every tier's pages (storage keeps its own) and forgets what is in flight; usable afterwards."""
+        self.core.reset()
+
+    def drop_device(self) -> DevicePools:
+        """After a failed donated step: forgets the device tier, keeps host memory, returns fresh pools."""
+        self.core.drop_device()
+        self.engine.discard_load_backs()
+        return self.init_pools()
+
+    def stats(self) -> dict[str, Any]:
+        """Counters from zero: hits by tier in tokens, pages by tier and component, transfers, drops with reasons."""
+        counters = self.core.counters
+        pages = {
+            tier.name.lower(): {
+                r.component.name: {
+                    "capacity": r.allocator.num_pages,
+                    "free": r.allocator.num_free,
+                    "resident": r.num_resident,
+                    "pinned": r.num_pinned,
+                    "evicted": self.core.tiers.num_evicted_pages[r.index],
+                }
+                for r in residencies
+            }
+            for tier, residencies in ((Tier.DEVICE, self.core.tiers.device), (Tier.HOST, self.core.tiers.host))
+        }
+        return {
+            "step": self.core.step_number,
+            "requests": counters["admits"],
+            "prompt_tokens": counters["prompt_tokens"],
+            "hit_tokens": {tier.name.lower(): counters[f"{tier.name.lower()}_hit_tokens"] for tier in Tier},
+            "pages": pages,
+            "nodes": self.core.tiers.tree.num_nodes,
+            "leases": len(self.core.leases),
+            "counters": dict(sorted(counters.items())),
+            "transfers": self.engine.stats(),
+        }
+
+    def drain(self, pools: DevicePools) -> DevicePools:
+        """Steps until every transfer is over, so that all that can be stored is stored (for orderly ends and tests)."""
+        while True:
+            pools = self.apply(self.step(pools))
+            self.engine.drain()
+            if not (self.core.live_transfers() or self.core.stores.queue or self.core.admission.loading):
+                return pools
+
+    def close(self) -> None:
+        """Stops the workers; what is stored stays stored. A closed cache raises RuntimeError."""
+        if not self._closed:
+            self._closed = True
+            self.engine.close()
+
+
+def one_device_mesh() -> Mesh:
+    """A mesh of one device, for trying things out."""
+    return jax.make_mesh((1, 1, 1), ("cp", "tp", "pp"), axis_types=(jax.sharding.AxisType.Auto,) * 3)

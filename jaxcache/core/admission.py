@@ -6,7 +6,7 @@ Everything is checked before anything changes: `available = free + resident - pi
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -47,18 +47,21 @@ class Admission:
         self.loading: list[Loading] = []
         self.next_lease_id = 1
 
-    def candidates(self, sequence: Sequence, max_tokens: int | None) -> list[Prefix]:
-        """Prefixes to try, longest first, then nothing at all."""
+    def candidates(self, sequence: Sequence, max_tokens: int | None) -> Iterator[Prefix]:
+        """Prefixes to try whose load-back is worth it: longest first, in the end nothing at all."""
         tiers = self.tiers
         longest = matching.longest_prefix(tiers, sequence, max_tokens)
-        prefixes = [longest]
-        if longest.num_tokens:
-            ends = matching.resumable_ends(tiers, longest.path)[-2::-1]
-            prefixes += [Prefix(end, longest.path[: place + 1], longest.found_tokens) for place, end in ends]
-            prefixes.append(Prefix(0, [], longest.found_tokens))
-        return prefixes
+        if self._worth_loading(longest):
+            yield longest
+        if not longest.num_tokens:
+            return
+        for place, end in matching.resumable_ends(tiers, longest.path)[-2::-1]:
+            shorter = Prefix(end, longest.path[: place + 1], longest.found_tokens)
+            if self._worth_loading(shorter):
+                yield shorter
+        yield Prefix(0, [], longest.found_tokens)
 
-    def worth_loading(self, prefix: Prefix) -> bool:
+    def _worth_loading(self, prefix: Prefix) -> bool:
         """Whether its load-back is not below the threshold (nothing to load is always worth it)."""
         least = self.tiers.config.load_back_min_tokens
         if least <= self.tiers.page_tokens or not prefix.num_tokens:
@@ -66,7 +69,14 @@ class Admission:
         host_tokens = prefix.num_tokens - matching.device_tokens(self.tiers, prefix)
         return not 0 < host_tokens < least
 
-    def need(self, prefix: Prefix, num_new_tokens: int) -> Need | None:
+    def first_that_fits(self, prefixes: Iterable[Prefix], num_new_tokens: int) -> tuple[Prefix, Need] | None:
+        for prefix in prefixes:
+            need = self._need(prefix, num_new_tokens)
+            if need is not None:
+                return prefix, need
+        return None
+
+    def _need(self, prefix: Prefix, num_new_tokens: int) -> Need | None:
         """What admitting at this prefix takes; None if it does not fit. Changes nothing."""
         tiers = self.tiers
         page = tiers.page_tokens
@@ -76,18 +86,15 @@ class Admission:
         lows: list[int] = []
         for c, device in enumerate(tiers.device):
             is_point = c == tiers.point
-            low = num_tokens - 1 if is_point else tiers.required_start(c, num_tokens)
+            low = 0 if c == tiers.full else num_tokens - 1 if is_point else tiers.required_start(c, num_tokens)
             wanted = 1 if is_point else own_pages
             missing = []
             start = 0
             for node, end in path:
-                if end > low:
-                    count = 1 if is_point else (end - start) // page
+                if end > low and (node.pages[c] is None or not node.pins[c]):
+                    wanted += 1 if is_point else (end - start) // page
                     if node.pages[c] is None:
-                        wanted += count
                         missing.append(node)
-                    elif not node.pins[c]:
-                        wanted += count
                 start = end
             if wanted > device.available():
                 return None
@@ -98,29 +105,34 @@ class Admission:
     def admit(
         self, sequence: Sequence, prefix: Prefix, need: Need, num_new_tokens: int, plan_is_applied: Callable[[], bool]
     ) -> Lease:
-        """Carries out what `need` has found to fit."""
+        """Carries out what `first_that_fits` has found."""
         tiers = self.tiers
-        prefix, need = self._cut(prefix, need)
+        path = prefix.path
+        if path and path[-1][1] < path[-1][0].end:
+            prefix, need = self._cut(prefix, need)
+            path = prefix.path
         lease = Lease(self.next_lease_id, sequence, tiers, plan_is_applied)
         self.next_lease_id += 1
-        lease.num_cached_tokens = lease.num_computed = lease._published = prefix.num_tokens
-        lease._node = prefix.path[-1][0] if prefix.path else sequence.root
+        num_tokens = prefix.num_tokens
+        lease.num_cached_tokens = lease.num_computed = lease._published = num_tokens
+        lease.num_tokens = num_tokens + num_new_tokens
+        if path:
+            lease._node = path[-1][0]
         lease._node.ends_here += 1
-        lease.num_tokens = prefix.num_tokens + num_new_tokens
-        lease.first_step = max([tiers.step, *[node.ready_step for node, _ in prefix.path]])
-        self._pin(lease, prefix, need)
-        self._allocate(lease, prefix, need)
-        for node, _ in prefix.path:
+        lease.first_step = tiers.step
+        for node, _ in path:
             node.hits += 1
+            if node.ready_step > lease.first_step:
+                lease.first_step = node.ready_step
+        self._pin(lease, prefix, need)
+        self._allocate(lease, num_tokens, need)
         if tiers.partial:
             self._plan_stops(lease, prefix)
-            self.checkpoints(lease, prefix.num_tokens, lease.num_tokens)
+            self.checkpoints(lease, num_tokens, lease.num_tokens)
         return lease
 
     def _cut(self, prefix: Prefix, need: Need) -> tuple[Prefix, Need]:
         """Splits the last node at the prefix, so that nothing beyond is pinned with it."""
-        if not prefix.path or prefix.path[-1][1] == prefix.path[-1][0].end:
-            return prefix, need
         node, end = prefix.path[-1]
         front = self.tiers.split(node, end)
         loads = [[front if load is node else load for load in nodes] for nodes in need.loads]
@@ -137,19 +149,17 @@ class Admission:
                 device.pin(node)
                 top = node.end - len(node.edge) // 4
             lease._pin_tops[c] = top
-        if tiers.point is not None and prefix.num_tokens:
+        if tiers.point is not None and prefix.path:
             lease._state_node = lease._node
 
-    def _allocate(self, lease: Lease, prefix: Prefix, need: Need) -> None:
+    def _allocate(self, lease: Lease, num_tokens: int, need: Need) -> None:
         """Makes room, puts loaded nodes on the device, and builds the tables."""
         tiers = self.tiers
-        page = tiers.page_tokens
-        own_pages = -(-lease.num_tokens // page) - prefix.num_tokens // page
+        own_pages = -(-lease.num_tokens // tiers.page_tokens) - num_tokens // tiers.page_tokens
         sources = self._hold_sources(need)
         moves = []
         for c, device in enumerate(tiers.device):
-            own = 1 if c == tiers.point else own_pages
-            wanted = own
+            wanted = own = 1 if c == tiers.point else own_pages
             for node in need.loads[c]:
                 pages = node.pages[tiers.host[c].index]
                 assert pages is not None, f"I6: {node=} is neither on the device nor in host memory"
@@ -159,8 +169,8 @@ class Admission:
             if need.loads[c]:
                 moves.append(self._load(c, need.loads[c]))
             self._build_table(lease, c, need.lows[c], device.allocator.allocate(own))
-        tiers.let_go(sources)
         if moves:
+            tiers.let_go(sources)
             self._plan_load(lease, need, tuple(moves))
 
     def _hold_sources(self, need: Need) -> list[Hold]:
@@ -217,8 +227,9 @@ class Admission:
             assert cached is not None, f"{node=} is not on the device"
             pages.append(cached)
             node = node.parent
-        absent = np.full(node.end // tiers.page_tokens, tiers.device[c].allocator.num_pages, np.int32)
-        lease._tables[c] = read_only(np.concatenate([absent, *reversed(pages)]))
+        if node.end:
+            pages.append(np.full(node.end // tiers.page_tokens, tiers.device[c].allocator.num_pages, np.int32))
+        lease._tables[c] = read_only(np.concatenate(pages[::-1]) if len(pages) > 1 else own)
 
     # ---- checkpoints of states
 

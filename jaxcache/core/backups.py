@@ -40,7 +40,7 @@ class Backups:
         self.planner = planner
         self.stores = stores
         self.counters = counters
-        self.policy = tiers.config.write_policy
+        self.policy = tiers.config.write_policy if tiers.has_host else WritePolicy.NONE
 
     def after_insert(self, node: Node, old_end: int) -> None:
         """Backs up what is new on the path of `node`, and what could not be backed up before, top first."""

@@ -75,7 +75,7 @@ def explain(tiers: Tiers, sequence: Sequence) -> Explanation:
         found,
         found // page if missing else None,
         tuple(_tiers(tiers, path)),
-        tiers.evictions.get((node.id, first_page)) if missing else None,
+        tiers.eviction((node.id, first_page)) if missing else None,
         tuple(_lost(tiers, path)),
         _other_namespace(tiers, sequence) if missing and not found else (),
     )
@@ -97,7 +97,7 @@ def _tiers(tiers: Tiers, path: list[tuple[Node, int]]):
 def _lost(tiers: Tiers, path: list[tuple[Node, int]]):
     for node, end in path:
         for residency in tiers.residencies:
-            eviction = tiers.evictions.get((node.id, residency.index))
+            eviction = tiers.eviction((node.id, residency.index))
             if eviction is not None and node.pages[residency.index] is None:
                 yield Span(node.start, end), eviction
 

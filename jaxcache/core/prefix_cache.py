@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -139,15 +140,17 @@ class PrefixCache:
         running = ticket is not None and not ticket.done and not ticket.cancelled
         if running and self.config.prefetch_policy is PrefetchPolicy.WAIT_COMPLETE:
             return self._wait("prefetch")
-        candidates = self._candidates(sequence, max_cached_tokens)
-        idle = not (self.leases or self.admission.loading or self.prefetches.live or self.stores.live)
-        chosen = self._first_that_fits(candidates if idle else candidates[:1], num_new_tokens)
+        prefixes = self.admission.candidates(sequence, max_cached_tokens)
+        if self._busy():
+            prefixes = islice(prefixes, 1)
+        chosen = self.admission.first_that_fits(prefixes, num_new_tokens)
         if chosen is None:
             return self._wait("no room")
         if running:
             assert ticket is not None
             self._take_what_came(ticket)
-            chosen = self._first_that_fits(self._candidates(sequence, max_cached_tokens), num_new_tokens)
+            prefixes = self.admission.candidates(sequence, max_cached_tokens)
+            chosen = self.admission.first_that_fits(prefixes, num_new_tokens)
             assert chosen is not None, "accepting a prefetch takes host memory only: what fitted before still fits"
         return self._admit(sequence, *chosen, num_new_tokens, ticket)
 
@@ -155,16 +158,9 @@ class PrefixCache:
         self.counters["waits"] += 1
         return Wait(reason)
 
-    def _candidates(self, sequence: Sequence, max_tokens: int | None) -> list[Prefix]:
-        candidates = self.admission.candidates(sequence, max_tokens)
-        return [prefix for prefix in candidates if self.admission.worth_loading(prefix)]
-
-    def _first_that_fits(self, candidates: list[Prefix], num_new_tokens: int) -> tuple[Prefix, Need] | None:
-        for prefix in candidates:
-            need = self.admission.need(prefix, num_new_tokens)
-            if need is not None:
-                return prefix, need
-        return None
+    def _busy(self) -> bool:
+        """Whether anything runs whose end could make room."""
+        return bool(self.leases or self.admission.loading or self.prefetches.live or self.stores.live)
 
     def _take_what_came(self, ticket: Ticket) -> None:
         """best_effort: what is agreed so far becomes the tree's, and nothing more is wanted."""

@@ -81,23 +81,33 @@ class Publishing:
         end = num_computed // page * page
         at, node = lease._published, lease._node
         if at < end:
-            tables = [None if table is None else table.copy() for table in lease._tables]
             lives = [(c, self.live_start(c, num_computed)) for c in tiers.suffixes]
+            fresh: dict[int, PageIds] = {}
             while at < end:
-                child = self._child(lease, node, at, end, tables, lives)
+                child = self._child(lease, node, at, end, lives)
                 if child is None:
                     break
                 if tiers.full is not None:
-                    self._publish_full(child, tables[tiers.full], at)
+                    self._publish_full(lease, child, at, fresh)
                 for c, live in lives:
-                    self._publish_window(lease, child, c, tables[c], at, live)
+                    self._publish_window(lease, child, c, at, live, fresh)
                 at, node = child.end, child
-            lease._tables = [None if table is None else read_only(table) for table in tables]
+            for c, table in fresh.items():
+                lease._tables[c] = read_only(table)
             self._move_end(lease, node, at)
         for position in [position for position in lease.checkpoints if position <= min(at, num_computed)]:
             self._publish_state(lease, position, lease.checkpoints.pop(position))
 
-    def _child(self, lease: Lease, node: Node, at: int, end: int, tables, lives) -> Node | None:
+    @staticmethod
+    def _replace(lease: Lease, c: int, fresh: dict[int, PageIds], pages: slice, page_ids: PageIds) -> None:
+        """Writes the tree's ids into a new table; the old one was handed out."""
+        if c not in fresh:
+            table = lease._tables[c]
+            assert table is not None
+            fresh[c] = table.copy()
+        fresh[c][pages] = page_ids
+
+    def _child(self, lease: Lease, node: Node, at: int, end: int, lives) -> Node | None:
         """The node that holds the sequence's next pages from `at` on: found, cut to what agrees, or new.
 
         None if it is being loaded back: its pages cannot replace the lease's own yet.
@@ -112,7 +122,7 @@ class Publishing:
             if tiers.config.evict_output_first and at < prompt_end < end:
                 stops.append(prompt_end)
             stop = min(stops, default=end)
-            child = tree.add(node, bytes(data[at * 4 : stop * 4]), stop)
+            child = tree.add(node, bytes(memoryview(data)[at * 4 : stop * 4]), stop)
             child.is_output = tiers.config.evict_output_first and at >= prompt_end
             return child
         if child.ready_step > tiers.step:
@@ -130,40 +140,44 @@ class Publishing:
             child.is_output = False
         return child
 
-    def _publish_full(self, child: Node, table: PageIds | None, at: int) -> None:
-        """Replaces duplicates by the tree's pages, or gives the tree ours, and pins."""
+    def _publish_full(self, lease: Lease, child: Node, at: int, fresh: dict[int, PageIds]) -> None:
+        """Gives the tree our pages, or, where it has its own, frees ours as duplicates; and pins."""
         tiers = self.tiers
-        assert tiers.full is not None and table is not None
-        device = tiers.device[tiers.full]
-        page = tiers.page_tokens
-        mine = table[at // page : child.end // page]
-        theirs = child.pages[device.index]
+        c = tiers.full
+        assert c is not None
+        device, table = tiers.device[c], lease._tables[c]
+        assert table is not None
+        pages = slice(at // tiers.page_tokens, child.end // tiers.page_tokens)
+        theirs = child.pages[c]
         device.pin(child)
         if theirs is None:
-            tiers.put(device, child, mine.copy())
+            tiers.put(device, child, table[pages].copy())
         else:
-            device.allocator.free(mine)
-            mine[:] = theirs
+            device.allocator.free(table[pages])
+            self._replace(lease, c, fresh, pages, theirs)
             self.counters["duplicate_pages"] += len(theirs)
 
-    def _publish_window(self, lease: Lease, child: Node, c: int, table: PageIds | None, at: int, live: int) -> None:
-        tiers = self.tiers
-        assert table is not None
+    def _publish_window(
+        self, lease: Lease, child: Node, c: int, at: int, live: int, fresh: dict[int, PageIds]
+    ) -> None:
+        """The same for a window, of which only the live part is kept."""
         if child.end <= live:
             lease._pin_tops[c] = child.end
             return
-        device = tiers.device[c]
-        page = tiers.page_tokens
-        mine = table[at // page : child.end // page]
+        tiers = self.tiers
+        device, table = tiers.device[c], lease._tables[c]
+        assert table is not None
+        pages = slice(at // tiers.page_tokens, child.end // tiers.page_tokens)
+        mine = table[pages]
         here = mine[mine != device.allocator.num_pages]
-        theirs = child.pages[device.index]
+        theirs = child.pages[c]
         device.pin(child)
         if theirs is None:
             assert len(here) == len(mine), f"window hole in {child=}: {mine=}"
             tiers.put(device, child, mine.copy())
         else:
             device.allocator.free(here)
-            mine[:] = theirs
+            self._replace(lease, c, fresh, pages, theirs)
 
     def _move_end(self, lease: Lease, node: Node, at: int) -> None:
         if node is not lease._node:
@@ -228,12 +242,15 @@ class Publishing:
             table = lease._tables[c]
             assert table is not None
             own = table[lease._published // tiers.page_tokens :]
-            device.allocator.free(own[own != device.allocator.num_pages])
+            if c != tiers.full:
+                own = own[own != device.allocator.num_pages]
+            if len(own):
+                device.allocator.free(own)
             tiers.unpin_up(device, lease._node, lease._pin_tops[c])
         lease._node.ends_here -= 1
         if tiers.full is None:
             tiers.prune(lease._node)
-        else:
+        elif tiers.has_host:
             self._touch_host(lease._node)
 
     def _touch_host(self, node: Node) -> None:

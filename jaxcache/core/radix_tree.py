@@ -210,6 +210,19 @@ class RadixTree:
         self.num_nodes += 1
         return prefix
 
+    def shorten(self, node: Node, num_pages: int) -> bytes:
+        """Cuts off what follows the first pages of a childless node; returns the first page of that."""
+        assert not node.children, f"{node=} has children"
+        cut = num_pages * self.page_bytes
+        edge = memoryview(node.edge)
+        lost = bytes(edge[cut : cut + self.page_bytes])
+        node.end -= (len(edge) - cut) // 4
+        node.edge = edge[:cut]
+        if node.keys is not None:
+            node.keys = node.keys[:num_pages]
+        self.version += 1
+        return lost
+
     def remove(self, node: Node) -> None:
         """Takes a childless node out; from then on its parent is None."""
         assert not node.children and not node.ends_here, f"{node=} has children or a lease"

@@ -48,6 +48,14 @@ class Residency(ABC):
     def take(self, node: Node) -> PageIds:
         """Removes an unpinned entry; its pages belong to the caller."""
 
+    def shorten(self, node: Node, num_pages: int) -> PageIds:
+        """Keeps the first pages of an unpinned entry, in its place in the order; the others belong to the caller."""
+        pages = node.pages[self.index]
+        assert pages is not None and not node.pins[self.index], f"I3: {node=}"
+        node.pages[self.index] = pages[:num_pages]
+        self.num_resident -= len(pages) - num_pages
+        return pages[num_pages:]
+
     @abstractmethod
     def split(self, node: Node, prefix: Node, num_pages: int) -> None:
         """Shares an entry and its pins between a node and its new prefix of `num_pages` pages."""

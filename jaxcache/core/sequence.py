@@ -39,7 +39,7 @@ class Sequence:
     def __init__(self, namespace: page_hash.Namespace, root: Node, tokens: Any, page_tokens: int):
         self.namespace = namespace
         self.root = root
-        self.data = bytearray(token_bytes(tokens))
+        self.data = token_bytes(tokens)
         self.num_tokens = self.prompt_tokens = len(self.data) // 4
         if not self.num_tokens:
             raise ValueError("a sequence needs at least one token")
@@ -71,7 +71,7 @@ class Sequence:
         return self.keys[:num_pages]
 
 
-def token_bytes(tokens: Any) -> bytes:
+def token_bytes(tokens: Any) -> bytearray:
     """Token ids as int32 bytes. Raises TypeError for what is not a flat row of ints, ValueError for an id out of range."""
     if isinstance(tokens, (list, tuple)):
         try:
@@ -83,15 +83,16 @@ def token_bytes(tokens: Any) -> bytes:
         values = np.frombuffer(ids, np.int32) if len(ids) > 64 else ids
         if len(ids) and (values.min() if isinstance(values, np.ndarray) else min(values)) < 0:
             raise ValueError(f"token ids must be in [0, {INT32_MAX}], not {_out_of_range(tokens)}")
-        return ids.tobytes()
+        return bytearray(ids)
     values = np.asarray(tokens)
     if values.ndim != 1 or values.dtype.kind not in "iu":
         raise TypeError(
             f"token ids must be a flat row of ints, not {type(tokens).__name__} {values.shape} {values.dtype}"
         )
-    if values.size and (values.min() < 0 or values.max() > INT32_MAX):
+    unsigned = values.view(np.uint32) if values.dtype == np.int32 else values  # a negative id is a large unsigned one
+    if values.size and (unsigned.max() > INT32_MAX or (unsigned is values and values.min() < 0)):
         raise ValueError(f"token ids must be in [0, {INT32_MAX}], not {_out_of_range(values.tolist())}")
-    return values.astype(np.int32).tobytes()
+    return bytearray(np.ascontiguousarray(values, np.int32))
 
 
 def _out_of_range(tokens) -> int:

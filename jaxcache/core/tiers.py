@@ -60,17 +60,19 @@ class Tiers:
                 index = c + tier * num
                 residencies.append(RESIDENCIES[component.reach](component, tier, index, count, order))
         self.residencies = [*self.device, *self.host]
+        self.has_host = any(host.allocator.num_pages for host in self.host)
         reaches = [component.reach for component in components]
         self.full = reaches.index(Reach.PREFIX) if Reach.PREFIX in reaches else None
         self.point = reaches.index(Reach.POINT) if Reach.POINT in reaches else None
         self.suffixes = tuple(c for c, reach in enumerate(reaches) if reach is Reach.SUFFIX)
         self.partial = tuple(c for c, reach in enumerate(reaches) if reach is not Reach.PREFIX)
         self.top_first = self.partial if self.full is None else (self.full, *self.partial)
+        self.partial_residencies = [r for r in self.residencies if r.component.reach is not Reach.PREFIX]
         self.grid_tokens = lcm(config.page_tokens, *[component.grid_tokens for component in components])
         self.step = 0
         self.reason = "room"  # why, and for which lease, evictions happen now
         self.lease_id = 0
-        self.evictions: OrderedDict[tuple, Eviction] = OrderedDict()
+        self.evictions: OrderedDict[tuple, tuple[Residency, int, str, int]] = OrderedDict()
         self.num_evicted_pages = [0] * (2 * num)
 
     # ---- what must be there
@@ -137,11 +139,13 @@ class Tiers:
         residency.allocator.free(page_ids)
         self.num_evicted_pages[residency.index] += len(page_ids)
         self.tree.version += 1
-        self._remember((node.id, residency.index), residency)
         if self.full is None:
+            self._remember((node.id, residency.index), residency)
             self.prune(node)
-        elif not self.resident(self.full, node):
-            for other in self.residencies:
+        elif self.resident(self.full, node):
+            self._remember((node.id, residency.index), residency)
+        else:
+            for other in self.partial_residencies:
                 if node.pages[other.index] is not None:
                     other.allocator.free(other.take(node))
             self._remove(node, residency)
@@ -171,9 +175,16 @@ class Tiers:
 
     def _remember(self, key: tuple, residency: Residency) -> None:
         evictions = self.evictions
-        evictions[key] = Eviction(residency.component.name, residency.tier, self.step, self.reason, self.lease_id)
+        evictions[key] = (residency, self.step, self.reason, self.lease_id)
         if len(evictions) > MAX_EVICTIONS_REMEMBERED:
             evictions.popitem(last=False)
+
+    def eviction(self, key: tuple) -> Eviction | None:
+        """What is remembered about an entry (node id, residency index) or a node (parent's id, first page)."""
+        if key not in self.evictions:
+            return None
+        residency, step, reason, lease = self.evictions[key]
+        return Eviction(residency.component.name, residency.tier, step, reason, lease)
 
     # ---- room
 
@@ -184,8 +195,27 @@ class Tiers:
             victim = self.victim(residency, protect)
             if victim is None:
                 return False
-            self.drop(residency, self.trim(residency, victim, num_pages - allocator.num_free))
+            pages = victim.pages[residency.index]
+            assert pages is not None
+            surplus = len(pages) - (num_pages - allocator.num_free)
+            if surplus > 0 and self._alone(residency, victim):
+                self._shorten(residency, victim, surplus)
+            else:
+                self.drop(residency, self.trim(residency, victim, num_pages - allocator.num_free))
         return True
+
+    def _alone(self, residency: Residency, node: Node) -> bool:
+        """Whether a childless node holds nothing but this full-attention entry."""
+        if residency.component.reach is not Reach.PREFIX or node.children:
+            return False
+        return sum(pages is not None for pages in node.pages) == 1
+
+    def _shorten(self, residency: Residency, node: Node, num_pages: int) -> None:
+        """Trims a node that is alone in place, which makes no node only to remove it."""
+        page_ids = residency.shorten(node, num_pages)
+        residency.allocator.free(page_ids)
+        self.num_evicted_pages[residency.index] += len(page_ids)
+        self._remember((node.id, self.tree.shorten(node, num_pages)), residency)
 
     def victim(self, residency: Residency, protect: Node | None = None) -> Node | None:
         for node in residency.order:

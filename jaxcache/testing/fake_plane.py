@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from typing import NamedTuple
 
+from jaxcache.core.lease import Lease
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.core.sequence import Sequence
 from jaxcache.types import Move, Outcome, Transfer, TransferKind
@@ -167,6 +168,33 @@ class FakePlane:
         return Outcome(over, over, {move.component: io.leading(move.component) for move in io.transfer.moves})
 
     # ---- the model's side
+
+    def model_step(self, lease: Lease, begin: int, end: int) -> None:
+        """Computes tokens [begin, end) of a lease: reads everything that resuming needs, writes the chunk."""
+        core, sequence = self.core, lease.sequence
+        page = core.config.page_tokens
+        for c, component in enumerate(core.components):
+            name = component.name
+            if c == core.tiers.point:
+                self._state_step(name, lease, begin, end)
+                continue
+            table = lease.page_tables[name].tolist()
+            for i in range(core.tiers.required_start(c, begin) // page, -(-begin // page)):
+                self.read(name, table[i], content(name, sequence, min(begin, (i + 1) * page)))
+            for i in range(begin // page, -(-end // page)):
+                self.write(name, table[i], content(name, sequence, min(end, (i + 1) * page)))
+
+    def _state_step(self, name: str, lease: Lease, begin: int, end: int) -> None:
+        sequence = lease.sequence
+        assert lease.write_slot is not None
+        if begin:
+            first = begin == lease.num_cached_tokens
+            slot = lease.read_slot if first else lease.write_slot
+            assert slot is not None
+            self.read(name, slot, content(name, sequence, begin))
+        self.write(name, lease.write_slot, content(name, sequence, end))
+        if end in lease.checkpoints:
+            self.write(name, lease.checkpoints[end], content(name, sequence, end))
 
     def read(self, component: str, page_id: int, expected: Content) -> None:
         found = self.device[component].get(page_id)

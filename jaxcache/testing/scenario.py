@@ -48,6 +48,7 @@ class Scenario:
         self.finished: list[tuple[int, list[int]]] = []
         self.published: dict[Content, None] = {}
         self.previous: dict[int, Outcome] = {}
+        self.weights_version = 0
         self.vocabulary = self.random.choice([2, 3, 50])
 
     @property
@@ -78,9 +79,34 @@ class Scenario:
 
     def namespace(self, index: int) -> list[Namespace]:
         while len(self.namespaces) <= index:
-            salt = str(len(self.namespaces))
-            self.namespaces.append([core.new_namespace(model="fake", salt=salt) for core in self.cores])
+            self.namespaces.append(self._new_namespace(len(self.namespaces)))
         return self.namespaces[index]
+
+    def _new_namespace(self, index: int) -> list[Namespace]:
+        fields = {"model": "fake", "salt": str(index), "weights_version": str(self.weights_version)}
+        return [core.new_namespace(**fields) for core in self.cores]
+
+    def retire(self, index: int) -> None:
+        """New weights: nothing of the old namespace may be found from now on; who waits or runs in it goes on."""
+        for core, namespace in zip(self.cores, self.namespace(index), strict=True):
+            core.retire_namespace(namespace)
+        self.weights_version += 1
+        self.namespaces[index] = self._new_namespace(index)
+
+    # ---- everything at once
+
+    def reset(self) -> None:
+        for request in list(self.running):
+            self.finish(request)
+        for core in self.cores:
+            core.reset()
+
+    def drop_device(self) -> None:
+        for request in list(self.running):
+            self.finish(request)
+        for core, plane in zip(self.cores, self.planes, strict=True):
+            core.drop_device()
+            plane.lose_device()
 
     def arrive(self, max_tokens: int) -> None:
         """A new prompt: often a branch of an earlier conversation, inside its prompt or its generated text."""
@@ -151,8 +177,8 @@ class Scenario:
         stop = lease.next_stop
         end = min(len(request.tokens), lease.num_tokens, stop if stop is not None else lease.num_tokens)
         if end > begin:
-            for rank in range(len(self.cores)):
-                self._model_step(rank, request, begin, end)
+            for plane, each in zip(self.planes, request.leases, strict=True):
+                plane.model_step(each, begin, end)
             request.num_computed = end
         finished = end == len(request.tokens) and not request.num_output
         if self.random.random() < 0.6 or finished or end == stop:
@@ -177,32 +203,6 @@ class Scenario:
         if not all([core.grow(lease, request.num_computed, room) for core, lease in pairs]):
             self.finish(request)  # retracted
 
-    def _model_step(self, rank: int, request: Request, begin: int, end: int) -> None:
-        core, plane, lease = self.cores[rank], self.planes[rank], request.leases[rank]
-        sequence = request.sequences[rank]
-        page = core.config.page_tokens
-        for c, component in enumerate(core.components):
-            name = component.name
-            if c == core.tiers.point:
-                self._state_step(plane, name, lease, sequence, begin, end)
-                continue
-            table = lease.page_tables[name].tolist()
-            for i in range(core.tiers.required_start(c, begin) // page, -(-begin // page)):
-                plane.read(name, table[i], content(name, sequence, min(begin, (i + 1) * page)))
-            for i in range(begin // page, -(-end // page)):
-                plane.write(name, table[i], content(name, sequence, min(end, (i + 1) * page)))
-
-    def _state_step(self, plane: FakePlane, name: str, lease: Lease, sequence: Sequence, begin: int, end: int) -> None:
-        assert lease.write_slot is not None
-        if begin:
-            first = begin == lease.num_cached_tokens
-            slot = lease.read_slot if first else lease.write_slot
-            assert slot is not None
-            plane.read(name, slot, content(name, sequence, begin))
-        plane.write(name, lease.write_slot, content(name, sequence, end))
-        if end in lease.checkpoints:
-            plane.write(name, lease.checkpoints[end], content(name, sequence, end))
-
     def insert(self, request: Request) -> None:
         for core, lease in zip(self.cores, request.leases, strict=True):
             core.insert(lease, request.num_computed)
@@ -216,8 +216,9 @@ class Scenario:
         core, lease = self.core, request.leases[0]
         page = core.config.page_tokens
         whole = request.num_computed // page * page
-        if core.tiers.point is None and lease._published == whole and core.config.caching:
-            again = core.sequence([*request.tokens, 0], request.sequences[0].namespace)
+        namespace = lease.sequence.namespace
+        if core.tiers.point is None and lease._published == whole and core.config.caching and not namespace.retired:
+            again = core.sequence([*request.tokens, 0], namespace)
             assert core.match(again).num_tokens >= whole, f"A4: not resumable at {whole}"
 
     def finish(self, request: Request) -> None:

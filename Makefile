@@ -1,0 +1,73 @@
+# `make` lists the targets. Nothing but Python >= 3.11 and make is needed; `make setup` fetches the rest into .venv.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.stamp
+
+# Another Python for `make gpu`, such as one that already has a jax for GPUs: make gpu GPU_PYTHON=python3
+GPU_PYTHON ?= $(BIN)/python
+
+GOLDENS_PYTHON := python3.11
+GOLDENS_VENV   := .goldens-venv
+GOLDENS_STAMP  := $(GOLDENS_VENV)/.stamp
+GOLDENS_PINS   := torch==2.13.0 transformers==5.23.0 safetensors accelerate
+GOLDENS        := qwen3 qwen3_moe
+SEED           ?= 0
+
+# Added to the command of demo, test, test-all, bench and gpu: make test ARGS="tests/core --seed 7"
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all lint bench gpu goldens clean
+
+help: ## print this list
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+setup: ## make .venv with everything in it; does nothing when pyproject.toml and constraints.txt are unchanged
+	@cksum pyproject.toml constraints.txt | cmp -s - $(STAMP) 2>/dev/null || { set -e; \
+	  $(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and "$(PYTHON) is Python " + v + ": 3.11 or newer is needed")'; \
+	  test -e $(STAMP) || $(PYTHON) -m venv --clear $(VENV); \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'; \
+	  cksum pyproject.toml constraints.txt > $(STAMP); \
+	  echo "$(VENV) is ready"; }
+
+demo: setup ## serve a small model with the cache on and print what it saved
+	@mkdir -p build
+	$(BIN)/python -m models.serve --json build/demo.json $(ARGS)
+
+test: setup ## the quick tests, on eight CPU devices
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+
+test-all: setup ## all tests but those that need a GPU, and the core's again under another hash seed
+	PYTHONHASHSEED=0 $(BIN)/python -m pytest -m "not gpu" $(ARGS)
+	PYTHONHASHSEED=12345 $(BIN)/python -m pytest -m "not gpu" tests/core
+
+lint: setup ## formatting, lint and types
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/pyright
+
+bench: setup ## the benchmarks; writes build/bench.json
+	@mkdir -p build
+	$(BIN)/python -m benchmarks --json build/bench.json $(ARGS)
+
+gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),setup) ## the GPU tests and the benchmarks, on the GPUs of this host; writes build/bench-gpu.json
+	@mkdir -p build
+	$(GPU_PYTHON) -m jaxcache doctor --platform gpu
+	$(GPU_PYTHON) -m pytest -m gpu --devices gpu $(ARGS)
+	$(GPU_PYTHON) -m benchmarks --json build/bench-gpu.json
+
+$(GOLDENS_STAMP): Makefile
+	$(GOLDENS_PYTHON) -m venv --clear $(GOLDENS_VENV)
+	$(GOLDENS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(GOLDENS_PINS)
+	touch $@
+
+goldens: setup $(GOLDENS_STAMP) ## make tests/goldens again from the reference implementations (needs python3.11)
+	for model in $(GOLDENS); do \
+	  $(GOLDENS_VENV)/bin/python models/make_goldens.py --model $$model --seed $(SEED) --out tests/goldens/$$model || exit 1; \
+	done
+
+clean: ## remove what the other targets made, except the virtual environments
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis .benchmarks *.egg-info
+	find . -name __pycache__ -type d -not -path './.*' -prune -exec rm -rf {} +

@@ -1,0 +1,132 @@
+"""Times the core's operations as ratios to floors measured in the same run: python -m benchmarks.core.
+
+A floor is what the operation cannot beat in Python: one `startswith` over the prompt, or the same requests served by
+the stripped tree of reference_tree.py. Medians; the noise is the distance between the quartiles.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.reference_tree import ReferenceTree
+from jaxcache.components import FullAttention
+from jaxcache.config import CacheConfig
+from jaxcache.core.prefix_cache import PrefixCache
+from jaxcache.testing.traces import read_trace
+from jaxcache.types import Wait
+
+TRACE = Path(__file__).parent / "traces" / "conversation.jsonl.gz"
+PAGE_TOKENS = 16
+PROMPT_TOKENS = 128 * 1024
+
+
+def microseconds(function: Callable[[], object], repeats: int) -> tuple[float, float]:
+    """(median, distance between the quartiles)."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter_ns()
+        function()
+        times.append((time.perf_counter_ns() - start) / 1000)
+    quartiles = statistics.quantiles(times, n=4)
+    return quartiles[1], quartiles[2] - quartiles[0]
+
+
+def new_core(num_pages: int) -> PrefixCache:
+    return PrefixCache((FullAttention("full", ()),), CacheConfig(page_tokens=PAGE_TOKENS, device_pages=num_pages))
+
+
+def serve(core: PrefixCache, namespace, tokens: np.ndarray) -> int:
+    """One request, prompt only: match, admit, insert, release. Returns the cached tokens."""
+    sequence = core.sequence(tokens, namespace)
+    cached = core.match(sequence).num_tokens
+    lease = core.admit(sequence, len(tokens) - cached)
+    assert not isinstance(lease, Wait)
+    core.insert(lease, len(tokens))
+    core.release(lease)
+    return lease.num_cached_tokens
+
+
+def match_long_prompt() -> dict:
+    """Matching a cached prompt of 128k tokens, against one comparison of the same bytes."""
+    core = new_core(PROMPT_TOKENS // PAGE_TOKENS + 8)
+    namespace = core.new_namespace(model="bench")
+    tokens = np.random.default_rng(0).integers(0, 2**31 - 1, PROMPT_TOKENS + 1).astype(np.int32)
+    serve(core, namespace, tokens)
+    data, edge = bytearray(tokens.tobytes()), tokens.tobytes()[: PROMPT_TOKENS * 4]
+    sequences = [core.sequence(tokens, namespace) for _ in range(50)]
+    floor, floor_noise = microseconds(lambda: data.startswith(edge), 200)
+    queue = iter(sequences)
+    match, noise = microseconds(lambda: core.match(next(queue)), len(sequences))
+    rematch, rematch_noise = microseconds(lambda: core.match(sequences[0]), 200)
+    return {
+        "match_128k_us": match,
+        "match_128k_noise_us": noise,
+        "startswith_128k_us": floor,
+        "startswith_noise_us": floor_noise,
+        "match_128k_ratio": match / floor,
+        "rematch_us": rematch,
+        "rematch_noise_us": rematch_noise,
+    }
+
+
+def evict_one() -> dict:
+    """Admitting a page into a full cache of 100,000 nodes: what the eviction adds to a fresh cache's admit."""
+    num_nodes = 100_000
+    core = new_core(num_nodes)
+    namespace = core.new_namespace(model="bench")
+    page = np.arange(PAGE_TOKENS, dtype=np.int32)
+    for i in range(num_nodes):
+        page[0] = i
+        serve(core, namespace, page)
+    device = core.tiers.device[0]
+    assert core.tiers.tree.num_nodes == num_nodes and not device.allocator.num_free
+    wanted = iter(range(1, 2001))
+    evict, noise = microseconds(lambda: core.tiers.make_room(device, next(wanted)), 2000)
+    return {"evict_one_us": evict, "evict_one_noise_us": noise, "evict_one_nodes": num_nodes}
+
+
+def replay() -> dict:
+    """The whole bundled trace, 16 tokens a block, through the core and through the stripped tree, turn by turn."""
+    prompts = [request.prompt(PAGE_TOKENS, 50_000) for request in read_trace(TRACE)]
+    num_pages = 65_536 // PAGE_TOKENS
+    ratios, core_rates, reference_rates = [], [], []
+    for _ in range(3):
+        core = new_core(num_pages)
+        namespace = core.new_namespace(model="bench")
+        seconds, core_found = cpu_seconds(lambda: [serve(core, namespace, tokens) for tokens in prompts])  # noqa: B023
+        tree = ReferenceTree(PAGE_TOKENS, num_pages)
+        floor, found = cpu_seconds(lambda: [tree.serve(tokens.tobytes()) // 4 for tokens in prompts])  # noqa: B023
+        core_rates.append(len(prompts) / seconds)
+        reference_rates.append(len(prompts) / floor)
+        ratios.append(floor / seconds)
+    return {
+        "replay_requests": len(prompts),
+        "replay_requests_per_cpu_s": statistics.median(core_rates),
+        "reference_requests_per_cpu_s": statistics.median(reference_rates),
+        "replay_ratio": statistics.median(ratios),
+        "replay_ratio_noise": max(ratios) - min(ratios),
+        "replay_hit_rate": sum(core_found) / sum(map(len, prompts)),
+        "reference_hit_rate": sum(found) / sum(map(len, prompts)),
+    }
+
+
+def cpu_seconds(function: Callable[[], list[int]]) -> tuple[float, list[int]]:
+    gc.collect()
+    start = time.process_time()
+    result = function()
+    return time.process_time() - start, result
+
+
+def run() -> dict:
+    return {**match_long_prompt(), **evict_one(), **replay()}
+
+
+if __name__ == "__main__":
+    for name, value in run().items():
+        print(f"{name:32} {value:12.3f}")

@@ -1,0 +1,192 @@
+"""python -m jaxcache doctor: what this machine offers the cache, one line each.
+
+    ok    mesh     cp2 x tp2 x pp2 on 8 of 8 devices
+    FAIL  storage  /mnt/cache: Permission denied
+    warn  flax     missing: pip install 'jaxcache[models]'
+
+The exit code is 1 if something that was asked for is missing, else 0; a warning never counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+HELP = "say what this machine offers the cache, and why something asked for is missing"
+MESH_AXES = ("cp", "tp", "pp")
+REQUIRED = ("jax", "jaxlib", "numpy", "ml_dtypes", "xxhash")
+OPTIONAL = {
+    "flax": "models",
+    "safetensors": "models",
+    "matplotlib": "models",
+    "rich": "cli",
+    "prometheus-client": "metrics",
+    "orbax-checkpoint": "snapshot",
+}
+PINNED_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
+PROBE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line. status: "ok", "warn" (works, but less than it could) or "FAIL" (asked for, and missing)."""
+
+    check: str
+    status: str
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.status:<5} {self.check:<18} {self.detail}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--mesh", type=mesh_shape, metavar="cp,tp,pp", help="can this mesh be built?")
+    parser.add_argument("--storage", metavar="PATH", help="can the file engine work in this folder?")
+    parser.add_argument("--platform", choices=("cpu", "gpu"), help="are there devices of this kind?")
+    parser.add_argument(
+        "--json", metavar="FILE", help="also write the findings to FILE; - writes them instead of lines"
+    )
+
+
+def mesh_shape(text: str) -> tuple[int, int, int]:
+    """Parses "2,2,1"."""
+    sizes = text.split(",")
+    if len(sizes) != len(MESH_AXES) or not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise argparse.ArgumentTypeError(f"{text!r} is not three positive numbers cp,tp,pp, such as 2,2,1")
+    cp, tp, pp = map(int, sizes)
+    return cp, tp, pp
+
+
+def run(args: argparse.Namespace) -> int:
+    findings = [*versions(), *device_findings(args.platform, args.mesh)]
+    if args.storage is not None:
+        findings.append(probe_storage(Path(args.storage).absolute()))
+    failed = [finding for finding in findings if finding.status == "FAIL"]
+    report = json.dumps({"ok": not failed, "findings": [asdict(finding) for finding in findings]}, indent=2)
+    if args.json == "-":
+        print(report)
+    else:
+        print(*findings, sep="\n")
+        if args.json is not None:
+            Path(args.json).write_text(report + "\n")
+    for finding in failed:
+        print(f"doctor: {finding.check}: {finding.detail}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def versions() -> Iterator[Finding]:
+    yield Finding("python", "ok", sys.version.split()[0])
+    for package in REQUIRED:
+        version = installed(package)
+        yield Finding(package, "ok" if version else "FAIL", version or "missing: pip install jaxcache")
+    for package, extra in OPTIONAL.items():
+        version = installed(package)
+        yield Finding(package, "ok" if version else "warn", version or f"missing: pip install 'jaxcache[{extra}]'")
+
+
+def installed(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def device_findings(platform: str | None, shape: tuple[int, int, int] | None) -> Iterator[Finding]:
+    try:
+        import jax
+
+        devices = jax.devices(platform)
+    except (ImportError, RuntimeError) as error:
+        yield Finding("devices", "FAIL", first_line(error))
+        if shape is not None:
+            yield Finding("mesh", "FAIL", "there are no devices to build it from")
+        return
+    first = devices[0]
+    yield Finding("devices", "ok", f"{len(devices)} x {first.device_kind} ({first.platform})")
+    yield Finding("processes", "ok", f"{jax.process_count()}")
+    yield Finding("memory_kinds", "ok", " ".join(memory.kind for memory in first.addressable_memories()))
+    yield probe_pinned(jax.local_devices(backend=first.platform)[0])
+    if shape is not None:
+        yield probe_mesh(shape, devices)
+
+
+def probe_mesh(shape: tuple[int, int, int], devices: Sequence[Any]) -> Finding:
+    import jax
+    import numpy as np
+
+    needed = math.prod(shape)
+    name = " x ".join(f"{axis}{num_ranks}" for axis, num_ranks in zip(MESH_AXES, shape, strict=True))
+    if needed > len(devices):
+        detail = f"{name} needs {needed} devices, there are {len(devices)}"
+        if devices[0].platform == "cpu":
+            detail += f"; XLA_FLAGS=--xla_force_host_platform_device_count={needed} makes as many"
+        return Finding("mesh", "FAIL", detail)
+    jax.sharding.Mesh(np.asarray(devices[:needed]).reshape(shape), MESH_AXES)
+    return Finding("mesh", "ok", f"{name} on {needed} of {len(devices)} devices")
+
+
+def probe_pinned(device: Any) -> Finding:
+    """Sends a probe value to pinned host memory and back."""
+    import jax
+    import numpy as np
+
+    on_device, on_host = (
+        jax.sharding.SingleDeviceSharding(device, memory_kind=kind) for kind in ("device", "pinned_host")
+    )
+    sent = np.arange(PROBE_BYTES // 4, dtype=np.int32)
+    try:
+        pinned = jax.device_put(jax.device_put(sent, on_device), on_host)
+        returned = np.asarray(jax.device_put(pinned, on_device))
+    except (RuntimeError, ValueError) as error:
+        return Finding("pinned_host", "warn", f"unusable: {first_line(error)}")
+    if not np.array_equal(sent, returned):
+        return Finding("pinned_host", "FAIL", "a probe value came back changed")
+    limit = os.environ.get(PINNED_LIMIT, "unset: 64")
+    return Finding("pinned_host", "ok", "works" + (f"; {PINNED_LIMIT}={limit}" if device.platform == "gpu" else ""))
+
+
+def probe_storage(path: Path) -> Finding:
+    """Puts, reads and puts again a probe value in a folder of its own inside `path`, or where `path` would be made.
+
+    Opens what is in `path` already, as serving would; leaves nothing new behind.
+    """
+    from jaxcache.storage.base import ObjectKey
+    from jaxcache.storage.file import FileStorage
+
+    key = ObjectKey(page_key=bytes(32), component="doctor", cell="probe")
+    value, other, buffer = os.urandom(PROBE_BYTES), os.urandom(PROBE_BYTES), bytearray(PROBE_BYTES)
+    try:
+        place = next(folder for folder in (path, *path.parents) if folder.exists())
+        if place == path and any(path.iterdir()):
+            FileStorage(path).close()
+        with tempfile.TemporaryDirectory(prefix=".doctor-", dir=place) as directory:
+            storage = FileStorage(directory)
+            start = time.perf_counter()
+            written = storage.put(key, memoryview(value))
+            read = storage.get(key, memoryview(buffer)) and buffer == value
+            milliseconds = (time.perf_counter() - start) * 1e3
+            storage.put(key, memoryview(other))
+            kept = storage.get(key, memoryview(buffer)) and buffer == value
+            storage.close()
+    except OSError as error:
+        return Finding("storage", "FAIL", f"{path}: {error.strerror}" if error.strerror else first_line(error))
+    broken = [name for name, good in (("write", written), ("read", read), ("link", kept)) if not good]
+    if broken:
+        return Finding("storage", "FAIL", f"{path}: a probe value failed to {', '.join(broken)}")
+    return Finding(
+        "storage", "ok", f"{path}: write, read, link; {PROBE_BYTES >> 20} MiB both ways {milliseconds:.1f} ms"
+    )
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

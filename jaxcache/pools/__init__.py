@@ -1,0 +1,1 @@
+"""Where pages lie: layouts, device pools and host pools."""

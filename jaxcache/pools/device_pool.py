@@ -1,0 +1,157 @@
+"""Device pools: arrays of pages, and the two programs that move pages in and out of them.
+
+    pool[field]  [num_pages, *padded page], sharded within the page, never over pages
+    gather       pool --page ids--> staging [bucket, *padded page]     the pool is only read
+    scatter      staging --page ids--> the same pool buffers           donated, in place
+
+Both are local to each shard. Buckets are powers of two, so that `warmup` can compile every shape that will ever run.
+A padding id is `num_pages`, which a scatter drops. Never -1: that wraps around to the last page.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxcache.pools.page_layout import PageLayout, local_devices
+
+ComponentPools = dict[str, jax.Array]  # by field
+DevicePools = dict[str, ComponentPools]  # by component
+
+
+def init_pools(layouts: Mapping[str, PageLayout], num_pages: Mapping[str, int], mesh: Mesh) -> DevicePools:
+    """Zeroed pools {component: {field: [num_pages, *padded page]}}; MemoryError if they do not fit a device."""
+    _check_fit(layouts, num_pages, mesh)
+    shardings = {name: layout.shardings() for name, layout in layouts.items()}
+
+    def zeros() -> DevicePools:
+        return {
+            name: {f.spec.name: jnp.zeros((num_pages[name], *f.padded_shape), f.dtype) for f in layout.fields}
+            for name, layout in layouts.items()
+        }
+
+    return jax.jit(zeros, out_shardings=shardings)()
+
+
+def gather_pages(pool: jax.Array, page_ids: jax.Array) -> jax.Array:
+    """Copies whole pages out of a pool's shard, in the order of `page_ids`.
+
+    pool:     [num_pages, ...], one shard
+    page_ids: i32[n], padded with `num_pages`; a padding row is undefined
+    returns:  [n, ...]
+    """
+    return pool.at[page_ids].get(mode="clip")
+
+
+def scatter_pages(pool: jax.Array, page_ids: jax.Array, pages: jax.Array) -> jax.Array:
+    """Overwrites whole pages of a pool's shard; ids of `num_pages` are dropped. Arguments as in `gather_pages`."""
+    return pool.at[page_ids].set(pages, mode="drop", unique_indices=True)
+
+
+def chunks(num_ids: int, max_bucket: int) -> Iterator[slice]:
+    """Splits a request into pieces that fit the largest bucket."""
+    for start in range(0, num_ids, max_bucket):
+        yield slice(start, min(start + max_bucket, num_ids))
+
+
+def bucket_pages(num_ids: int) -> int:
+    """The smallest power of two that holds so many."""
+    return 1 << (num_ids - 1).bit_length()
+
+
+class PageMover:
+    """Gathers and scatters pages of every component, one bucket at a time; serving thread only."""
+
+    def __init__(self, layouts: Mapping[str, PageLayout], mesh: Mesh, num_pages: Mapping[str, int], max_bucket: int):
+        if max_bucket < 1:
+            raise ValueError(f"{max_bucket=} must be at least 1")
+        self.layouts, self.mesh = dict(layouts), mesh
+        self.max_bucket = 1 << (max_bucket.bit_length() - 1)  # the largest power of two within what was asked for
+        self._num_pages = dict(num_pages)
+        self._gathers = {name: _gather_program(layout) for name, layout in self.layouts.items()}
+        self._scatters = {name: _scatter_program(layout) for name, layout in self.layouts.items()}
+
+    def gather(self, component: str, pools: ComponentPools, page_ids: np.ndarray) -> ComponentPools:
+        """Dispatches a copy of at most `max_bucket` pages; afterwards the pages may be overwritten.
+
+        pools:   not donated
+        returns: staging {field: [bucket, *padded page]}, sharded like the pools
+        """
+        return self._gathers[component](pools, self._padded(component, page_ids))
+
+    def scatter(
+        self, component: str, pools: ComponentPools, page_ids: np.ndarray, staging: ComponentPools
+    ) -> ComponentPools:
+        """Dispatches the write of at most `max_bucket` pages, in place.
+
+        pools:   donated
+        staging: as `gather` returns it, for the same bucket; rows beyond `page_ids` are ignored
+        """
+        return self._scatters[component](pools, self._padded(component, page_ids), staging)
+
+    def warmup(self, pools: DevicePools) -> DevicePools:
+        """Compiles every bucket of every component. Moves padding only: pools (donated) come back unchanged."""
+        pools = dict(pools)
+        for name in self.layouts:
+            for bucket in self.buckets():
+                no_pages = np.full(bucket, self._num_pages[name], np.int32)
+                staging = self.gather(name, pools[name], no_pages)
+                pools[name] = self.scatter(name, pools[name], no_pages, staging)
+        return jax.block_until_ready(pools)
+
+    def buckets(self) -> list[int]:
+        """All bucket sizes."""
+        return [1 << k for k in range(self.max_bucket.bit_length())]
+
+    def _padded(self, component: str, page_ids: np.ndarray) -> np.ndarray:
+        num_ids, num_pages = len(page_ids), self._num_pages[component]
+        assert 0 < num_ids <= self.max_bucket, f"{component=}: {num_ids=} must be in [1, {self.max_bucket}]"
+        assert page_ids.min() >= 0, f"{component=}: a page id is negative: {page_ids=}"
+        padded = np.full(bucket_pages(num_ids), num_pages, np.int32)
+        padded[:num_ids] = page_ids
+        return padded
+
+
+def _gather_program(layout: PageLayout):
+    """jit (pools, ids) -> staging."""
+    specs = {f.spec.name: f.pool_spec for f in layout.fields}
+    shardings, replicated = layout.shardings(), NamedSharding(layout.mesh, PartitionSpec())
+
+    def gather(pools, page_ids):
+        return {name: gather_pages(pool, page_ids) for name, pool in pools.items()}
+
+    local = jax.shard_map(gather, mesh=layout.mesh, in_specs=(specs, PartitionSpec()), out_specs=specs)
+    return jax.jit(local, in_shardings=(shardings, replicated), out_shardings=shardings)
+
+
+def _scatter_program(layout: PageLayout):
+    """jit (pools, ids, staging) -> pools, in place."""
+    specs = {f.spec.name: f.pool_spec for f in layout.fields}
+    shardings, replicated = layout.shardings(), NamedSharding(layout.mesh, PartitionSpec())
+
+    def scatter(pools, page_ids, staging):
+        return {name: scatter_pages(pool, page_ids, staging[name]) for name, pool in pools.items()}
+
+    local = jax.shard_map(scatter, mesh=layout.mesh, in_specs=(specs, PartitionSpec(), specs), out_specs=specs)
+    in_shardings = (shardings, replicated, shardings)
+    return jax.jit(local, donate_argnums=0, in_shardings=in_shardings, out_shardings=shardings)
+
+
+def _check_fit(layouts: Mapping[str, PageLayout], num_pages: Mapping[str, int], mesh: Mesh) -> None:
+    needed = {
+        name: num_pages[name] * sum(math.prod(f.local_shape) * f.dtype.itemsize for f in layout.fields)
+        for name, layout in layouts.items()
+    }
+    for device in local_devices(mesh):
+        memory = device.memory_stats()
+        if memory is None or "bytes_limit" not in memory:
+            continue
+        free = memory["bytes_limit"] - memory.get("bytes_in_use", 0)
+        total = sum(needed.values())
+        if total > free:
+            raise MemoryError(f"pools of {total} bytes ({needed}) do not fit the {free} free bytes of {device}")

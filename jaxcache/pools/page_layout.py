@@ -1,0 +1,167 @@
+"""How one component's pages lie on the mesh: shapes, shardings, bytes and cells. Owns no memory and never touches any.
+
+one page, unsharded                      one rank's row (bytes, the same on device and in host memory)
+kv   [layers, 2, slots, heads, dim]      | kv: its layers, slots, heads | index: its layers, slots |
+index[layers, slots, dim]                0                              offset             row_bytes
+layers -> pp (padded), slots -> cp (or repeated), heads -> tp (or repeated); None is never sharded
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxcache.components.base import Component, FieldSpec, np_dtype
+
+MESH_AXES = ("cp", "tp", "pp")
+MESH_AXIS_OF = {"layers": "pp", "slots": "cp", "heads": "tp"}
+ROW_ALIGNMENT = 16  # bytes; what the widest vector copies of a page ask for
+
+Coordinates = tuple[int, ...]  # of one rank, in the mesh's own axis order
+
+
+@dataclass(frozen=True)
+class FieldLayout:
+    """One field of a page on the mesh.
+
+    padded_shape: of a page, all ranks together
+    axes:         for each dimension the mesh axis that shards it, or None
+    local_shape:  of one rank's share
+    offset:       where that share starts in the row, in bytes
+    """
+
+    spec: FieldSpec
+    padded_shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    local_shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np_dtype(self.spec.dtype)
+
+    @property
+    def local_bytes(self) -> int:
+        return math.prod(self.local_shape) * self.dtype.itemsize
+
+    @property
+    def byte_range(self) -> slice:
+        return slice(self.offset, self.offset + self.local_bytes)
+
+    @property
+    def pool_spec(self) -> PartitionSpec:
+        """Of an array [pages, *padded_shape]; pages are never sharded."""
+        return PartitionSpec(None, *self.axes)
+
+    def ranges(self, rank: Mapping[str, int]) -> str:
+        """The rank's share in the coordinates of the unpadded field, e.g. "0:2,:,0:8,1:2,:"."""
+        return ",".join(self._range(dim, rank) for dim in range(len(self.axes)))
+
+    def _range(self, dim: int, rank: Mapping[str, int]) -> str:
+        axis, num_local = self.axes[dim], self.local_shape[dim]
+        if axis is None:
+            return ":"
+        repeats = self.padded_shape[dim] // self.spec.shape[dim] if self.spec.axes[dim] == "heads" else 1
+        start = rank[axis] * num_local // repeats
+        return f"{start}:{start + num_local}"
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """One component's pages on a mesh with the axes cp, tp and pp."""
+
+    component: str
+    fields: tuple[FieldLayout, ...]
+    row_bytes: int
+    mesh: Mesh
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page over all ranks, without padding and repetition."""
+        return sum(math.prod(f.spec.shape) * f.dtype.itemsize for f in self.fields)
+
+    def shardings(self) -> dict[str, NamedSharding]:
+        """Of the arrays [pages, ...] of each field."""
+        return {f.spec.name: NamedSharding(self.mesh, f.pool_spec) for f in self.fields}
+
+    def coordinates(self, device) -> Coordinates:
+        """Where a device sits in the mesh."""
+        found = np.argwhere(self.mesh.devices == device)
+        assert len(found) == 1, f"{device=} is not in the mesh exactly once"
+        return tuple(int(i) for i in found[0])
+
+    def cell(self, coordinates: Coordinates) -> str:
+        """Names the rank's share of a page, and its bytes: ranks with the same cell hold the same bytes."""
+        rank = dict(zip(self.mesh.axis_names, coordinates, strict=True))
+        return ";".join(f"{_signature(f.spec)}@{f.ranges(rank)}" for f in self.fields)
+
+    def is_writer(self, coordinates: Coordinates) -> bool:
+        """Whether this rank writes its cell to storage: the first of those that hold the same one."""
+        return self._writers[self.cell(coordinates)] == coordinates
+
+    @cached_property
+    def _writers(self) -> dict[str, Coordinates]:
+        first: dict[str, Coordinates] = {}
+        for coordinates in np.ndindex(self.mesh.devices.shape):
+            first.setdefault(self.cell(coordinates), coordinates)
+        return first
+
+
+def page_layout(component: Component, mesh: Mesh) -> PageLayout:
+    """Lays a component's fields out on the mesh; ValueError if a dimension cannot be sharded."""
+    if set(mesh.axis_names) != set(MESH_AXES):
+        raise ValueError(f"{mesh.axis_names=} must be the axes {MESH_AXES}, in any order")
+    fields, offset = [], 0
+    for spec in component.fields:
+        field = _field_layout(spec, mesh, offset)
+        fields.append(field)
+        offset = _round_up(offset + field.local_bytes, ROW_ALIGNMENT)
+    return PageLayout(component.name, tuple(fields), offset, mesh)
+
+
+def page_layouts(components: Sequence[Component], mesh: Mesh) -> dict[str, PageLayout]:
+    """One layout per component, by name, in order."""
+    return {component.name: page_layout(component, mesh) for component in components}
+
+
+def local_devices(mesh: Mesh) -> tuple:
+    """This process's devices of the mesh, in mesh order."""
+    return tuple(device for device in mesh.devices.flat if device.process_index == device.client.process_index())
+
+
+def _field_layout(spec: FieldSpec, mesh: Mesh, offset: int) -> FieldLayout:
+    placed = [_dimension(spec, dim, mesh) for dim in range(len(spec.shape))]
+    padded_shape, axes = tuple(n for n, _ in placed), tuple(axis for _, axis in placed)
+    local = tuple(n if axis is None else n // mesh.shape[axis] for n, axis in placed)
+    return FieldLayout(spec, padded_shape, axes, local, offset)
+
+
+def _dimension(spec: FieldSpec, dim: int, mesh: Mesh) -> tuple[int, str | None]:
+    """The padded extent of one dimension, and the mesh axis that shards it."""
+    num, name = spec.shape[dim], spec.axes[dim]
+    if name is None:
+        return num, None
+    axis = MESH_AXIS_OF[name]
+    num_ranks = mesh.shape[axis]
+    if name == "layers":
+        return _round_up(num, num_ranks), axis
+    if name == "slots" and num < num_ranks:
+        return num, None
+    if name == "heads" and num < num_ranks and num_ranks % num == 0:
+        return num_ranks, axis
+    if num % num_ranks:
+        raise ValueError(f"field {spec.name!r}: {num} {name} do not divide over {axis}={num_ranks}")
+    return num, axis
+
+
+def _signature(spec: FieldSpec) -> str:
+    return f"{spec.name}:{spec.dtype}[{','.join(map(str, spec.shape))}]"
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple

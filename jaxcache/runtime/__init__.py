@@ -1,0 +1,1 @@
+"""What acts: the transfer engine (the only threads) and the agreement (the only collective)."""

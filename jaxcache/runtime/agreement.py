@@ -1,0 +1,68 @@
+"""The one exchange per step in which ranks agree on outcomes: issued in step t, read in step t + 1.
+
+step t       issue(what this rank saw) ---- one reduction, beside the model step ----+
+step t + 1   read() -> Agreed: the same on every rank, or RanksDiverged <------------+
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxcache.pools.page_layout import local_devices
+from jaxcache.runtime.lanes import Lanes
+from jaxcache.runtime.reduction import CollectiveReduction, LocalReduction, Reduction
+from jaxcache.types import Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class Agreed:
+    """What all ranks know since `step`: outcomes by transfer id, and stage 0's clock, which wraps after 31 bits."""
+
+    step: int
+    outcomes: Mapping[int, Outcome]
+    clock_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Issued:
+    step: int
+    digest: int
+    outcomes: Mapping[int, Outcome]
+
+
+class Agreement:
+    """Packs what this process saw, reduces it over all ranks and unpacks the answer; serving thread only."""
+
+    def __init__(
+        self, mesh: Mesh, component_names: Sequence[str], max_live: int, reduction: type[Reduction] | None = None
+    ):
+        self.lanes = Lanes(tuple(component_names), max_live)
+        self._num_ranks = mesh.size
+        form = reduction or (LocalReduction if len(local_devices(mesh)) == mesh.size else CollectiveReduction)
+        self._reduction = form(mesh, self.lanes.num_unanimous)
+        self._issued: _Issued | None = None
+
+    def issue(self, step: int, digest: int, outcomes: Mapping[int, Outcome], clock_ms: int, ok: bool) -> None:
+        """Starts the exchange.
+
+        outcomes: of every live storage transfer, by id; all processes name the same ids
+        clock_ms: of any origin; only stage 0's counts, modulo 2^31
+        ok:       no copy between device and host has failed here
+        """
+        assert self._issued is None, f"{step=}: the agreement of step {self._issued.step} has not been read"
+        self._issued = _Issued(step, digest, dict(outcomes))
+        row = self.lanes.pack(digest, outcomes, clock_ms, ok)
+        self._reduction.start(np.broadcast_to(row, (self._num_ranks, len(row))))
+
+    def read(self) -> Agreed | None:
+        """Waits for what was issued; None if nothing was. RanksDiverged or TransferFault end serving on every rank."""
+        issued, self._issued = self._issued, None
+        if issued is None:
+            return None
+        row = self._reduction.finish()
+        outcomes = self.lanes.unpack(row, issued.step, issued.digest, issued.outcomes)
+        return Agreed(issued.step, outcomes, self.lanes.clock_ms(row))

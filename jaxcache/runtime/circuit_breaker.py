@@ -1,0 +1,32 @@
+"""Stops asking a storage that keeps failing, and tries again later. Thread-safe."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+
+class CircuitBreaker:
+    """Opens after `max_failures` in a row; after `rest_s` it lets work through again, and one failure reopens it."""
+
+    def __init__(self, max_failures: int, rest_s: float):
+        self._max_failures, self._rest_s = max_failures, rest_s
+        self._lock = threading.Lock()
+        self._num_failures = 0
+        self._open_until = 0.0
+        self.num_openings = 0
+
+    def is_open(self) -> bool:
+        """Whether storage must not be asked now."""
+        return time.monotonic() < self._open_until
+
+    def succeeded(self) -> None:
+        with self._lock:
+            self._num_failures = 0
+
+    def failed(self) -> None:
+        with self._lock:
+            self._num_failures += 1
+            if self._num_failures >= self._max_failures and not self.is_open():
+                self._open_until = time.monotonic() + self._rest_s
+                self.num_openings += 1

@@ -1,0 +1,110 @@
+"""Two ways to reduce the ranks' rows to one, which give the same answer.
+
+    lanes        unanimous                   leader
+    reduced      min over cp, tp and pp      min over cp and tp on stage 0, forwarded stage by stage
+
+`reduce_rows` says what that means; `LocalReduction` does it where one process owns the whole mesh, and
+`CollectiveReduction` is THE collective where it does not. Nothing else in the library communicates.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxcache.pools.page_layout import local_devices
+
+ATTENTION_AXES = ("cp", "tp")
+STAGE_AXIS = "pp"
+ALL_AXES = (*ATTENTION_AXES, STAGE_AXIS)
+
+
+def reduce_rows(rows: np.ndarray, mesh_shape: Mapping[str, int], num_unanimous: int) -> np.ndarray:
+    """What every rank must get.
+
+    rows:       int32[num_ranks, num_lanes], in mesh order
+    mesh_shape: extent of each axis, in the order of the mesh's axes; it has cp, tp and pp
+    returns:    int32[num_lanes]
+    """
+    names = list(mesh_shape)
+    grid = rows.reshape(*mesh_shape.values(), -1)
+    stage_0 = np.take(grid, 0, axis=names.index(STAGE_AXIS)).reshape(-1, rows.shape[1])
+    return np.concatenate([rows[:, :num_unanimous].min(axis=0), stage_0[:, num_unanimous:].min(axis=0)])
+
+
+class Reduction(ABC):
+    """Started in one step, finished in a later one; at most one is under way."""
+
+    @abstractmethod
+    def __init__(self, mesh: Mesh, num_unanimous: int): ...
+
+    @abstractmethod
+    def start(self, rows: np.ndarray) -> None:
+        """Hands over the rows: int32[num_ranks, num_lanes] in mesh order; only those of this process's ranks count."""
+
+    @abstractmethod
+    def finish(self) -> np.ndarray:
+        """Waits for the reduced row, int32[num_lanes]."""
+
+
+class LocalReduction(Reduction):
+    """For one process that owns the whole mesh."""
+
+    def __init__(self, mesh: Mesh, num_unanimous: int):
+        assert len(local_devices(mesh)) == mesh.size, "a local reduction needs every rank in this process"
+        self._shape, self._num_unanimous = dict(mesh.shape), num_unanimous
+
+    def start(self, rows: np.ndarray) -> None:
+        self._reduced = reduce_rows(rows, self._shape, self._num_unanimous)
+
+    def finish(self) -> np.ndarray:
+        return self._reduced
+
+
+class CollectiveReduction(Reduction):
+    """One program of fixed shape over all ranks of all processes, compiled once."""
+
+    def __init__(self, mesh: Mesh, num_unanimous: int):
+        self._sharding = NamedSharding(mesh, _rank_spec(mesh))
+        self._program = collective(mesh, num_unanimous)
+
+    def start(self, rows: np.ndarray) -> None:
+        rows = np.array(rows)  # a dispatched program may still read what it was given
+        by_rank = jax.make_array_from_callback(rows.shape, self._sharding, lambda index: rows[index])
+        self._shard = self._program(by_rank).addressable_shards[0].data
+        self._shard.copy_to_host_async()
+
+    def finish(self) -> np.ndarray:
+        return np.asarray(self._shard)[0]
+
+
+def collective(mesh: Mesh, num_unanimous: int):
+    """jit int32[num_ranks, num_lanes] -> the same shape, every rank's row reduced; both sharded one row per rank."""
+    spec = _rank_spec(mesh)
+    sharding = NamedSharding(mesh, spec)
+
+    def agree(row: jax.Array) -> jax.Array:
+        unanimous = lax.pmin(row[:, :num_unanimous], ALL_AXES)
+        leader = _from_stage_0(lax.pmin(row[:, num_unanimous:], ATTENTION_AXES), mesh.shape[STAGE_AXIS])
+        return jnp.concatenate([unanimous, leader], axis=1)
+
+    local = jax.shard_map(agree, mesh=mesh, in_specs=spec, out_specs=spec)
+    return jax.jit(local, in_shardings=sharding, out_shardings=sharding)
+
+
+def _from_stage_0(value: jax.Array, num_stages: int) -> jax.Array:
+    """Every stage gets stage 0's value, one hop after the other."""
+    stage = lax.axis_index(STAGE_AXIS)
+    for k in range(1, num_stages):
+        value = jnp.where(stage == k, lax.ppermute(value, STAGE_AXIS, [(k - 1, k)]), value)
+    return value
+
+
+def _rank_spec(mesh: Mesh) -> PartitionSpec:
+    return PartitionSpec(mesh.axis_names)

@@ -1,0 +1,213 @@
+"""STORE, QUERY and FETCH: storage's own threads, deadlines and circuit breaker.
+
+    start --> one job per batch of pages, after whoever fills or reads its host pages --> StorageOperation --> poll
+
+Nothing here raises for what storage does: a failure, a deadline or an open breaker makes misses, and is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from jaxcache.pools.device_pool import chunks
+from jaxcache.pools.host_pool import HostPool
+from jaxcache.runtime.circuit_breaker import CircuitBreaker
+from jaxcache.runtime.counters import Counters
+from jaxcache.runtime.host_page_order import HostPageOrder
+from jaxcache.runtime.job_graph import Job, JobGraph
+from jaxcache.runtime.storage_operation import Status, StorageOperation
+from jaxcache.storage.base import ObjectKey, Storage
+from jaxcache.types import Move, Transfer, TransferKind
+
+BATCH_PAGES = 8  # of one STORE or FETCH job: small, so that several threads share a transfer and a cancel takes effect
+QUERY_PAGES = 256
+MAX_FAILURES = 3
+REST_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """One local rank's share of a component's pages.
+
+    rows:      uint8[num_pages, row_bytes]
+    cell:      its name in storage
+    is_writer: whether this rank writes it; others hold a copy of the same bytes
+    """
+
+    rows: np.ndarray
+    cell: str
+    is_writer: bool
+
+
+def local_shares(pool: HostPool) -> tuple[Share, ...]:
+    """One share per device of this process."""
+    layout = pool.layout
+    places = [(device, layout.coordinates(device)) for device in pool.devices]
+    return tuple(Share(pool.rows[device], layout.cell(at), layout.is_writer(at)) for device, at in places)
+
+
+class _Pages:
+    """The pages of one STORE or FETCH job, one after the other.
+
+    jobs: one per page, done when that page is no longer touched, so that a native call that hangs on one page holds up
+          nobody who needs another
+    """
+
+    def __init__(self, page_io, operation: StorageOperation, move: Move, batch: slice, page_ids: np.ndarray):
+        self._page_io, self._operation, self._move, self._batch = page_io, operation, move, batch
+        self._page_ids = page_ids.tolist()
+        self.jobs = [Job() for _ in self._page_ids]
+
+    def run(self) -> None:
+        """Worker: until the pages or the operation end."""
+        for offset, (page_id, job) in enumerate(zip(self._page_ids, self.jobs, strict=True)):
+            if not self._operation.keep_going():
+                return
+            index = self._batch.start + offset
+            good = self._page_io(self._move.component, self._move.page_keys[index], page_id)
+            self._operation.deliver(self._move.component, slice(index, index + 1), np.array([good]))
+            job.set_result(None)
+
+    def job_ended(self, ended: Job) -> None:
+        """Lets go of the pages that `run` did not come to."""
+        for job in self.jobs:
+            if not job.done() and ended.exception() is not None:
+                job.set_exception(ended.exception())
+            elif not job.done():
+                job.set_result(None)
+
+
+class StorageIO:
+    """Runs storage transfers; start, poll, cancel and forget are called on the serving thread."""
+
+    def __init__(
+        self,
+        host_pools: Mapping[str, HostPool],
+        orders: Mapping[str, HostPageOrder],
+        storage: Storage | None,
+        deadline_s: float,
+        num_threads: int,
+        counters: Counters,
+    ):
+        self.storage = storage
+        self.breaker = CircuitBreaker(MAX_FAILURES, REST_S)
+        self.jobs = JobGraph(num_threads, "jaxcache-storage")
+        self._shares = {name: local_shares(pool) for name, pool in host_pools.items()}
+        self._orders, self._deadline_s, self._counters = orders, deadline_s, counters
+        self._live: dict[int, StorageOperation] = {}
+
+    def start(self, transfer: Transfer) -> None:
+        """Submits a transfer; without a storage, or with the breaker open, it is done at once, with nothing."""
+        assert transfer.id not in self._live, f"{transfer.id=} is live already"
+        operation = self._live[transfer.id] = StorageOperation(transfer, self._deadline_s)
+        if self.storage is None or self.breaker.is_open():
+            operation.stop()
+            self._counters.add(storage_not_asked=1)
+            return
+        start_move = {
+            TransferKind.STORE: self._start_store,
+            TransferKind.QUERY: self._start_query,
+            TransferKind.FETCH: self._start_fetch,
+        }[transfer.kind]
+        for move in transfer.moves:
+            start_move(self.storage, operation, move)
+
+    def poll(self) -> dict[int, Status]:
+        """What every live transfer has delivered; here deadlines are noticed."""
+        for operation in self._live.values():
+            if operation.expire():
+                self._counters.add(storage_timeouts=1)
+                self.breaker.failed()
+        return {transfer_id: operation.status() for transfer_id, operation in self._live.items()}
+
+    def cancel(self, transfer_id: int) -> None:
+        """Stops delivering; pages not yet asked for are not read. Nothing to do for one that was not started yet."""
+        if transfer_id in self._live:
+            self._live[transfer_id].stop()
+
+    def forget(self, transfer_id: int) -> None:
+        """The caller has seen that it is quiet."""
+        assert self._live[transfer_id].status().quiet, f"{transfer_id=} is forgotten before it is quiet"
+        del self._live[transfer_id]
+
+    def close(self) -> None:
+        for operation in self._live.values():
+            operation.stop()
+        self.jobs.close()
+
+    def _start_store(self, storage: Storage, operation: StorageOperation, move: Move) -> None:
+        order = self._orders[move.component]
+        for batch in chunks(len(move.page_keys), BATCH_PAGES):
+            page_ids = move.src_page_ids[batch]
+            pages = _Pages(partial(self._store_page, storage), operation, move, batch, page_ids)
+            after = order.before_read(page_ids)
+            for page_id, job in zip(page_ids, pages.jobs, strict=True):
+                order.add_reader(page_id[None], job)
+            self._submit(operation, pages.run, after).add_done_callback(pages.job_ended)
+
+    def _start_fetch(self, storage: Storage, operation: StorageOperation, move: Move) -> None:
+        order = self._orders[move.component]
+        for batch in chunks(len(move.page_keys), BATCH_PAGES):
+            page_ids = move.dst_page_ids[batch]
+            pages = _Pages(partial(self._fetch_page, storage), operation, move, batch, page_ids)
+            after = order.before_write(page_ids)
+            for page_id, job in zip(page_ids, pages.jobs, strict=True):
+                order.add_writer(page_id[None], job)
+            self._submit(operation, pages.run, after).add_done_callback(pages.job_ended)
+
+    def _start_query(self, storage: Storage, operation: StorageOperation, move: Move) -> None:
+        for batch in chunks(len(move.page_keys), QUERY_PAGES):
+            self._submit(operation, partial(self._query, storage, operation, move, batch), ())
+
+    def _submit(self, operation: StorageOperation, work: Callable[[], None], after: Sequence[Job]) -> Job:
+        operation.add_job()
+        job = self.jobs.submit(partial(self._guarded, operation, work), after)
+        job.add_done_callback(operation.job_ended)
+        return job
+
+    def _guarded(self, operation: StorageOperation, work: Callable[[], None]) -> None:
+        """A worker's outermost frame: what storage raises becomes a miss."""
+        if not operation.keep_going():
+            return
+        try:
+            with self._counters.busy(operation.transfer.kind.name.lower()):
+                work()
+        except Exception:
+            operation.stop()
+            self._counters.add(storage_failures=1)
+            self.breaker.failed()
+        else:
+            if operation.keep_going():
+                self.breaker.succeeded()
+
+    def _store_page(self, storage: Storage, component: str, page_key: bytes, page_id: int) -> bool:
+        good = True
+        for share in self._shares[component]:
+            if share.is_writer:
+                row = share.rows[page_id]
+                good &= storage.put(ObjectKey(page_key, component, share.cell), memoryview(row))
+                self._counters.add(store_bytes=row.nbytes)
+        self._counters.add(store_pages=1, store_misses=not good)
+        return good
+
+    def _fetch_page(self, storage: Storage, component: str, page_key: bytes, page_id: int) -> bool:
+        """Good only if every local share is; the first bad one decides."""
+        for share in self._shares[component]:
+            row = share.rows[page_id]
+            if not storage.get(ObjectKey(page_key, component, share.cell), memoryview(row)):
+                self._counters.add(fetch_misses=1)
+                return False
+            self._counters.add(fetch_bytes=row.nbytes)
+        self._counters.add(fetch_pages=1)
+        return True
+
+    def _query(self, storage: Storage, operation: StorageOperation, move: Move, batch: slice) -> None:
+        cells = list(dict.fromkeys(share.cell for share in self._shares[move.component]))
+        keys = [ObjectKey(key, move.component, cell) for key in move.page_keys[batch] for cell in cells]
+        found = np.array(storage.exists(keys), bool).reshape(-1, len(cells)).all(axis=1)
+        operation.deliver(move.component, batch, found)
+        self._counters.add(query_pages=len(found), query_misses=int((~found).sum()))

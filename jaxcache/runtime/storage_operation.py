@@ -1,0 +1,107 @@
+r"""One live STORE, QUERY or FETCH on this process: what it has delivered, and whether anyone still works on it.
+
+    running --last job ended--> done and quiet
+       \--deadline, cancel, failure--> done, its results frozen --last job ended--> quiet
+
+A job asks `keep_going` before every page. A native call cannot be interrupted: its pages stay taken until it returns.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from jaxcache.runtime.job_graph import Job
+from jaxcache.types import Transfer, TransferKind
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What this process knows of a live storage transfer.
+
+    done:   nothing more will be delivered
+    quiet:  no thread touches its host pages any more
+    pages:  leading good pages per component so far; a QUERY has none
+    exists: QUERY: bool[n] per component, false where unknown; else None
+    ok:     it ended by itself: no failure, deadline or cancel cut it short
+    """
+
+    done: bool
+    quiet: bool
+    pages: Mapping[str, int] = field(default_factory=dict)
+    exists: Mapping[str, np.ndarray] | None = None
+    ok: bool = True
+
+
+class StorageOperation:
+    """Results of one transfer, filled by workers and read by the serving thread."""
+
+    def __init__(self, transfer: Transfer, deadline_s: float):
+        self.transfer = transfer
+        self._good = {move.component: np.zeros(len(move.page_keys), bool) for move in transfer.moves}
+        self._deadline = time.monotonic() + deadline_s
+        self._lock = threading.Lock()
+        self._num_open = 0
+        self._stopped = False
+        self._ok = True
+
+    def keep_going(self) -> bool:
+        """Whether a result could still count. Only the serving thread looks at the clock, in `expire`."""
+        return not self._stopped
+
+    def deliver(self, component: str, pages: slice, good: np.ndarray) -> None:
+        """Pages of a component turned out good or bad; too late is the same as bad."""
+        with self._lock:
+            if self.keep_going():
+                self._good[component][pages] = good
+
+    def stop(self) -> None:
+        """Nothing more counts: cancelled, failed or not even asked."""
+        with self._lock:
+            self._stop()
+
+    def expire(self) -> bool:
+        """Stops it if its deadline has passed while it was running; True if so."""
+        with self._lock:
+            if self._is_done() or time.monotonic() < self._deadline:
+                return False
+            self._stop()
+            return True
+
+    def add_job(self) -> None:
+        """A job will touch the transfer's pages; called before the job is submitted."""
+        with self._lock:
+            self._num_open += 1
+
+    def job_ended(self, job: Job) -> None:
+        """That job does not touch them any more."""
+        with self._lock:
+            if job.exception() is not None:
+                self._stop()
+            self._num_open -= 1
+
+    def status(self) -> Status:
+        """A consistent view; once done, it stays the same but for `quiet`."""
+        with self._lock:
+            done, quiet = self._is_done(), self._num_open == 0
+            if self.transfer.kind is TransferKind.QUERY:
+                exists = {name: good.copy() for name, good in self._good.items()}
+                return Status(done, quiet, {}, exists, self._ok)
+            pages = {name: _num_leading(good) for name, good in self._good.items()}
+            return Status(done, quiet, pages, None, self._ok)
+
+    def _stop(self) -> None:
+        if not self._stopped:
+            self._stopped, self._ok = True, False
+
+    def _is_done(self) -> bool:
+        return self._stopped or self._num_open == 0
+
+
+def _num_leading(good: np.ndarray) -> int:
+    """How many of the first entries are true."""
+    return len(good) if good.all() else int(np.argmin(good))

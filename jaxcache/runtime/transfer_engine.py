@@ -1,0 +1,220 @@
+"""Performs transfers: the only threads of the cache.
+
+    serving thread                                      copy threads                     storage threads
+    apply: scatter what earlier steps loaded    <------ rows -> buffer -> device shard
+           BACKUP: dispatch the gather NOW -----------> device shard -> rows ----------> STORE
+           LOAD_BACK, STORE, QUERY, FETCH: submit                        rows <--------- FETCH
+    poll : what storage delivered                       <------------------------------- QUERY
+
+Whoever needs a host page waits for the job that fills it, and whoever overwrites one for its readers; waiting jobs
+occupy no thread. Workers touch shard-local arrays only; everything that spans devices is dispatched by the serving
+thread. The engine never holds a view of a pool: a pool that is viewed is silently copied when it is donated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxcache.pools.device_pool import DevicePools, PageMover, bucket_pages, chunks
+from jaxcache.pools.host_pool import HostPool
+from jaxcache.pools.page_layout import PageLayout
+from jaxcache.runtime.backup_merging import merged
+from jaxcache.runtime.counters import Counters
+from jaxcache.runtime.host_page_order import HostPageOrder
+from jaxcache.runtime.job_graph import Job, JobGraph
+from jaxcache.runtime.shard_copies import device_shard, local_shards, pages_from_rows, rows_from_pages, to_host
+from jaxcache.runtime.storage_io import StorageIO
+from jaxcache.runtime.storage_operation import Status
+from jaxcache.storage.base import Storage
+from jaxcache.types import Move, PageIds, Transfer, TransferFault, TransferKind
+
+DEFAULT_MAX_BUCKET = 256
+
+
+@dataclass(eq=False)
+class _LoadBack:
+    """Pages on their way to the device: submitted in `step`, scattered in a later one."""
+
+    step: int
+    component: str
+    page_ids: PageIds
+    shards: dict[str, list[jax.Array]] = field(default_factory=dict)
+    job: Job | None = None
+
+
+class TransferEngine:
+    """All transfers of one process. Every method is called on the serving thread."""
+
+    def __init__(
+        self,
+        layouts: Mapping[str, PageLayout],
+        mesh: Mesh,
+        num_pages: Mapping[str, int],
+        host_pages: Mapping[str, int],
+        storage: Storage | None,
+        deadline_s: float,
+        num_threads: int,
+        max_bucket: int = DEFAULT_MAX_BUCKET,
+    ):
+        self.mover = PageMover(layouts, mesh, num_pages, max_bucket)
+        self.host_pools = {name: HostPool(layout, host_pages[name], mesh) for name, layout in layouts.items()}
+        self.fault: BaseException | None = None
+        self._layouts, self._counters = dict(layouts), Counters()
+        self._orders = {name: HostPageOrder() for name in layouts}
+        self._copies = JobGraph(num_threads, "jaxcache-copy")
+        self._storage_io = StorageIO(self.host_pools, self._orders, storage, deadline_s, num_threads, self._counters)
+        self._load_backs: list[_LoadBack] = []
+
+    def warmup(self, pools: DevicePools) -> DevicePools:
+        """Compiles every program that `apply` can run; pools are donated and come back unchanged."""
+        return self.mover.warmup(pools)
+
+    def apply(self, pools: DevicePools, transfers: Sequence[Transfer], step: int) -> DevicePools:
+        """Dispatches transfers in order, after the scatters of what earlier steps loaded.
+
+        pools:   donated where a scatter is due
+        returns: the pools that the coming model step must use; every backed-up page may be overwritten in them
+        raises:  TransferFault if a copy failed
+        """
+        self._raise_fault()
+        pools = self._scatter_arrived(dict(pools), step)
+        for transfer in merged(transfers):
+            if transfer.kind is TransferKind.BACKUP:
+                self._back_up(pools, transfer)
+            elif transfer.kind is TransferKind.LOAD_BACK:
+                self._load_back(transfer, step)
+            else:
+                self._storage_io.start(transfer)
+        return pools
+
+    def poll(self) -> dict[int, Status]:
+        """The state of every live STORE, QUERY and FETCH, by transfer id."""
+        return self._storage_io.poll()
+
+    def cancel(self, transfer_id: int) -> None:
+        """Ends a storage transfer's deliveries; its pages are untouched once it is quiet. Repeating it is harmless."""
+        self._storage_io.cancel(transfer_id)
+
+    def forget(self, transfer_id: int) -> None:
+        """The core is finished with a quiet storage transfer."""
+        self._storage_io.forget(transfer_id)
+
+    def discard_load_backs(self) -> None:
+        """What is on its way to the device will not be scattered; its host pages are still read to the end."""
+        self._load_backs.clear()
+
+    def set_storage(self, storage: Storage | None) -> None:
+        """From now on asks this storage; transfers under way stay with the one they started with."""
+        self._storage_io.storage = storage
+
+    def drain(self, timeout_s: float | None = None) -> bool:
+        """Waits until no thread has work; False if that took longer."""
+        return self._copies.drain(timeout_s) and self._storage_io.jobs.drain(timeout_s)
+
+    def close(self) -> None:
+        """Stops storage transfers and joins the threads; waits for native calls that are under way."""
+        self._storage_io.close()
+        self._copies.close()
+
+    def stats(self) -> dict[str, float]:
+        """Sums since the start, and the present queues."""
+        queues = {"copy_queue_depth": self._copies.num_open, "storage_queue_depth": self._storage_io.jobs.num_open}
+        return self._counters.sums() | queues | {"breaker_openings": self._storage_io.breaker.num_openings}
+
+    def _back_up(self, pools: DevicePools, transfer: Transfer) -> None:
+        for move in transfer.moves:
+            for piece in chunks(len(move.src_page_ids), self.mover.max_bucket):
+                self._back_up_chunk(pools, move.component, move.src_page_ids[piece], move.dst_page_ids[piece])
+
+    def _back_up_chunk(self, pools: DevicePools, component: str, src: PageIds, dst: PageIds) -> None:
+        staging = self.mover.gather(component, pools[component], src)
+        shards = {name: local_shards(array, self.host_pools[component].devices) for name, array in staging.items()}
+        order = self._orders[component]
+        work = partial(self._copy_to_rows, self.host_pools[component], dst, shards)
+        order.add_writer(dst, self._submit_copy("backup", component, len(dst), work, order.before_write(dst)))
+
+    def _load_back(self, transfer: Transfer, step: int) -> None:
+        for move in transfer.moves:
+            for piece in chunks(len(move.src_page_ids), self.mover.max_bucket):
+                self._load_back_chunk(_LoadBack(step, move.component, move.dst_page_ids[piece]), move, piece)
+
+    def _load_back_chunk(self, load: _LoadBack, move: Move, piece: slice) -> None:
+        src, order = move.src_page_ids[piece], self._orders[move.component]
+        work = partial(self._copy_to_device, self.host_pools[move.component], src, load)
+        load.job = self._submit_copy("load_back", move.component, len(src), work, order.before_read(src))
+        order.add_reader(src, load.job)
+        self._load_backs.append(load)
+
+    def _scatter_arrived(self, pools: DevicePools, step: int) -> DevicePools:
+        arrived = [load for load in self._load_backs if load.step < step]
+        self._load_backs = [load for load in self._load_backs if load.step >= step]
+        for load in arrived:
+            assert load.job is not None
+            if load.job.exception() is not None:
+                self.fault = self.fault or load.job.exception()
+                self._raise_fault()
+            staging = self._assembled(load)
+            pools[load.component] = self.mover.scatter(load.component, pools[load.component], load.page_ids, staging)
+        return pools
+
+    def _assembled(self, load: _LoadBack) -> dict[str, jax.Array]:
+        """The staging arrays over all devices, made of this process's shards."""
+        layout, bucket = self._layouts[load.component], bucket_pages(len(load.page_ids))
+        shardings = layout.shardings()
+        return {
+            f.spec.name: jax.make_array_from_single_device_arrays(
+                (bucket, *f.padded_shape), shardings[f.spec.name], load.shards[f.spec.name]
+            )
+            for f in layout.fields
+        }
+
+    def _copy_to_rows(self, pool: HostPool, page_ids: PageIds, shards: dict[str, list[jax.Array]]) -> None:
+        """Worker: every local device's share of the staged pages into host rows."""
+        views = {
+            name: [to_host(shard, device) for shard, device in zip(locals_, pool.devices, strict=True)]
+            for name, locals_ in shards.items()
+        }
+        for f in pool.layout.fields:
+            for device, view in zip(pool.devices, views[f.spec.name], strict=True):
+                rows_from_pages(pool.rows[device][:, f.byte_range], page_ids, np.asarray(view))
+
+    def _copy_to_device(self, pool: HostPool, page_ids: PageIds, load: _LoadBack) -> None:
+        """Worker: host rows to a staging shard on every local device."""
+        bucket = bucket_pages(len(page_ids))
+        for f in pool.layout.fields:
+            load.shards[f.spec.name] = [
+                device_shard(_typed(pages_from_rows(pool.rows[device][:, f.byte_range], page_ids, bucket), f), device)
+                for device in pool.devices
+            ]
+        jax.block_until_ready(load.shards)
+
+    def _submit_copy(self, kind: str, component: str, num_pages: int, work: Callable[[], None], after: Sequence[Job]):
+        job = self._copies.submit(partial(self._counted, kind, component, num_pages, work), after)
+        job.add_done_callback(self._note_fault)
+        return job
+
+    def _counted(self, kind: str, component: str, num_pages: int, work: Callable[[], None]) -> None:
+        with self._counters.busy(kind):
+            work()
+        pool = self.host_pools[component]
+        num_bytes = num_pages * pool.layout.row_bytes * len(pool.devices)
+        self._counters.add(**{f"{kind}_pages": num_pages, f"{kind}_bytes": num_bytes})
+
+    def _note_fault(self, job: Job) -> None:
+        if job.exception() is not None and self.fault is None:
+            self.fault = job.exception()
+
+    def _raise_fault(self) -> None:
+        if self.fault is not None:
+            raise TransferFault(f"a copy between device and host failed: {self.fault!r}") from self.fault
+
+
+def _typed(pages: np.ndarray, field_layout) -> np.ndarray:
+    """uint8[bucket, n] as [bucket, *local_shape] of the field's dtype, without a copy."""
+    return pages.view(field_layout.dtype).reshape(len(pages), *field_layout.local_shape)

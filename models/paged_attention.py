@@ -1,0 +1,129 @@
+"""Attention over pages: what a batch asks for, where a rank writes, and what it reads. Shared by the model families.
+
+Owns no array: pools are values. Never reads a page before this layer's new entries are in it, or XLA copies the pool.
+
+    position p of a row     page table[p // page_tokens], slot p % page_tokens
+    slots of a page         | cp rank 0 | cp rank 1 | ...     every rank holds its share of every page
+
+Runs inside a `shard_map` over ("cp", "tp", "pp"): tables are the same on every rank, pools are that rank's shard.
+Letters in shapes: B rows, T columns of new tokens, W table width, S slots of a page on this rank, H query heads, K kv
+heads, G = H / K, N pages, L layers.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+BLOCK_TOKENS = 256  # attention reads this many keys at a time, or one page
+MASKED = -1e30  # finite: exp(MASKED - MASKED) must not be nan; what it lets in is multiplied by zero later
+
+
+class ExtendBatch(NamedTuple):
+    """Row b computes the tokens at positions starts[b] .. starts[b] + num_new[b] - 1; further columns are padding.
+
+    tokens:      i32[B, T]
+    starts:      i32[B]
+    num_new:     i32[B]     0: the row is padding
+    page_tables: {"full": i32[B, W]}, padded with num_pages
+    logits_at:   i32[B, K]  columns whose logits are wanted
+    """
+
+    tokens: Array
+    starts: Array
+    num_new: Array
+    page_tables: dict[str, Array]
+    logits_at: Array
+
+
+class Pages(NamedTuple):
+    """Where one rank writes and reads one component's pages in this step; the same for every layer.
+
+    positions:    i32[B, T]
+    write_ids:    i32[B, T]         N where this rank writes nothing
+    write_slots:  i32[B, T]         on this rank
+    table:        i32[B, W']        to read; W' is a multiple of a block's width, padding is the last page and masked
+    key_offsets:  i32[width * S]    of this rank's slots, from the start of a block
+    block_tokens: i32[]
+    num_blocks:   i32[]             that hold a key of any row
+    """
+
+    positions: Array
+    write_ids: Array
+    write_slots: Array
+    table: Array
+    key_offsets: Array
+    block_tokens: Array
+    num_blocks: Array
+
+
+def plan_pages(batch: ExtendBatch, component: str, pool: Array) -> Pages:
+    """pool: [N, L, 2, S, K, head_dim]"""
+    num_pages, rank_slots = pool.shape[0], pool.shape[3]
+    page_tokens, first_slot = rank_slots * lax.axis_size("cp"), rank_slots * lax.axis_index("cp")
+    width = max(1, BLOCK_TOKENS // page_tokens)
+    table = batch.page_tables[component]
+    table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % width)), constant_values=num_pages)
+    columns = jnp.arange(batch.tokens.shape[1], dtype=jnp.int32)[None]
+    positions = batch.starts[:, None] + columns
+    ids = jnp.take_along_axis(table, positions // page_tokens, axis=1, mode="fill", fill_value=num_pages)
+    slots = positions % page_tokens - first_slot
+    is_written = (columns < batch.num_new[:, None]) & (slots >= 0) & (slots < rank_slots)
+    slots_of_page = first_slot + jnp.arange(rank_slots, dtype=jnp.int32)
+    page_starts = jnp.arange(width, dtype=jnp.int32) * page_tokens
+    longest = (batch.starts + batch.num_new).max()
+    return Pages(
+        positions=positions,
+        write_ids=jnp.where(is_written, ids, num_pages),
+        write_slots=slots,
+        table=jnp.minimum(table, num_pages - 1),
+        key_offsets=(page_starts[:, None] + slots_of_page[None]).reshape(-1),
+        block_tokens=jnp.int32(width * page_tokens),
+        num_blocks=jnp.maximum(-(-longest // (width * page_tokens)), 1),
+    )
+
+
+def write(pool: Array, layer: Array, pages: Pages, kv: Array) -> Array:
+    """Puts the new keys and values, [B, T, 2, K, head_dim], where this rank holds their slots."""
+    return pool.at[pages.write_ids, layer, :, pages.write_slots].set(kv.astype(pool.dtype), mode="drop")
+
+
+def attend(q: Array, pool: Array, layer: Array, pages: Pages) -> Array:
+    """Softmax attention over the pages of the table, a block of columns at a time, merged over cp by log-sum-exp.
+
+    q: [B, T, H, head_dim]; returns f32[B, T, H, head_dim]
+    Blocks beyond the longest row are not read, blocks begin at fixed positions, and a masked one changes nothing, not
+    even rounding: so a token's result depends, bit for bit, neither on the table's width, nor on the other rows, nor
+    on where its chunk began; only B and T matter, which choose the compiled program.
+    """
+    (b, t, h, c), k = q.shape, pool.shape[4]
+    q = q.reshape(b, t, k, h // k, c).transpose(0, 2, 3, 1, 4).reshape(b, k, -1, c)  # [B, K, G * T, head_dim]
+    zeros = jnp.zeros(q.shape, jnp.float32)
+    partial = (jnp.full_like(zeros[..., :1], MASKED), zeros[..., :1], zeros)
+    block = functools.partial(_attend_block, q, pool, layer, pages)
+    peak, total, mixed = lax.fori_loop(0, pages.num_blocks, block, partial)
+    scale = jnp.exp(peak - lax.pmax(peak, "cp"))
+    total, mixed = lax.psum((total * scale, mixed * scale), "cp")
+    return (mixed / total).reshape(b, k, h // k, t, c).transpose(0, 3, 1, 2, 4).reshape(b, t, h, c)
+
+
+def _attend_block(
+    q: Array, pool: Array, layer: Array, pages: Pages, i: Array, partial: tuple[Array, Array, Array]
+) -> tuple[Array, Array, Array]:
+    """Adds block i of the table to (maximum, sum of weights, weighted values), f32[B, K, G * T, 1, 1, head_dim]."""
+    peak, total, mixed = partial
+    width = pages.key_offsets.shape[0] // pool.shape[3]
+    table = lax.dynamic_slice_in_dim(pages.table, i * width, width, axis=1)
+    keys, values = (pool.at[table, layer, j].get(mode="promise_in_bounds") for j in (0, 1))
+    keys, values = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (keys, values))  # [B, width * S, K, head_dim]
+    is_visible = (i * pages.block_tokens + pages.key_offsets)[None, None] <= pages.positions[..., None]
+    is_visible = jnp.tile(is_visible, (1, q.shape[2] // is_visible.shape[1], 1))[:, None]
+    scores = jnp.einsum("bkrc,bmkc->bkrm", q, keys, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    scores = jnp.where(is_visible, scores, MASKED)
+    new_peak = jnp.maximum(peak, scores.max(axis=-1, keepdims=True))
+    scale, weights = jnp.exp(peak - new_peak), jnp.exp(scores - new_peak)
+    read = jnp.einsum("bkrm,bmkc->bkrc", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    return new_peak, total * scale + weights.sum(axis=-1, keepdims=True), mixed * scale + read

@@ -1,0 +1,154 @@
+"""A serving loop that is driven at random: the same seed gives the same run on every machine and under every hash seed.
+
+    drive(seed, num_steps)   draws components, sizes and policies, unless they are given, and checks all along:
+                             equal digests, the content of every page read, the invariants, and that nothing is left
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from jaxcache.components import FullAttention, RecurrentState, SlidingWindow
+from jaxcache.components.base import Component
+from jaxcache.config import CacheConfig
+from jaxcache.core import invariants
+from jaxcache.testing.scenario import Scenario
+from jaxcache.types import PrefetchPolicy, WritePolicy
+
+MIXTURES = (
+    ("full",),
+    ("full", "window"),
+    ("full", "state"),
+    ("full", "window", "state"),
+    ("full", "window", "window"),
+    ("window",),
+    ("state",),
+    ("window", "state"),
+)
+MAX_WAITING = 5
+MAX_RUNNING = 6
+
+
+class Run(NamedTuple):
+    """counters: of the first rank, with `evicted_pages`. digest: the last one."""
+
+    counters: Counter[str]
+    digest: int
+
+
+def drive(
+    seed: int,
+    num_steps: int,
+    num_ranks: int = 2,
+    mixture: Sequence[str] | None = None,
+    check_every: int = 7,
+    **overrides: Any,
+) -> Run:
+    """Raises AssertionError as soon as anything is wrong. overrides: fields of CacheConfig."""
+    rng = random.Random(seed)
+    page_tokens = overrides.get("page_tokens") or rng.choice([1, 4, 16])
+    max_pages = rng.choice([6, 12, 20])
+    components = draw_components(rng, mixture or rng.choice(MIXTURES), page_tokens)
+    config = draw_config(rng, components, page_tokens, max_pages, **overrides)
+    scenario = Scenario(components, config, seed, num_ranks)
+    for plane in scenario.planes:
+        plane.faults = rng.choice([0.0, 0.02, 0.2])
+    for step in range(num_steps):
+        iterate(scenario, rng, max_pages * page_tokens)
+        if step % check_every == 0:
+            for core in scenario.cores:
+                invariants.check(core)
+    scenario.wind_down()
+    for core in scenario.cores:
+        invariants.check(core)
+    counters = Counter(scenario.core.counters)
+    counters["evicted_pages"] = sum(scenario.core.tiers.num_evicted_pages)
+    for core in scenario.cores:
+        invariants.check_empty(core)
+    return Run(counters, scenario.core.digest)
+
+
+def draw_components(rng: random.Random, kinds: Sequence[str], page_tokens: int) -> tuple[Component, ...]:
+    """Windows shorter and longer than pages, states on grids that do and do not divide them."""
+    page = page_tokens
+    components: list[Component] = []
+    for i, kind in enumerate(kinds):
+        if kind == "full":
+            components.append(FullAttention("full", ()))
+        elif kind == "window":
+            window = rng.choice([1, 2, 3, page - 1, page, page + 1, 2 * page, 3 * page + 1, 5 * page])
+            components.append(SlidingWindow(f"window{i}", (), window_tokens=max(1, window)))
+        else:
+            components.append(RecurrentState("state", (), chunk_tokens=rng.choice([1, 2, page, 2 * page, 3])))
+    return tuple(components)
+
+
+def draw_config(
+    rng: random.Random, components: tuple[Component, ...], page_tokens: int, max_pages: int, **overrides: Any
+) -> CacheConfig:
+    """Tiers so small that everything that can run out does."""
+    room = max_pages + 4
+    states = [component.name for component in components if isinstance(component, RecurrentState)]
+    device_pages = {c.name: rng.choice([room + 1, room + 6, 2 * room, 4 * room]) for c in components}
+    host_pages = {c.name: rng.choice([0, 1, 4, max_pages, 2 * room, 6 * room]) for c in components}
+    device_pages.update({name: 60 for name in states})
+    host_pages.update({name: rng.choice([0, 1, 3, 8, 30]) for name in states})
+    choices: dict[str, Any] = {
+        "page_tokens": page_tokens,
+        "device_pages": device_pages,
+        "host_pages": host_pages,
+        "write_policy": rng.choice(list(WritePolicy)),
+        "prefetch_min_tokens": 1,
+        "evict_output_first": rng.random() < 0.5,
+        "max_states_per_path": rng.choice([1, 2, 4]),
+        "prefetch_policy": rng.choice(list(PrefetchPolicy)),
+        "max_stores": rng.choice([1, 4]),
+        "max_queued_stores": rng.choice([1, 64]),
+        "prefetch_host_share": rng.choice([0.3, 1.0]),
+        "load_back_min_tokens": rng.choice([1, 1, 3 * page_tokens]),
+        "max_stored_beliefs": rng.choice([4, 1000]),
+    }
+    return CacheConfig(**{**choices, **overrides})
+
+
+def iterate(scenario: Scenario, rng: random.Random, max_tokens: int) -> None:
+    """One iteration of the serving loop, with arrivals, aborts and accidents."""
+    scenario.step()
+    if rng.random() < 0.6 and len(scenario.waiting) < MAX_WAITING:
+        scenario.arrive(max_tokens)
+    _admit(scenario, rng)
+    for request in list(scenario.running):
+        if rng.random() < 0.03:
+            scenario.finish(request)
+    scenario.apply()
+    for request in list(scenario.running):
+        if rng.random() < 0.8:
+            scenario.run(request)
+        if not scenario.core.plan_is_applied() and rng.random() < 0.5:
+            scenario.apply()
+    _accidents(scenario, rng)
+
+
+def _admit(scenario: Scenario, rng: random.Random) -> None:
+    core = scenario.core
+    for request in list(scenario.waiting):
+        if rng.random() < 0.05:
+            scenario.give_up(request)
+        elif len(scenario.running) < MAX_RUNNING:
+            idle = not scenario.running and not core.live_transfers() and not core.admission.loading
+            ticket = request.tickets[0]
+            held_up = core.config.prefetch_policy is PrefetchPolicy.WAIT_COMPLETE and ticket and not ticket.done
+            assert scenario.admit(request) or not idle or held_up, "A1: starved in an empty system"
+
+
+def _accidents(scenario: Scenario, rng: random.Random) -> None:
+    chance = rng.random()
+    if chance < 0.005:
+        scenario.reset()
+    elif chance < 0.01:
+        scenario.drop_device()
+    elif chance < 0.015:
+        scenario.retire(rng.randrange(2))

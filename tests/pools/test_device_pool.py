@@ -1,0 +1,100 @@
+"""Gather and scatter of pages: bytes, donation, padding, compiles."""
+
+import jax
+import numpy as np
+import pytest
+
+from jaxcache.components import FieldSpec, FullAttention
+from jaxcache.pools.device_pool import PageMover, bucket_pages, chunks, init_pools
+from jaxcache.pools.page_layout import page_layouts
+from jaxcache.runtime.compiles import compile_count
+
+NUM_PAGES = 8
+KV = FieldSpec("kv", (2, 2, 4, 2, 4), "bfloat16", ("layers", None, "slots", "heads", None))
+INDEX = FieldSpec("index", (2, 4, 4), "float32", ("layers", "slots", None))
+
+
+def setup(mesh, max_bucket=4):
+    layouts = page_layouts([FullAttention("full", (KV, INDEX))], mesh)
+    mover = PageMover(layouts, mesh, {"full": NUM_PAGES}, max_bucket)
+    return mover, init_pools(layouts, {"full": NUM_PAGES}, mesh)
+
+
+def contents(pools):
+    """Copies: a view would make later donations copy the pool."""
+    return {name: np.array(array, copy=True) for name, array in pools["full"].items()}
+
+
+def buffers(pools):
+    return sorted(s.data.unsafe_buffer_pointer() for a in pools["full"].values() for s in a.addressable_shards)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 1), (1, 4, 1), (2, 2, 2)])
+def test_scatter_then_gather_in_place(make_mesh, rng, shape):
+    mover, pools = setup(make_mesh(*shape))
+    ids = np.array([5, 0, 7], np.int32)
+    staging = {
+        f.spec.name: jax.device_put(
+            rng.normal(size=(4, *f.padded_shape)).astype(f.dtype), mover.layouts["full"].shardings()[f.spec.name]
+        )
+        for f in mover.layouts["full"].fields
+    }
+    old, before = pools["full"], buffers(pools)
+    pools = {"full": mover.scatter("full", old, ids, staging)}
+    assert buffers(pools) == before
+    assert all(array.is_deleted() for array in old.values())
+    gathered = mover.gather("full", pools["full"], ids)
+    for name, pages in contents(pools).items():
+        np.testing.assert_array_equal(pages[ids], np.asarray(staging[name])[:3])
+        np.testing.assert_array_equal(np.asarray(gathered[name])[:3], pages[ids])
+        assert not pages[[1, 2, 3, 4, 6]].any()
+
+
+def test_padding_never_touches_the_last_page(make_mesh):
+    mover, pools = setup(make_mesh(2, 2, 2))
+    ones = {name: jax.numpy.ones_like(array)[:4] for name, array in pools["full"].items()}
+    pools = {"full": mover.scatter("full", pools["full"], np.array([0, 1, 2], np.int32), ones)}
+    for pages in contents(pools).values():
+        assert pages[:3].all()
+        assert not pages[3:].any()
+
+
+def test_negative_ids_are_refused(make_mesh):
+    mover, pools = setup(make_mesh(1, 1, 1))
+    with pytest.raises(AssertionError, match="negative"):
+        mover.gather("full", pools["full"], np.array([-1], np.int32))
+
+
+def test_warmup_leaves_pools_and_nothing_compiles_afterwards(make_mesh):
+    mover, pools = setup(make_mesh(1, 2, 2))
+    before = buffers(pools)
+    pools = mover.warmup(pools)
+    assert buffers(pools) == before
+    assert not any(pages.any() for pages in contents(pools).values())
+    num_compiles = compile_count()
+    for num_ids in range(1, 5):
+        ids = np.arange(num_ids, dtype=np.int32)
+        staging = mover.gather("full", pools["full"], ids)
+        pools = {"full": mover.scatter("full", pools["full"], ids, staging)}
+    jax.block_until_ready(pools)
+    assert compile_count() == num_compiles
+
+
+def test_compiles_are_counted():
+    num_compiles = compile_count()
+    jax.jit(lambda x: x * 3 + 17)(np.float32(1)).block_until_ready()
+    assert compile_count() == num_compiles + 1
+
+
+def test_scatter_needs_no_temporary_pool(make_mesh):
+    mover, pools = setup(make_mesh(1, 1, 1))
+    staging = mover.gather("full", pools["full"], np.zeros(4, np.int32))
+    program = mover._scatters["full"].lower(pools["full"], np.zeros(4, np.int32), staging).compile()
+    assert program.memory_analysis().temp_size_in_bytes < pools["full"]["kv"].nbytes
+
+
+def test_chunks_and_buckets():
+    assert list(chunks(5, 2)) == [slice(0, 2), slice(2, 4), slice(4, 5)]
+    assert [bucket_pages(n) for n in (1, 2, 3, 4, 5)] == [1, 2, 4, 4, 8]
+    mover_buckets = PageMover({}, None, {}, 100).buckets()
+    assert mover_buckets == [1, 2, 4, 8, 16, 32, 64]

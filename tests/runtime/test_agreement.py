@@ -1,0 +1,130 @@
+"""What ranks agree on: packing, and two reductions that must give the same."""
+
+import numpy as np
+import pytest
+
+from jaxcache.runtime import reduction
+from jaxcache.runtime.agreement import Agreed, Agreement
+from jaxcache.runtime.lanes import NEUTRAL, Lanes
+from jaxcache.runtime.reduction import CollectiveReduction, LocalReduction, collective, reduce_rows
+from jaxcache.types import Outcome, RanksDiverged, TransferFault
+
+MESHES = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2, 2), (2, 2, 2), (1, 1, 4)]
+LANES = Lanes(("full", "window", "state"), 3)
+OUTCOMES = {
+    7: Outcome(False, False, {"full": 5, "window": 2}),
+    9: Outcome(True, True, {}, 64, 64),
+}
+
+
+def agree_of(rows, mesh_shape=None):
+    """Every row reduced as ranks of cp."""
+    rows = np.stack(rows)
+    return reduce_rows(rows, mesh_shape or {"cp": len(rows), "tp": 1, "pp": 1}, LANES.num_unanimous)
+
+
+def random_rows(rng, num_ranks, num_lanes=40):
+    return rng.integers(-(2**31), 2**31, (num_ranks, num_lanes)).astype(np.int32)
+
+
+def test_one_rank_gets_back_what_it_said():
+    row = agree_of([LANES.pack(123, OUTCOMES, 4567, True)])
+    assert LANES.unpack(row, 1, 123, OUTCOMES) == OUTCOMES
+    assert LANES.clock_ms(row) == 4567
+
+
+def test_outcomes_are_minima_and_queries_both_ends():
+    other = {7: Outcome(True, True, {"full": 3, "window": 4}), 9: Outcome(True, False, {}, 128, 128)}
+    row = agree_of([LANES.pack(1, OUTCOMES, 0, True), LANES.pack(1, other, 0, True)])
+    assert LANES.unpack(row, 1, 1, OUTCOMES) == {
+        7: Outcome(False, False, {"full": 3, "window": 2}),
+        9: Outcome(True, False, {}, 64, 128),
+    }
+
+
+@pytest.mark.parametrize("digest", [0, 1, 2**31, 2**32, 2**63, 2**64 - 1])
+def test_digests(digest):
+    other = digest ^ (1 << 40)
+    assert LANES.unpack(agree_of([LANES.pack(digest, {}, 0, True)] * 2), 1, digest, {}) == {}
+    with pytest.raises(RanksDiverged, match=f"step=5.*{digest:#018x}"):
+        LANES.unpack(agree_of([LANES.pack(digest, {}, 0, True), LANES.pack(other, {}, 0, True)]), 5, digest, {})
+
+
+@pytest.mark.parametrize("other", [{}, {7: OUTCOMES[7]}, {8: OUTCOMES[7], 9: OUTCOMES[9]}, {9: OUTCOMES[9]}])
+def test_different_live_transfers_are_a_divergence(other):
+    row = agree_of([LANES.pack(1, OUTCOMES, 0, True), LANES.pack(1, other, 0, True)])
+    with pytest.raises(RanksDiverged, match=r"step=5.*\[7, 9\]"):
+        LANES.unpack(row, 5, 1, OUTCOMES)
+
+
+def test_a_fault_anywhere_is_a_fault_everywhere():
+    row = agree_of([LANES.pack(1, {}, 0, True), LANES.pack(1, {}, 0, False)])
+    with pytest.raises(TransferFault, match="step=5"):
+        LANES.unpack(row, 5, 1, {})
+
+
+def test_large_ids_and_absent_slots_never_collide():
+    row = LANES.pack(1, {2**31 - 1: OUTCOMES[7], 2**40: OUTCOMES[7]}, 0, True)
+    assert (LANES._slots(row)[:2, 0] != NEUTRAL).all()
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_the_collective_is_the_definition_on_every_rank(make_mesh, rng, shape):
+    mesh = make_mesh(*shape)
+    program = collective(mesh, 30)
+    for _ in range(5):
+        rows = random_rows(rng, mesh.size)
+        expected = reduce_rows(rows, dict(mesh.shape), 30)
+        np.testing.assert_array_equal(np.asarray(program(rows)), np.broadcast_to(expected, rows.shape))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
+def test_both_forms_agree(make_mesh, rng, shape):
+    mesh = make_mesh(*shape)
+    forms = [form(mesh, 30) for form in (LocalReduction, CollectiveReduction)]
+    rows = random_rows(rng, mesh.size)
+    for form in forms:
+        form.start(rows)
+    np.testing.assert_array_equal(*(form.finish() for form in forms))
+
+
+def forwards_nothing(value, num_stages):
+    return value
+
+
+@pytest.mark.parametrize(
+    ("name", "mutant"),
+    [
+        ("ALL_AXES", ("cp", "pp")),
+        ("ALL_AXES", ("tp", "pp")),
+        ("ALL_AXES", ("cp", "tp")),
+        ("ATTENTION_AXES", ("cp",)),
+        ("ATTENTION_AXES", ("tp",)),
+        ("_from_stage_0", forwards_nothing),
+    ],
+)
+def test_every_axis_matters(make_mesh, rng, monkeypatch, name, mutant):
+    mesh = make_mesh(2, 2, 2)
+    rows = random_rows(rng, mesh.size)
+    monkeypatch.setattr(reduction, name, mutant)
+    reduced = np.asarray(collective(mesh, 30)(rows))
+    assert not np.array_equal(reduced, np.broadcast_to(reduce_rows(rows, dict(mesh.shape), 30), rows.shape))
+
+
+@pytest.mark.parametrize("form", [None, CollectiveReduction])
+def test_issue_and_read(make_mesh, form):
+    agreement = Agreement(make_mesh(2, 2, 2), ("full", "window", "state"), 3, form)
+    assert agreement.read() is None
+    agreement.issue(4, 99, OUTCOMES, 1234, True)
+    with pytest.raises(AssertionError, match="has not been read"):
+        agreement.issue(5, 99, OUTCOMES, 1235, True)
+    assert agreement.read() == Agreed(4, OUTCOMES, 1234)
+    assert agreement.read() is None
+
+
+@pytest.mark.parametrize("form", [None, CollectiveReduction])
+def test_a_fault_here_is_raised_at_the_read(make_mesh, form):
+    agreement = Agreement(make_mesh(1, 2, 1), ("full",), 1, form)
+    agreement.issue(4, 99, {}, 0, False)
+    with pytest.raises(TransferFault, match="step=4"):
+        agreement.read()

@@ -1,0 +1,76 @@
+"""Jobs wait for their dependencies without occupying threads."""
+
+import threading
+
+import pytest
+
+from jaxcache.runtime.job_graph import JobGraph
+
+
+@pytest.fixture
+def graph():
+    graph = JobGraph(1, "test")
+    yield graph
+    graph.close()
+
+
+def test_a_job_runs_after_its_dependencies(graph):
+    order, gate = [], threading.Event()
+    first = graph.submit(lambda: gate.wait() and order.append("first"))
+    last = graph.submit(lambda: order.append("last"), [first])
+    assert not last.done()
+    gate.set()
+    last.result()
+    assert order == ["first", "last"]
+
+
+def test_waiting_jobs_occupy_no_thread(graph):
+    from concurrent.futures import Future
+
+    gate = Future()
+    waiting = [graph.submit(lambda: "late", [gate]) for _ in range(10)]
+    assert graph.submit(lambda: "now").result(10) == "now"
+    assert graph.num_open == 10
+    gate.set_result(None)
+    assert [job.result(10) for job in waiting] == ["late"] * 10
+
+
+def test_a_failed_dependency_fails_its_dependents_without_running_them(graph):
+    ran = []
+
+    def fail():
+        raise OSError("disk")
+
+    first = graph.submit(fail)
+    second = graph.submit(lambda: ran.append(1), [first])
+    third = graph.submit(lambda: ran.append(1), [second])
+    assert isinstance(third.exception(10), OSError)
+    assert ran == []
+
+
+def test_a_long_failed_chain_does_not_recurse(graph):
+    from concurrent.futures import Future
+
+    gate = Future()
+    job = gate
+    for _ in range(5000):
+        job = graph.submit(lambda: None, [job])
+    gate.set_exception(OSError("disk"))
+    assert isinstance(job.exception(30), OSError)
+
+
+def test_diamonds_on_few_threads():
+    graph = JobGraph(2, "test")
+    layers = [[graph.submit(lambda: 1)]]
+    for _ in range(50):
+        layers.append([graph.submit(lambda: 1, layers[-1]) for _ in range(4)])
+    assert [job.result(10) for job in layers[-1]] == [1] * 4
+    graph.close()
+
+
+def test_drain_reports_a_timeout(graph):
+    gate = threading.Event()
+    graph.submit(gate.wait)
+    assert not graph.drain(0.01)
+    gate.set()
+    assert graph.drain(10)

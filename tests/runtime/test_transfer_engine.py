@@ -1,0 +1,440 @@
+"""Copies and storage transfers on real pools: bytes, order, faults, and what a bad storage can do."""
+
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from jaxcache.components import FieldSpec, FullAttention, RecurrentState
+from jaxcache.pools.device_pool import init_pools
+from jaxcache.pools.page_layout import page_layouts
+from jaxcache.runtime import transfer_engine
+from jaxcache.runtime.compiles import compile_count
+from jaxcache.runtime.storage_io import BATCH_PAGES, MAX_FAILURES
+from jaxcache.runtime.transfer_engine import TransferEngine
+from jaxcache.storage.base import Storage
+from jaxcache.types import Move, Transfer, TransferFault, TransferKind
+
+DEVICE_PAGES, HOST_PAGES = 16, 24
+WAIT_S = 20
+KV = FieldSpec("kv", (3, 2, 4, 2, 4), "bfloat16", ("layers", None, "slots", "heads", None))
+INDEX = FieldSpec("index", (3, 4, 4), "float32", ("layers", "slots", None))
+LATENT = FieldSpec("latent", (3, 1, 4), "int32", ("layers", "slots", None))
+STATE = FieldSpec("state", (3, 2, 8), "float32", ("layers", "heads", None))
+COMPONENTS = (FullAttention("full", (KV, INDEX, LATENT)), RecurrentState("state", (STATE,)))
+MESHES = [(1, 1, 1), (2, 2, 2)]
+
+
+class DictStorage(Storage):
+    """Values in a dictionary. `gate` holds up every call while it is closed; `broken` makes every call raise."""
+
+    secret = b"test"
+
+    def __init__(self):
+        self.values = {}
+        self.gate = threading.Event()
+        self.gate.set()
+        self.broken = False
+        self.num_calls = 0
+        self.entered = threading.Semaphore(0)
+
+    def _enter(self):
+        self.num_calls += 1
+        self.entered.release()
+        assert self.gate.wait(WAIT_S)
+        if self.broken:
+            raise OSError("disk")
+
+    def exists(self, keys):
+        self._enter()
+        return [self.object_name(key) in self.values for key in keys]
+
+    def get(self, key, buffer):
+        self._enter()
+        value = self.values.get(self.object_name(key))
+        if value is None:
+            return False
+        buffer[:] = value
+        return True
+
+    def put(self, key, buffer):
+        self._enter()
+        self.values.setdefault(self.object_name(key), bytes(buffer))
+        return True
+
+    def clear(self):
+        self.values.clear()
+
+
+class Rig:
+    """An engine, its pools and a step counter."""
+
+    def __init__(self, mesh, storage=None, deadline_s=WAIT_S, num_threads=2, max_bucket=4):
+        self.layouts = page_layouts(COMPONENTS, mesh)
+        num_pages = dict.fromkeys(self.layouts, DEVICE_PAGES)
+        host_pages = dict.fromkeys(self.layouts, HOST_PAGES)
+        self.engine = TransferEngine(
+            self.layouts, mesh, num_pages, host_pages, storage, deadline_s, num_threads, max_bucket
+        )
+        self.pools = init_pools(self.layouts, num_pages, mesh)
+        self.step, self.next_id = 0, 0
+
+    def apply(self, *transfers):
+        self.step += 1
+        self.pools = self.engine.apply(self.pools, transfers, self.step)
+
+    def transfer(self, kind, src=(), dst=(), keys=(), ends=(), component="full"):
+        self.next_id += 1
+        move = Move(component, np.array(src, np.int32), np.array(dst, np.int32), tuple(keys), tuple(ends))
+        return Transfer(self.next_id, kind, self.step, (move,))
+
+    def backup(self, src, dst, component="full"):
+        return self.transfer(TransferKind.BACKUP, src, dst, component=component)
+
+    def load_back(self, src, dst, component="full"):
+        return self.transfer(TransferKind.LOAD_BACK, src, dst, component=component)
+
+    def store(self, src, keys):
+        return self.transfer(TransferKind.STORE, src, keys=keys)
+
+    def fetch(self, dst, keys):
+        return self.transfer(TransferKind.FETCH, dst=dst, keys=keys)
+
+    def query(self, keys):
+        return self.transfer(TransferKind.QUERY, keys=keys, ends=range(len(keys)))
+
+    def write(self, page_ids, seed, component="full"):
+        """What a model step does: writes whole pages of donated pools."""
+        values = self.values(page_ids, seed, component)
+        staging = {}
+        for f in self.layouts[component].fields:
+            pages = np.zeros((4, *f.padded_shape), f.dtype)
+            pages[: len(page_ids)] = values[f.spec.name]
+            staging[f.spec.name] = jax.device_put(pages, self.layouts[component].shardings()[f.spec.name])
+        ids = np.array(page_ids, np.int32)
+        self.pools[component] = self.engine.mover.scatter(component, self.pools[component], ids, staging)
+
+    def values(self, page_ids, seed, component="full"):
+        rng = np.random.default_rng(seed)
+        fields = self.layouts[component].fields
+        return {f.spec.name: rng.integers(1, 99, (len(page_ids), *f.padded_shape)).astype(f.dtype) for f in fields}
+
+    def check(self, page_ids, seed, component="full"):
+        expected = self.values(page_ids, seed, component)
+        for name, array in self.pools[component].items():
+            np.testing.assert_array_equal(np.array(array, copy=True)[list(page_ids)], expected[name])
+
+    def wait(self, transfer, condition=lambda status: status.quiet):
+        deadline = time.monotonic() + WAIT_S
+        while time.monotonic() < deadline:
+            status = self.engine.poll()[transfer.id]
+            if condition(status):
+                return status
+            time.sleep(0.001)
+        raise AssertionError(f"{status} after {WAIT_S} s")
+
+    def buffers(self):
+        arrays = jax.tree.leaves(self.pools)
+        return sorted(shard.data.unsafe_buffer_pointer() for array in arrays for shard in array.addressable_shards)
+
+
+@pytest.fixture
+def storage():
+    storage = DictStorage()
+    yield storage
+    storage.gate.set()
+
+
+@pytest.fixture
+def make_rig(make_mesh, storage):
+    rigs = []
+
+    def make(shape=(1, 1, 1), **options):
+        rigs.append(Rig(make_mesh(*shape), storage, **options))
+        return rigs[-1]
+
+    with jax.thread_guard(True):
+        yield make
+        storage.gate.set()
+        for rig in rigs:
+            rig.engine.close()
+
+
+def keys(*numbers):
+    return tuple(bytes([n]) * 32 for n in numbers)
+
+
+@pytest.mark.parametrize("shape", MESHES)
+@pytest.mark.parametrize("component", ["full", "state"])
+def test_backup_overwrite_load_back(make_rig, shape, component):
+    rig = make_rig(shape)
+    rig.write([3, 1, 2], 1, component)
+    rig.apply(rig.backup([3, 1, 2], [20, 0, 7], component))
+    rig.write([3, 1, 2], 2, component)
+    rig.apply(rig.load_back([20, 0, 7], [15, 4, 5], component))
+    rig.check([3, 1, 2], 2, component)
+    rig.apply()
+    rig.check([15, 4, 5], 1, component)
+    rig.check([3, 1, 2], 2, component)
+
+
+def test_a_backup_is_a_snapshot_even_if_it_is_copied_late(make_rig):
+    """Insert, evict and reuse of the same device pages in one step."""
+    rig = make_rig((2, 2, 2), num_threads=1)
+    gate = threading.Event()
+    rig.engine._copies.submit(gate.wait)
+    rig.write([3, 1], 1)
+    rig.apply(rig.backup([3, 1], [0, 1]))
+    rig.write([3, 1], 2)
+    rig.apply(rig.backup([3, 1], [2, 3]), rig.load_back([0, 1], [8, 9]), rig.load_back([2, 3], [10, 11]))
+    gate.set()
+    rig.apply()
+    rig.check([8, 9], 1)
+    rig.check([10, 11], 2)
+
+
+def test_a_load_may_be_planned_before_its_backup_has_run(make_rig):
+    rig = make_rig(num_threads=1)
+    gate = threading.Event()
+    rig.engine._copies.submit(gate.wait)
+    rig.write([3], 1)
+    rig.apply(rig.backup([3], [5]), rig.load_back([5], [6]))
+    assert rig.engine.stats()["copy_queue_depth"] == 3
+    gate.set()
+    rig.apply()
+    rig.check([6], 1)
+
+
+def test_a_host_page_is_reused_only_after_its_readers(make_rig, storage):
+    rig = make_rig()
+    rig.write([0, 1], 1)
+    storage.gate.clear()
+    rig.apply(rig.backup([0, 1], [5, 6]), rig.store([5, 6], keys(1, 2)))
+    assert storage.entered.acquire(timeout=WAIT_S)
+    rig.write([0, 1], 2)
+    rig.apply(rig.backup([0, 1], [5, 6]))
+    storage.gate.set()
+    assert rig.engine.drain(WAIT_S)
+    fetch = rig.fetch([7, 8], keys(1, 2))
+    rig.apply(fetch)
+    assert rig.wait(fetch).pages == {"full": 2}
+    rig.apply(rig.load_back([7, 8], [10, 11]), rig.load_back([5, 6], [12, 13]))
+    rig.apply()
+    rig.check([10, 11], 1)
+    rig.check([12, 13], 2)
+
+
+def test_long_transfers_are_cut(make_rig):
+    rig = make_rig(max_bucket=2)
+    for page in range(5):
+        rig.write([page], page)
+    rig.apply(rig.backup(range(5), range(10, 15)), rig.load_back(range(10, 15), range(8, 13)))
+    rig.apply()
+    for page in range(5):
+        rig.check([page + 8], page)
+
+
+def test_a_load_back_is_scattered_in_a_later_step_only(make_rig):
+    rig = make_rig()
+    rig.write([0], 1)
+    rig.write([1], 2)
+    rig.apply(rig.backup([0], [0]), rig.load_back([0], [1]))
+    assert rig.engine.drain(WAIT_S)
+    rig.pools = rig.engine.apply(rig.pools, (), rig.step)
+    rig.check([1], 2)
+    rig.apply()
+    rig.check([1], 1)
+
+
+def test_discarded_load_backs_are_not_scattered(make_rig):
+    rig = make_rig()
+    rig.write([0], 1)
+    rig.apply(rig.backup([0], [0]), rig.load_back([0], [1]))
+    rig.write([1], 2)
+    rig.engine.discard_load_backs()
+    rig.apply()
+    rig.check([1], 2)
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_pools_stay_where_they_are_and_nothing_compiles(make_rig, shape):
+    rig = make_rig(shape)
+    rig.pools = rig.engine.warmup(rig.pools)
+    before, num_compiles = rig.buffers(), compile_count()
+    for step in range(3):
+        old = rig.pools["full"]
+        rig.write([0, 1, 2], step)
+        rig.apply(rig.backup([0, 1, 2], [0, 1, 2]), rig.load_back([2, 0], [8, 9]))
+        rig.apply()
+        assert all(array.is_deleted() for array in old.values())
+    assert rig.engine.drain(WAIT_S)
+    assert rig.buffers() == before
+    assert compile_count() == num_compiles
+
+
+def test_a_failed_copy_is_a_fault(make_rig, monkeypatch):
+    rig = make_rig()
+
+    def fail(*args):
+        raise MemoryError("staging")
+
+    monkeypatch.setattr(transfer_engine, "rows_from_pages", fail)
+    store = rig.store([0], keys(1))
+    rig.apply(rig.backup([0], [0]), store, rig.load_back([0], [1]))
+    assert rig.engine.drain(WAIT_S)
+    assert isinstance(rig.engine.fault, MemoryError)
+    status = rig.wait(store)
+    assert (status.done, status.ok, status.pages) == (True, False, {"full": 0})
+    with pytest.raises(TransferFault, match="staging"):
+        rig.apply()
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_store_query_fetch(make_rig, shape):
+    rig = make_rig(shape)
+    rig.write([0, 1, 2], 1)
+    store = rig.store([3, 4, 5], keys(1, 2, 3))
+    rig.apply(rig.backup([0, 1, 2], [3, 4, 5]), store)
+    assert rig.wait(store).pages == {"full": 3}
+    rig.engine.forget(store.id)
+    query, fetch = rig.query(keys(2, 9, 3)), rig.fetch([8, 9, 10], keys(1, 2, 3))
+    rig.apply(query, fetch)
+    assert rig.wait(query).exists["full"].tolist() == [True, False, True]
+    assert rig.wait(fetch).pages == {"full": 3}
+    rig.apply(rig.load_back([8, 9, 10], [13, 14, 15]))
+    rig.apply()
+    rig.check([13, 14, 15], 1)
+    assert sorted(rig.engine.poll()) == [query.id, fetch.id]
+
+
+def test_repeated_shares_are_written_once(make_rig, storage):
+    rig = make_rig((2, 1, 1))
+    store = Transfer(99, TransferKind.STORE, 0, (Move("state", np.array([0], np.int32), page_keys=keys(1)),))
+    rig.apply(rig.backup([0], [0], "state"), store)
+    rig.wait(store)
+    assert len(storage.values) == storage.num_calls == 1
+
+
+def test_a_page_counts_only_up_to_the_first_gap_and_on_all_ranks(make_rig, storage):
+    rig = make_rig((2, 2, 1))
+    store = rig.store([0, 1, 2], keys(1, 2, 3))
+    rig.apply(store)
+    rig.wait(store)
+    cell = next(share.cell for share in rig.engine._storage_io._shares["full"][1:])
+    key = storage.object_name(transfer_key(2, cell))
+    del storage.values[key]
+    query, fetch = rig.query(keys(1, 2, 3)), rig.fetch([4, 5, 6], keys(1, 2, 3))
+    rig.apply(query, fetch)
+    assert rig.wait(query).exists["full"].tolist() == [True, False, True]
+    status = rig.wait(fetch)
+    assert (status.pages, status.ok) == ({"full": 1}, True)
+
+
+def transfer_key(number, cell):
+    from jaxcache.storage.base import ObjectKey
+
+    return ObjectKey(keys(number)[0], "full", cell)
+
+
+def test_a_stalled_fetch_is_done_at_its_deadline_and_quiet_when_it_returns(make_rig, storage):
+    rig = make_rig(deadline_s=0.05)
+    storage.gate.clear()
+    fetch = rig.fetch([0, 1], keys(1, 2))
+    rig.apply(fetch)
+    assert storage.entered.acquire(timeout=WAIT_S)
+    status = rig.wait(fetch, lambda status: status.done)
+    assert (status.quiet, status.ok, status.pages) == (False, False, {"full": 0})
+    with pytest.raises(AssertionError, match="before it is quiet"):
+        rig.engine.forget(fetch.id)
+    storage.gate.set()
+    status = rig.wait(fetch)
+    assert (status.done, status.pages) == (True, {"full": 0})
+    assert storage.num_calls == 1, "the second page is not read any more"
+    assert rig.engine.stats()["storage_timeouts"] == 1
+    rig.engine.forget(fetch.id)
+
+
+def test_a_stalled_storage_holds_up_no_copy(make_rig, storage):
+    """Not even of a page that the stalled job delivered before."""
+    rig = make_rig(deadline_s=0.2, num_threads=1)
+    store = rig.store([0], keys(1))
+    rig.write([0], 1)
+    rig.apply(rig.backup([0], [0]), store)
+    rig.wait(store)
+    slow = threading.Event()
+    get, fetch = storage.get, rig.fetch([4, 5], keys(1, 2))
+    storage.get = lambda key, buffer: get(key, buffer) if key.page_key == keys(1)[0] else slow.wait(WAIT_S)
+    rig.apply(fetch)
+    status = rig.wait(fetch, lambda status: status.done)
+    assert (status.pages, status.quiet) == ({"full": 1}, False)
+    rig.apply(rig.load_back([4], [9]), rig.backup([0], [4]), rig.load_back([4], [10]))
+    rig.apply()
+    rig.check([9], 1)
+    slow.set()
+    rig.wait(fetch)
+
+
+def test_cancel(make_rig, storage):
+    rig = make_rig(num_threads=1)
+    store = rig.store(range(3), keys(1, 2, 3))
+    rig.apply(store)
+    rig.wait(store)
+    storage.gate.clear()
+    num_calls = storage.num_calls
+    while storage.entered.acquire(blocking=False):
+        pass
+    fetch = rig.fetch(range(2 * BATCH_PAGES), keys(*range(1, 2 * BATCH_PAGES + 1)))
+    rig.apply(fetch)
+    assert storage.entered.acquire(timeout=WAIT_S)
+    rig.engine.cancel(fetch.id)
+    status = rig.engine.poll()[fetch.id]
+    assert (status.done, status.quiet, status.ok) == (True, False, False)
+    storage.gate.set()
+    assert rig.wait(fetch).pages == {"full": 0}
+    assert storage.num_calls == num_calls + 1
+    rig.engine.cancel(12345)
+
+
+def test_failures_are_misses_and_open_the_breaker(make_rig, storage):
+    rig = make_rig(num_threads=1)
+    storage.broken = True
+    for _ in range(MAX_FAILURES):
+        query = rig.query(keys(1))
+        rig.apply(query)
+        status = rig.wait(query)
+        assert (status.done, status.ok, status.exists["full"].tolist()) == (True, False, [False])
+    num_calls = storage.num_calls
+    fetch = rig.fetch([0], keys(1))
+    rig.apply(fetch)
+    status = rig.engine.poll()[fetch.id]
+    assert (status.done, status.quiet, status.pages) == (True, True, {"full": 0})
+    stats = rig.engine.stats()
+    assert storage.num_calls == num_calls
+    assert (stats["breaker_openings"], stats["storage_not_asked"], stats["storage_failures"]) == (1, 1, MAX_FAILURES)
+    storage.broken = False
+    rig.engine._storage_io.breaker._open_until = 0.0
+    again = rig.query(keys(1))
+    rig.apply(again)
+    assert rig.wait(again).ok
+
+
+def test_without_storage_everything_misses(make_rig):
+    rig = make_rig()
+    rig.engine.set_storage(None)
+    transfers = rig.store([0], keys(1)), rig.query(keys(1)), rig.fetch([0], keys(1))
+    rig.apply(*transfers)
+    assert all(status.done and status.quiet for status in rig.engine.poll().values())
+
+
+def test_counters(make_rig):
+    rig = make_rig((2, 1, 1))
+    rig.apply(rig.backup([0, 1], [0, 1]), rig.load_back([0], [2]))
+    assert rig.engine.drain(WAIT_S)
+    stats = rig.engine.stats()
+    row_bytes = rig.layouts["full"].row_bytes
+    assert (stats["backup_pages"], stats["backup_bytes"]) == (2, 2 * 2 * row_bytes)
+    assert (stats["load_back_pages"], stats["load_back_bytes"]) == (1, 2 * row_bytes)
+    assert stats["backup_seconds"] > 0
+    assert (stats["copy_queue_depth"], stats["storage_queue_depth"]) == (0, 0)

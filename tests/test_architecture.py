@@ -1,0 +1,239 @@
+"""Who may import whom, and the rules of the house, checked over every file by its syntax tree."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("jaxcache", "kernels_pallas", "models")
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 50
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Which modules of ours and which packages of others the files of one layer may import."""
+
+    ours: tuple[str, ...]
+    others: tuple[str, ...]
+
+
+FOUNDATION = ("jaxcache.types", "jaxcache.components", "jaxcache.storage")
+MIDDLE = (*FOUNDATION, "jaxcache.config", "jaxcache.core", "jaxcache.pools", "jaxcache.runtime", "kernels_pallas")
+
+# The longest matching name counts. "jaxcache!" is the package and its public names, but none of its modules.
+LAYERS = {
+    "jaxcache.types": Layer((), ("numpy",)),
+    "jaxcache.components": Layer(("jaxcache.types", "jaxcache.components"), ("numpy", "ml_dtypes")),
+    "jaxcache.core": Layer(
+        ("jaxcache.types", "jaxcache.config", "jaxcache.components.base", "jaxcache.core"), ("numpy",)
+    ),
+    "jaxcache.storage": Layer(("jaxcache.types", "jaxcache.storage"), ("numpy", "xxhash")),
+    "jaxcache.config": Layer(("jaxcache.types",), ()),
+    "kernels_pallas": Layer(("kernels_pallas",), ("jax", "numpy")),
+    "jaxcache.pools": Layer(
+        ("jaxcache.types", "jaxcache.components", "jaxcache.config", "jaxcache.pools", "kernels_pallas"),
+        ("jax", "numpy", "ml_dtypes"),
+    ),
+    "jaxcache.runtime": Layer(MIDDLE, ("jax", "numpy", "xxhash", "prometheus_client", "orbax")),
+    "jaxcache.cache": Layer(MIDDLE, ("jax", "numpy")),
+    "jaxcache.testing": Layer(("jaxcache",), ("jax", "numpy", "xxhash", "hypothesis")),
+    "jaxcache.cli": Layer(("jaxcache", "kernels_pallas"), ("jax", "numpy", "xxhash", "rich")),
+    "jaxcache.__main__": Layer(("jaxcache.cli",), ()),
+    "jaxcache": Layer(("jaxcache",), ()),
+    "models": Layer(
+        ("jaxcache!", "jaxcache.components", "kernels_pallas", "models"),
+        ("jax", "flax", "numpy", "ml_dtypes", "safetensors", "matplotlib", "rich"),
+    ),
+}
+
+UNDECIDED = frozenset(
+    {"asyncio", "concurrent", "datetime", "multiprocessing", "os", "queue", "random", "secrets", "select", "socket"}
+    | {"subprocess", "tempfile", "threading", "time", "uuid"}
+)
+BROAD = ("Exception", "BaseException")
+COMMAND_LINE_ONLY = frozenset({"argparse", "rich"})
+FOREIGN_SCRIPTS = frozenset({"models.make_goldens"})  # runs in an environment of its own, with the reference models
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def sources() -> dict[str, str]:
+    """Module name -> source of every file of ours; notebooks are not code of the house."""
+    files = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+    return {module_name(path): path.read_text() for path in files if "notebooks" not in path.parts}
+
+
+SOURCES = sources()
+
+
+def imports(name: str, source: str) -> Iterator[str]:
+    """Dotted names that a module imports anywhere in its text; `from a import b` counts as a.b."""
+    is_package = (ROOT / Path(*name.split("."), "__init__.py")).exists()
+    package = name.split(".") if is_package else name.split(".")[:-1]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*base, *([node.module] if node.module else [])])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def within(name: str, prefix: str) -> bool:
+    if prefix.endswith("!"):
+        top = prefix.removesuffix("!")
+        path = ROOT / name.replace(".", "/")
+        is_module = path.is_dir() or path.with_suffix(".py").exists()
+        return name == top or (name.rpartition(".")[0] == top and not is_module)
+    return name == prefix or name.startswith(prefix + ".")
+
+
+def layer_of(name: str) -> tuple[str, Layer]:
+    return max((item for item in LAYERS.items() if within(name, item[0])), key=lambda item: len(item[0]))
+
+
+def forbidden_imports(name: str, source: str) -> list[str]:
+    prefix, layer = layer_of(name)
+    bad = []
+    for target in imports(name, source):
+        top = target.partition(".")[0]
+        if top in PACKAGES:
+            allowed = any(within(target, ours) for ours in layer.ours)
+        elif top in sys.stdlib_module_names:
+            allowed = not (prefix == "jaxcache.core" and top in UNDECIDED)
+        else:
+            allowed = top in layer.others
+        if top in COMMAND_LINE_ONLY and name.startswith("jaxcache."):
+            allowed = prefix == "jaxcache.cli"
+        if not allowed:
+            bad.append(f"{name} imports {target}")
+    return bad
+
+
+def long_functions(name: str, source: str) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            num_lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            if num_lines > MAX_FUNCTION_LINES:
+                found.append(f"{name}.{node.name}: {num_lines} lines")
+    return found
+
+
+def long_file(name: str, source: str) -> list[str]:
+    num_lines = len(source.splitlines())
+    return [f"{name}: {num_lines} lines"] if num_lines > MAX_FILE_LINES else []
+
+
+def probes(name: str, source: str) -> list[str]:
+    calls = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call))
+    return [f"{name}:{c.lineno}: hasattr" for c in calls if isinstance(c.func, ast.Name) and c.func.id == "hasattr"]
+
+
+def broad_excepts(name: str, source: str) -> list[str]:
+    """`except:`, `except Exception`, `except BaseException`, alone or in a tuple, outside the workers' frames."""
+    if name.startswith("jaxcache.runtime."):
+        return []
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ExceptHandler):
+            types = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
+            if any(t is None or (isinstance(t, ast.Name) and t.id in BROAD) for t in types):
+                found.append(f"{name}:{node.lineno}: too broad")
+    return found
+
+
+HOUSE_RULES = (long_functions, long_file, probes, broad_excepts)
+
+
+def test_import_rules():
+    names = [name for name in SOURCES if name not in FOREIGN_SCRIPTS]
+    assert names
+    assert not [line for name in names for line in forbidden_imports(name, SOURCES[name])]
+
+
+@pytest.mark.parametrize("rule", HOUSE_RULES, ids=lambda rule: rule.__name__)
+def test_house_rules(rule):
+    assert not [line for name, source in SOURCES.items() for line in rule(name, source)]
+
+
+@pytest.mark.parametrize("package", ["jaxcache", "jaxcache.core"])
+def test_imports_without_jax(package):
+    code = f"import sys, {package}; print(sorted({{'jax', 'jaxlib', 'flax'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("jaxcache.core.matching", "import jax"),
+        ("jaxcache.core.matching", "def f():\n    from jax import numpy"),
+        ("jaxcache.core.matching", "import time"),
+        ("jaxcache.core.matching", "from os import path"),
+        ("jaxcache.core.matching", "from concurrent.futures import Future"),
+        ("jaxcache.core.matching", "import xxhash"),
+        ("jaxcache.core.matching", "from jaxcache.components.full_attention import FullAttention"),
+        ("jaxcache.core.matching", "from jaxcache.components import FullAttention"),
+        ("jaxcache.core.matching", "from ..storage import base"),
+        ("jaxcache.core.matching", "from jaxcache import Cache"),
+        ("jaxcache.types", "from jaxcache.core import matching"),
+        ("jaxcache.types", "import jaxcache.components.base"),
+        ("jaxcache.config", "import jaxcache.core.matching"),
+        ("jaxcache.components.base", "import jax"),
+        ("jaxcache.storage.file", "from jaxcache.core.page_hash import Namespace"),
+        ("jaxcache.storage.file", "import jax"),
+        ("jaxcache.pools.device_pool", "from jaxcache.core import matching"),
+        ("jaxcache.runtime.controller", "from jaxcache.cache import Cache"),
+        ("jaxcache.runtime.controller", "import argparse"),
+        ("jaxcache.runtime.metrics", "from rich.table import Table"),
+        ("jaxcache.testing.simulation", "import models.serve"),
+        ("jaxcache.cli.doctor", "from models import serve"),
+        ("kernels_pallas.gather_pages", "from jaxcache.types import Span"),
+        ("models.qwen3", "from jaxcache.core.matching import match"),
+        ("models.qwen3", "import jaxcache.runtime.controller"),
+        ("models.qwen3", "from jaxcache import types"),
+        ("models.qwen3", "import torch"),
+    ],
+)
+def test_import_rules_bite(name, source):
+    assert forbidden_imports(name, source)
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("jaxcache.core.matching", "import heapq\nimport numpy as np\nfrom jaxcache.components.base import Component"),
+        ("jaxcache.core.matching", "from .radix_tree import Node\nfrom jaxcache.types import Span"),
+        ("jaxcache.pools.device_pool", "import jax.numpy as jnp\nfrom kernels_pallas.gather_pages import gather_pages"),
+        ("jaxcache.cli.doctor", "import argparse\nfrom rich.table import Table\nfrom jaxcache.storage import file"),
+        ("models.qwen3", "import jaxcache\nfrom jaxcache import Cache\nfrom flax import nnx\nimport argparse"),
+    ],
+)
+def test_import_rules_allow(name, source):
+    assert not forbidden_imports(name, source)
+
+
+@pytest.mark.parametrize(
+    ("rule", "source"),
+    [
+        (long_functions, "def f():\n" + "    x = 1\n" * MAX_FUNCTION_LINES),
+        (long_file, "x = 1\n" * (MAX_FILE_LINES + 1)),
+        (probes, "y = hasattr(x, 'y')"),
+        (broad_excepts, "try:\n    pass\nexcept Exception:\n    pass"),
+        (broad_excepts, "try:\n    pass\nexcept (OSError, BaseException) as e:\n    pass"),
+        (broad_excepts, "try:\n    pass\nexcept:\n    pass"),
+    ],
+)
+def test_house_rules_bite(rule, source):
+    assert rule("jaxcache.cli.doctor", source)

@@ -138,6 +138,12 @@ class Cache:
         """How many steps have begun; compare with `Lease.first_step`."""
         return self.core.step_number
 
+    @property
+    def idle(self) -> bool:
+        """Nothing runs or is in flight: waiting would change nothing."""
+        core = self.core
+        return not (core.leases or core.live_transfers() or core.admission.loading)
+
     # ---- requests
 
     def new_namespace(self, **fields: str) -> Namespace:
@@ -241,6 +247,7 @@ class Cache:
 
     def drain(self, pools: DevicePools) -> DevicePools:
         """Steps until every transfer is over, so that all that can be stored is stored (for orderly ends and tests)."""
+        pools = self.apply(pools)
         while True:
             pools = self.apply(self.step(pools))
             self.engine.drain()

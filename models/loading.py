@@ -47,15 +47,14 @@ class Family(NamedTuple):
     param_targets: Callable[[Any, Mesh, DTypeLike], dict[str, Any]]
 
 
-_QWEN3 = Family(qwen3.Qwen3Config.from_hf, qwen3.checkpoint, qwen3.abstract_params, qwen3.param_targets)
-FAMILIES: dict[str, Family] = {"qwen3": _QWEN3, "qwen3_moe": _QWEN3}
+QWEN3 = Family(qwen3.Qwen3Config.from_hf, qwen3.checkpoint, qwen3.abstract_params, qwen3.param_targets)
+FAMILIES = {"qwen3": QWEN3, "qwen3_moe": QWEN3}
 
 
 def load_model(folder: Path, mesh: Mesh, dtype: DTypeLike) -> tuple[Any, dict[str, Any]]:
     """The family's configuration, and its parameters as `param_targets` wants them on `mesh`.
 
-    Errors: ValueError names the file or tensor that is missing, misshapen, truncated or of an unknown dtype; all
-    tensors are checked before the first is read.
+    Errors: ValueError names what is missing, misshapen, truncated or of an unknown dtype, before anything is read.
     """
     hf = json.loads((folder / "config.json").read_text())
     if (family := FAMILIES.get(hf["model_type"])) is None:
@@ -157,8 +156,8 @@ class Checkpoint:
         for name in param.names():
             self._check_tensor(name, param.stored_shape)
             if self._tensors[name].is_fp8:
-                blocks = tuple(-(-n // block) for n, block in zip(param.stored_shape, self.weight_block, strict=True))
-                self._check_tensor(name + "_scale_inv", blocks)
+                grid = tuple(-(-n // block) for n, block in zip(param.stored_shape, self.weight_block, strict=True))
+                self._check_tensor(name + "_scale_inv", grid)
 
     def _check_tensor(self, name: str, shape: tuple[int, ...]) -> None:
         if name not in self._tensors:
@@ -202,8 +201,7 @@ class _Tensor:
 def _take(array: np.ndarray, picks: tuple[np.ndarray, ...]) -> np.ndarray:
     """`array[np.ix_(*picks)]`, as a view wherever the picks are consecutive."""
     for axis, pick in enumerate(picks):
-        consecutive = len(pick) > 0 and pick[-1] - pick[0] == len(pick) - 1 and bool(np.all(np.diff(pick) == 1))
-        part = slice(pick[0], pick[-1] + 1) if consecutive else pick
+        part = slice(pick[0], pick[-1] + 1) if np.all(np.diff(pick) == 1) else pick
         array = array[(slice(None),) * axis + (part,)]
     return array
 
@@ -213,7 +211,7 @@ def _files(folder: Path) -> list[Path]:
     index, paths = folder / "model.safetensors.index.json", sorted(folder.glob("*.safetensors"))
     if index.exists():
         paths = [folder / Path(name).name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    if missing := [path.name for path in paths if not path.exists()] or ["*.safetensors"] * (not paths):
+    if missing := [path.name for path in paths if not path.exists()] or ([] if paths else ["*.safetensors"]):
         raise ValueError(f"{folder}: missing files {missing}")
     return paths
 
@@ -236,9 +234,7 @@ def _map_file(path: Path) -> dict[str, _Tensor]:
     for name, entry in header.items():
         start, stop = (header_stop + offset for offset in entry["data_offsets"])
         if not header_stop <= start <= stop <= file_bytes:
-            raise ValueError(
-                f"{path}: truncated: tensor {name!r} is at [{start}, {stop}), the file ends at {file_bytes}"
-            )
+            raise ValueError(f"{path}: truncated: tensor {name!r} is at [{start}, {stop}) of {file_bytes} bytes")
         tensors[name] = _Tensor(entry["dtype"], tuple(entry["shape"]), data[start:stop])
     return tensors
 

@@ -35,7 +35,7 @@ from jaxcache.core.sequence import Sequence
 from jaxcache.core.stores import Stores
 from jaxcache.core.ticket import Ticket, TicketState
 from jaxcache.core.tiers import Tiers
-from jaxcache.types import Match, Outcome, Plan, PrefetchPolicy, Wait
+from jaxcache.types import Match, Outcome, Plan, PrefetchPolicy, TransferKind, Wait
 
 
 class PrefixCache:
@@ -283,7 +283,12 @@ class PrefixCache:
     # ---- steps
 
     def commit(self, agreed: Mapping[int, Outcome]) -> None:
-        """Begins a step: takes the outcomes that all ranks agreed on, in the order of their ids."""
+        """Begins a step: takes the outcomes that all ranks agreed on, in the order of their ids.
+
+        Raises RuntimeError while a planned load-back is unapplied: it must be on its way before its first step begins.
+        """
+        if any(transfer.kind is TransferKind.LOAD_BACK for transfer in self.planner.transfers):
+            raise RuntimeError("a load-back was planned but not applied: call pools = cache.apply(pools) before cache.step")
         self.tiers.step += 1
         self.planner.step = self.tiers.step
         self._scatter_is_due |= self.admission.scattered()

@@ -242,6 +242,7 @@ class Scenario:
             self.finish(request)
         for request in list(self.waiting):
             self.give_up(request)
+        self.apply()
         for _ in range(500):
             self.step()
             self.apply()

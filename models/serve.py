@@ -1,0 +1,249 @@
+"""The reference serving loop: continuous batching, chunked prefill, prefetch, decode, retraction. Meant to be copied.
+
+    waiting --prefetch--> waiting --admit--> running: prefill chunk by chunk --> decode token by token --> finished
+                                      ^                      |
+                                      +------ retracted -----+   when there is no room to go on
+
+    one iteration:  cache.step -> admit -> cache.apply -> prefill -> insert -> cache.apply -> decode -> insert, release
+
+`python -m models.serve --help` runs it on a trace, with and without the cache (see models/demo.py).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+
+import jaxcache
+from models.paged_attention import ExtendBatch
+
+Extend = Callable[[Any, Any, ExtendBatch], tuple[jax.Array, Any]]
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """The shapes of the step programs; each is compiled once.
+
+    prefill_rows x chunk_tokens and decode_rows x 1 tokens; a table is `table_pages` wide, which bounds a request's length
+    """
+
+    prefill_rows: int = 4
+    chunk_tokens: int = 64
+    decode_rows: int = 16
+    table_pages: int = 256
+
+
+@dataclass(eq=False)
+class Request:
+    """tokens: prompt, then what was generated. temperature 0: greedy; else sampled, reproducibly from `seed`."""
+
+    prompt: np.ndarray
+    max_new_tokens: int
+    temperature: float = 0.0
+    seed: int = 0
+    output: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    hit_tokens: dict[str, int] | None = None  # by tier, at the first admission
+    service_start_s: float = 0.0
+    first_token_s: float = 0.0
+    num_retractions: int = 0
+    sequence: jaxcache.Sequence | None = None
+    ticket: jaxcache.Ticket | None = None
+    lease: jaxcache.Lease | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt) + len(self.output)
+
+    @property
+    def ttft_ms(self) -> float:
+        """Time to first token from the start of service, without queueing."""
+        return (self.first_token_s - self.service_start_s) * 1000
+
+
+class Server:
+    """Serves requests first come, first served. `extend(params, pools, batch) -> (logits, pools)` donates the pools."""
+
+    def __init__(self, cache: jaxcache.Cache, extend: Extend, params: Any, model: str, shape: BatchShape | None = None):
+        self.cache = cache
+        self.extend = extend
+        self.params = params
+        self.shape = shape or BatchShape()
+        self.namespace = cache.new_namespace(model=model)
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self.pools = cache.init_pools()
+
+    def warmup(self) -> None:
+        """Compiles everything that serving will run."""
+        self.pools = self.cache.warmup(self.cache.step(self.pools))
+        self._run_model([None] * self.shape.prefill_rows, self.shape.chunk_tokens)
+        self._run_model([None] * self.shape.decode_rows, 1)
+
+    def submit(self, request: Request) -> None:
+        longest = self.shape.table_pages * self.cache.config.page_tokens
+        if len(request.prompt) + request.max_new_tokens > longest:
+            raise ValueError(f"{len(request.prompt)} + {request.max_new_tokens} tokens exceed a table's {longest}")
+        self.waiting.append(request)
+
+    def run(self) -> Iterator[Request]:
+        """Serves until nobody is left; yields requests as they finish."""
+        while self.waiting or self.running:
+            yield from self.step()
+
+    def step(self) -> list[Request]:
+        """One iteration. Returns the requests that finished in it."""
+        self.pools = self.cache.step(self.pools)
+        self._admit()
+        self.pools = self.cache.apply(self.pools)
+        ready = [r for r in self.running if r.lease and r.lease.first_step <= self.cache.step_number]
+        prefill = [r for r in ready if r.num_tokens - r.num_computed > 1 or not r.output]
+        decode = [r for r in ready if r not in prefill]
+        self._extend(prefill[: self.shape.prefill_rows], self.shape.prefill_rows, self.shape.chunk_tokens)
+        self._extend(decode[: self.shape.decode_rows], self.shape.decode_rows, 1)
+        return self._finish()
+
+    # ---- admission
+
+    def _admit(self) -> None:
+        """Prefetches for those who will be served soon, and admits while there are rows and room."""
+        for request in list(self.waiting)[: self.shape.decode_rows]:
+            if request.sequence is None:
+                request.sequence = self.cache.sequence(request.prompt, self.namespace)
+                request.ticket = self.cache.prefetch(request.sequence)
+        while self.waiting and len(self.running) < self.shape.decode_rows and self._admit_one(self.waiting[0]):
+            self.running.append(self.waiting.popleft())
+
+    def _admit_one(self, request: Request) -> bool:
+        assert request.sequence is not None
+        found = self.cache.match(request.sequence).num_tokens
+        chunk = min(self.shape.chunk_tokens, request.num_tokens - found)
+        lease = self.cache.admit(request.sequence, chunk, ticket=request.ticket)
+        if isinstance(lease, jaxcache.Wait):
+            if not self.running and lease.reason == "no room" and self.cache.idle:
+                raise MemoryError(f"a request of {request.num_tokens} tokens does not fit the device tier")
+            return False
+        request.lease, request.ticket = lease, None
+        request.num_computed = lease.num_cached_tokens
+        if request.hit_tokens is None:
+            request.service_start_s = time.perf_counter()
+            tiers = {"device": lease.device_tokens, "host": lease.host_tokens, "storage": lease.storage_tokens}
+            request.hit_tokens = tiers
+        return True
+
+    # ---- model steps
+
+    def _extend(self, batch: list[Request], num_rows: int, num_columns: int) -> None:
+        """One model step for these requests: room, run, sample, publish."""
+        spans = []
+        for request in batch:
+            end = self._chunk_end(request, num_columns)
+            if request in self.running and self._make_room(request, end):
+                spans.append((request, end))
+        spans = [(request, end) for request, end in spans if request in self.running]
+        if not spans:
+            return
+        self.pools = self.cache.apply(self.pools)
+        rows = [*spans, *[None] * (num_rows - len(spans))]
+        logits = self._run_model(rows, num_columns)
+        for row, (request, end) in enumerate(spans):
+            request.num_computed = end
+            if end == request.num_tokens:
+                self._append_token(request, logits[row, 0])
+            if end >= len(request.prompt) and len(request.output) == 1:  # the prompt is computed
+                self.cache.insert(request.lease, end)  # type: ignore[arg-type]
+
+    def _chunk_end(self, request: Request, num_columns: int) -> int:
+        assert request.lease is not None
+        end = min(request.num_computed + num_columns, request.num_tokens)
+        stop = request.lease.next_stop
+        return end if stop is None else min(end, stop)
+
+    def _make_room(self, request: Request, end: int) -> bool:
+        """Room up to `end`; if there is none the youngest other request is retracted, or at last this one."""
+        assert request.lease is not None
+        while not self.cache.grow(request.lease, request.num_computed, end - request.num_computed):
+            others = [other for other in self.running if other is not request]
+            self._retract(others[-1] if others else request)
+            if not others:
+                return False
+        return True
+
+    def _retract(self, request: Request) -> None:
+        """Gives everything back; what was published may still be found when it is admitted again."""
+        assert request.lease is not None
+        if len(self.running) == 1:
+            raise MemoryError(f"a request of {request.num_tokens} tokens does not fit the device tier")
+        self.cache.insert(request.lease, request.num_computed)
+        self.cache.release(request.lease)
+        request.lease = None
+        request.num_retractions += 1
+        self.running.remove(request)
+        self.waiting.appendleft(request)
+
+    def _run_model(self, rows: list[tuple[Request, int] | None], num_columns: int) -> np.ndarray:
+        """Runs one program: row b computes tokens num_computed .. end of its request. Returns logits f32[B, 1, vocab]."""
+        num_rows = len(rows)
+        tokens = np.zeros((num_rows, num_columns), np.int32)
+        starts, num_new = np.zeros(num_rows, np.int32), np.zeros(num_rows, np.int32)
+        for b, row in enumerate(rows):
+            if row is not None:
+                request, end = row
+                starts[b], num_new[b] = request.num_computed, end - request.num_computed
+                tokens[b, : num_new[b]] = _tokens(request, request.num_computed, end)
+        tables = self.cache.tables([None if row is None else row[0].lease for row in rows], self.shape.table_pages)
+        last = np.maximum(num_new - 1, 0)[:, None]
+        logits, self.pools = self.extend(self.params, self.pools, ExtendBatch(tokens, starts, num_new, tables, last))
+        return np.asarray(logits)
+
+    def _append_token(self, request: Request, logits: np.ndarray) -> None:
+        assert request.sequence is not None
+        token = sample(logits, request.temperature, request.seed, len(request.output))
+        request.output.append(token)
+        request.sequence.extend([token])
+        if len(request.output) == 1:
+            request.first_token_s = time.perf_counter()
+
+    def _finish(self) -> list[Request]:
+        finished = [request for request in self.running if len(request.output) >= request.max_new_tokens]
+        for request in finished:
+            assert request.lease is not None
+            self.cache.insert(request.lease, request.num_computed)
+            self.cache.release(request.lease)
+            request.lease = None
+            self.running.remove(request)
+        return finished
+
+
+def _tokens(request: Request, begin: int, end: int) -> np.ndarray:
+    """Tokens [begin, end) of prompt and output."""
+    split = len(request.prompt)
+    generated = request.output[max(0, begin - split) : max(0, end - split)]
+    return np.concatenate([request.prompt[begin:end], np.array(generated, np.int32)])
+
+
+def sample(logits: np.ndarray, temperature: float, seed: int, position: int) -> int:
+    """The next token: argmax, or drawn with the Gumbel trick from (seed, position) alone, whatever else is in the batch.
+
+    logits: f32[vocab]
+    """
+    if temperature < 0:
+        raise ValueError(f"{temperature=} must not be negative")
+    if not temperature:
+        return int(logits.argmax())
+    noise = np.random.default_rng((seed, position)).gumbel(size=logits.shape)
+    return int((logits / temperature + noise).argmax())
+
+
+if __name__ == "__main__":
+    import sys
+
+    from models.demo import main
+
+    sys.exit(main(sys.argv[1:]))

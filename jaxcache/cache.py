@@ -18,7 +18,7 @@ from jaxcache.core.page_hash import Namespace
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.core.sequence import Sequence as TokenSequence
 from jaxcache.core.ticket import Ticket
-from jaxcache.pools.batch_tables import BatchTables
+from jaxcache.runtime.batch_tables import BatchTables
 from jaxcache.pools.device_pool import DevicePools, init_pools
 from jaxcache.pools.page_layout import page_layouts
 from jaxcache.runtime.agreement import Agreement

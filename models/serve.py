@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import jax
@@ -62,6 +63,10 @@ class Request:
         return len(self.prompt) + len(self.output)
 
     @property
+    def is_prefilling(self) -> bool:
+        return not self.output or self.num_tokens - self.num_computed > 1
+
+    @property
     def ttft_ms(self) -> float:
         """Time to first token from the start of service, without queueing."""
         return (self.first_token_s - self.service_start_s) * 1000
@@ -103,22 +108,28 @@ class Server:
         self._admit()
         self.pools = self.cache.apply(self.pools)
         ready = [r for r in self.running if r.lease and r.lease.first_step <= self.cache.step_number]
-        prefill = [r for r in ready if r.num_tokens - r.num_computed > 1 or not r.output]
-        decode = [r for r in ready if r not in prefill]
-        self._extend(prefill[: self.shape.prefill_rows], self.shape.prefill_rows, self.shape.chunk_tokens)
-        self._extend(decode[: self.shape.decode_rows], self.shape.decode_rows, 1)
+        prefill = [request for request in ready if request.is_prefilling]
+        decode = [request for request in ready if not request.is_prefilling]
+        self._extend(prefill, self.shape.prefill_rows, self.shape.chunk_tokens)
+        self._extend(decode, self.shape.decode_rows, 1)
         return self._finish()
 
     # ---- admission
 
     def _admit(self) -> None:
-        """Prefetches for those who will be served soon, and admits while there are rows and room."""
-        for request in list(self.waiting)[: self.shape.decode_rows]:
+        """Prefetches for those who will be served soon, and admits while there are rows and room.
+
+        Nobody is admitted before there is a row to prefill it: its pages would be held for nothing.
+        """
+        for request in islice(self.waiting, self.shape.decode_rows):
             if request.sequence is None:
                 request.sequence = self.cache.sequence(request.prompt, self.namespace)
                 request.ticket = self.cache.prefetch(request.sequence)
-        while self.waiting and len(self.running) < self.shape.decode_rows and self._admit_one(self.waiting[0]):
+        free = self.shape.prefill_rows - sum(request.is_prefilling for request in self.running)
+        free = min(free, self.shape.decode_rows - len(self.running))
+        while self.waiting and free and self._admit_one(self.waiting[0]):
             self.running.append(self.waiting.popleft())
+            free -= 1
 
     def _admit_one(self, request: Request) -> bool:
         assert request.sequence is not None
@@ -166,12 +177,12 @@ class Server:
         return end if stop is None else min(end, stop)
 
     def _make_room(self, request: Request, end: int) -> bool:
-        """Room up to `end`; if there is none the youngest other request is retracted, or at last this one."""
+        """Room up to `end`; if there is none the youngest request is retracted, which may be this one."""
         assert request.lease is not None
         while not self.cache.grow(request.lease, request.num_computed, end - request.num_computed):
-            others = [other for other in self.running if other is not request]
-            self._retract(others[-1] if others else request)
-            if not others:
+            youngest = self.running[-1]
+            self._retract(youngest)
+            if youngest is request:
                 return False
         return True
 

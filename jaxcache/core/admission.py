@@ -56,18 +56,17 @@ class Admission:
         if not longest.num_tokens:
             return
         for place, end in matching.resumable_ends(tiers, longest.path)[-2::-1]:
-            shorter = Prefix(end, longest.path[: place + 1], longest.found_tokens)
+            shorter = matching.make_prefix(tiers, end, longest.path[: place + 1], longest.found_tokens)
             if self._worth_loading(shorter):
                 yield shorter
-        yield Prefix(0, [], longest.found_tokens)
+        yield Prefix(0, [], longest.found_tokens, 0)
 
     def _worth_loading(self, prefix: Prefix) -> bool:
         """Whether its load-back is not below the threshold (nothing to load is always worth it)."""
         least = self.tiers.config.load_back_min_tokens
         if least <= self.tiers.page_tokens or not prefix.num_tokens:
             return True
-        host_tokens = prefix.num_tokens - matching.device_tokens(self.tiers, prefix)
-        return not 0 < host_tokens < least
+        return not 0 < prefix.num_tokens - prefix.device_tokens < least
 
     def first_that_fits(self, prefixes: Iterable[Prefix], num_new_tokens: int) -> tuple[Prefix, Need] | None:
         for prefix in prefixes:
@@ -80,7 +79,7 @@ class Admission:
         """What admitting at this prefix takes; None if it does not fit. Changes nothing."""
         tiers = self.tiers
         page = tiers.page_tokens
-        num_tokens, path, _ = prefix
+        num_tokens, path = prefix.num_tokens, prefix.path
         own_pages = -(-(num_tokens + num_new_tokens) // page) - num_tokens // page
         loads: list[list[Node]] = []
         lows: list[int] = []
@@ -136,19 +135,12 @@ class Admission:
         node, end = prefix.path[-1]
         front = self.tiers.split(node, end)
         loads = [[front if load is node else load for load in nodes] for nodes in need.loads]
-        return Prefix(end, [*prefix.path[:-1], (front, end)], prefix.found_tokens), Need(loads, need.lows)
+        return prefix._replace(path=[*prefix.path[:-1], (front, end)]), Need(loads, need.lows)
 
     def _pin(self, lease: Lease, prefix: Prefix, need: Need) -> None:
         tiers = self.tiers
         for c, device in enumerate(tiers.device):
-            low = need.lows[c]
-            top = prefix.num_tokens
-            for node, end in reversed(prefix.path):
-                if end <= low:
-                    break
-                device.pin(node)
-                top = node.end - len(node.edge) // 4
-            lease._pin_tops[c] = top
+            lease._pin_tops[c] = device.pin_up(lease._node, need.lows[c])
         if tiers.point is not None and prefix.path:
             lease._state_node = lease._node
 

@@ -113,7 +113,7 @@ class Clearing:
         for holds in holders:
             holds[:] = [held for held in holds if held.node.parent is not None]
             for held in holds:
-                tiers.pin_up(*held)
+                held.residency.pin_up(held.node, held.top)
         if pages:
             self.limbo.append(Limbo(self.core.live_transfers(), tiers.step + 1, pages))
         self.core.admission.loading.clear()

@@ -15,14 +15,27 @@ from jaxcache.types import Match
 
 
 class Prefix(NamedTuple):
-    """path: (node, end of what is used of it) up to num_tokens; found_tokens: full attention found, usable or not."""
+    """path: (node, end of what is used of it) up to num_tokens; found_tokens: full attention found, usable or not.
+
+    device_tokens: leading tokens that need no load-back
+    """
 
     num_tokens: int
     path: list[tuple[Node, int]]
     found_tokens: int
+    device_tokens: int
 
 
-NOTHING = Prefix(0, [], 0)
+NOTHING = Prefix(0, [], 0, 0)
+
+
+def match(tiers: Tiers, sequence: Sequence, max_tokens: int | None) -> Match:
+    """The public answer; asking again while the tree is the same costs next to nothing."""
+    prefix = longest_prefix(tiers, sequence, max_tokens)
+    described = sequence.described
+    if described is None or described[0] is not prefix:
+        described = sequence.described = (prefix, describe(tiers, sequence, prefix))
+    return described[1]
 
 
 def longest_prefix(tiers: Tiers, sequence: Sequence, max_tokens: int | None) -> Prefix:
@@ -36,12 +49,12 @@ def longest_prefix(tiers: Tiers, sequence: Sequence, max_tokens: int | None) -> 
     if sequence.root.parent is not None or sequence.namespace.retired or not tiers.config.caching:
         return NOTHING
     path = tiers.tree.walk(sequence, limit)
-    ends = resumable_ends(tiers, path)
-    found = path[-1][1] if path else 0
-    if ends:
-        prefix = Prefix(ends[-1][1], path[: ends[-1][0] + 1], found)
-    else:
-        prefix = Prefix(0, [], found)
+    num_tokens = found = path[-1][1] if path else 0
+    if tiers.partial:
+        ends = resumable_ends(tiers, path)
+        place, num_tokens = ends[-1] if ends else (-1, 0)
+        path = path[: place + 1]
+    prefix = make_prefix(tiers, num_tokens, path, found)
     sequence.match_cache = (tiers.tree.version, limit, prefix)
     return prefix
 
@@ -68,33 +81,35 @@ def resumable_ends(tiers: Tiers, path: list[tuple[Node, int]]) -> list[tuple[int
 
 
 def describe(tiers: Tiers, sequence: Sequence, prefix: Prefix) -> Match:
-    """The public answer."""
-    num_tokens, path, found = prefix
-    device = device_tokens(tiers, prefix)
+    num_tokens, _, found, device = prefix
     grid = tiers.grid_tokens
     branch = min(found, sequence.num_tokens - 1) // grid * grid
     branches = (branch,) if tiers.partial and branch > num_tokens else ()
     return Match(num_tokens, device, num_tokens - device, max(0, found - num_tokens), branches)
 
 
-def device_tokens(tiers: Tiers, prefix: Prefix) -> int:
+def make_prefix(tiers: Tiers, num_tokens: int, path: list[tuple[Node, int]], found_tokens: int) -> Prefix:
+    return Prefix(num_tokens, path, found_tokens, _device_tokens(tiers, num_tokens, path))
+
+
+def _device_tokens(tiers: Tiers, num_tokens: int, path: list[tuple[Node, int]]) -> int:
     """Leading tokens of a prefix that need no load-back (without full attention: all or nothing)."""
+    if not tiers.has_host:
+        return num_tokens
     if tiers.full is None:
-        return prefix.num_tokens if not any(missing_on_device(tiers, prefix)) else 0
+        return 0 if _any_missing_on_device(tiers, num_tokens, path) else num_tokens
     device = 0
-    for node, end in prefix.path:
+    for node, end in path:
         if node.pages[tiers.full] is None:
             break
         device = end
     return device
 
 
-def missing_on_device(tiers: Tiers, prefix: Prefix) -> list[list[Node]]:
-    """Per component, the nodes of the path that resuming needs and that are only in host memory, top first."""
-    missing = []
+def _any_missing_on_device(tiers: Tiers, num_tokens: int, path: list[tuple[Node, int]]) -> bool:
+    """Whether anything that resuming at `num_tokens` needs is only in host memory."""
     for c in range(len(tiers.components)):
-        low = tiers.required_start(c, prefix.num_tokens)
-        if c == tiers.point:
-            low = prefix.num_tokens - 1
-        missing.append([node for node, end in prefix.path if end > low and node.pages[c] is None])
-    return missing
+        low = num_tokens - 1 if c == tiers.point else tiers.required_start(c, num_tokens)
+        if any(end > low and node.pages[c] is None for node, end in path):
+            return True
+    return False

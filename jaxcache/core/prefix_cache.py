@@ -99,8 +99,7 @@ class PrefixCache:
     def match(self, sequence: Sequence, max_tokens: int | None = None) -> Match:
         """Where a request could resume; changes nothing."""
         self._check_sequence(sequence)
-        prefix = matching.longest_prefix(self.tiers, sequence, max_tokens)
-        return matching.describe(self.tiers, sequence, prefix)
+        return matching.match(self.tiers, sequence, max_tokens)
 
     def _check_sequence(self, sequence: Sequence) -> None:
         if not isinstance(sequence, Sequence):
@@ -172,7 +171,7 @@ class PrefixCache:
     def _admit(
         self, sequence: Sequence, prefix: Prefix, need: Need, num_new_tokens: int, ticket: Ticket | None
     ) -> Lease:
-        device_tokens = matching.device_tokens(self.tiers, prefix)
+        device_tokens = prefix.device_tokens
         self.tiers.lease_id = self.admission.next_lease_id
         lease = self.admission.admit(sequence, prefix, need, num_new_tokens, self.plan_is_applied)
         self.leases[lease.id] = lease

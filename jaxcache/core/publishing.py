@@ -246,7 +246,7 @@ class Publishing:
                 own = own[own != device.allocator.num_pages]
             if len(own):
                 device.allocator.free(own)
-            tiers.unpin_up(device, lease._node, lease._pin_tops[c])
+            device.unpin_up(lease._node, lease._pin_tops[c])
         lease._node.ends_here -= 1
         if tiers.full is None:
             tiers.prune(lease._node)

@@ -124,7 +124,7 @@ class RadixTree:
         data = sequence.data
         page_bytes = self.page_bytes
         stop = limit // self.page_tokens * page_bytes
-        path, node, offset = self._resume(sequence, stop)
+        path, node, offset = self._resume(sequence, stop) if sequence.path else ([], sequence.root, 0)
         while offset < stop:
             child = node.children.get(bytes(data[offset : offset + page_bytes]))
             if child is None:

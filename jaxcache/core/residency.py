@@ -67,26 +67,42 @@ class Residency(ABC):
             self.order.add(node)
 
     def pin(self, node: Node) -> None:
-        index = self.index
-        pins = node.pins
-        if not pins[index]:
-            pages = node.pages[index]
-            if pages is not None:
-                self.num_pinned += len(pages)
-                self.order.discard(node)
-        pins[index] += 1
+        self.pin_up(node, node.end - 1)
 
     def unpin(self, node: Node) -> None:
+        self.unpin_up(node, node.end - 1)
+
+    def pin_up(self, node: Node, top: int = 0) -> int:
+        """Pins a node and its ancestors down to position `top`; returns the start of the topmost one."""
         index = self.index
-        pins = node.pins
-        pins[index] -= 1
-        assert pins[index] >= 0, f"I2: {node=} {self.component.name} {self.tier.name}"
-        if not pins[index]:
-            pages = node.pages[index]
-            if pages is not None:
-                self.num_pinned -= len(pages)
-                if self.evictable(node):
-                    self._candidate(node)
+        parent = node.parent
+        while parent is not None and node.end > top:
+            pins = node.pins
+            if not pins[index]:
+                pages = node.pages[index]
+                if pages is not None:
+                    self.num_pinned += len(pages)
+                    if not node.resident_children[index]:
+                        self.order.discard(node)
+            pins[index] += 1
+            node, parent = parent, parent.parent
+        return node.end
+
+    def unpin_up(self, node: Node, top: int = 0) -> None:
+        """Takes back what `pin_up` did, the deepest node first: it is the first to leave."""
+        index = self.index
+        parent = node.parent
+        while parent is not None and node.end > top:
+            pins = node.pins
+            pins[index] -= 1
+            if pins[index] <= 0:
+                assert not pins[index], f"I2: {node=} {self.component.name} {self.tier.name}"
+                pages = node.pages[index]
+                if pages is not None:
+                    self.num_pinned -= len(pages)
+                    if self.evictable(node):
+                        self._candidate(node)
+            node, parent = parent, parent.parent
 
     def touch(self, node: Node) -> None:
         """Counts as used now, if it is a candidate."""

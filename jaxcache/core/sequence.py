@@ -20,10 +20,12 @@ class Sequence:
 
     prompt_tokens: how many there were at the start; what `extend` adds later is generated text
     path, path_version: where the last walk ended, and the version of the tree that it saw (see RadixTree.walk)
+    match_cache, described: the last answer of `longest_prefix`, and of `match` (see core/matching.py)
     """
 
     __slots__ = (
         "data",
+        "described",
         "keys",
         "match_cache",
         "namespace",
@@ -49,6 +51,7 @@ class Sequence:
         self.path_version = -1
         self.path_limit = -1
         self.match_cache: Any = None
+        self.described: Any = None
 
     def extend(self, tokens: Any) -> None:
         """Appends generated tokens (list, numpy int array, or jax array on the host)."""
@@ -89,8 +92,7 @@ def token_bytes(tokens: Any) -> bytearray:
         raise TypeError(
             f"token ids must be a flat row of ints, not {type(tokens).__name__} {values.shape} {values.dtype}"
         )
-    unsigned = values.view(np.uint32) if values.dtype == np.int32 else values  # a negative id is a large unsigned one
-    if values.size and (unsigned.max() > INT32_MAX or (unsigned is values and values.min() < 0)):
+    if len(values) and (np.minimum.reduce(values) < 0 or (values.dtype != np.int32 and values.max() > INT32_MAX)):
         raise ValueError(f"token ids must be in [0, {INT32_MAX}], not {_out_of_range(values.tolist())}")
     return bytearray(np.ascontiguousarray(values, np.int32))
 

@@ -97,17 +97,6 @@ class Tiers:
             residency.split(node, prefix, num_pages)
         return prefix
 
-    def pin_up(self, residency: Residency, node: Node, top: int = 0) -> None:
-        """Pins a node and its ancestors down to position `top`."""
-        while node.parent is not None and node.end > top:
-            residency.pin(node)
-            node = node.parent
-
-    def unpin_up(self, residency: Residency, node: Node, top: int = 0) -> None:
-        while node.parent is not None and node.end > top:
-            residency.unpin(node)
-            node = node.parent
-
     def hold(self, residency: Residency, node: Node, top: int) -> list[Hold]:
         """Pins [top, node.end) of a residency, and full attention up to the root so that nothing below it can leave.
 
@@ -122,12 +111,12 @@ class Tiers:
             if below_device and node.parent is not None:
                 holds.append(Hold(self.device[self.full], node.parent, 0))
         for held in holds:
-            self.pin_up(*held)
+            held.residency.pin_up(held.node, held.top)
         return holds
 
     def let_go(self, holds: list[Hold]) -> None:
         for held in holds:
-            self.unpin_up(*held)
+            held.residency.unpin_up(held.node, held.top)
 
     def put(self, residency: Residency, node: Node, page_ids) -> None:
         residency.put(node, page_ids)

@@ -54,6 +54,7 @@ class FakeIo:
         if order.random() < 0.5:
             order.shuffle(self.todo)
         self.asked = False
+        self.result: dict[str, int] | None = None  # what was said to have come, from the moment it is done
 
     def leading(self, component: str) -> int:
         good = self.good[component]
@@ -66,7 +67,7 @@ class FakeIo:
 class FakePlane:
     """device, host: component -> page id -> Content. storage: {Content: None}, may be shared by planes.
 
-    faults: share of storage reads and writes that fail
+    faults: share of storage reads and writes that fail, and chance per step that a transfer passes its deadline
     """
 
     def __init__(self, core: PrefixCache, storage: dict[Content, None], seed: int, faults: float = 0.02):
@@ -164,8 +165,12 @@ class FakePlane:
             }
             end = self.core.largest_end(id, exists)
             return Outcome(True, True, smallest_end=end, largest_end=end)
-        over = not io.todo
-        return Outcome(over, over, {move.component: io.leading(move.component) for move in io.transfer.moves})
+        if io.result is None:
+            pages = {move.component: io.leading(move.component) for move in io.transfer.moves}
+            if io.todo and self.random.random() >= self.faults:
+                return Outcome(False, False, pages)
+            io.result = pages  # over, or past its deadline while a thread still reads or writes
+        return Outcome(True, not io.todo, io.result)
 
     # ---- the model's side
 

@@ -15,8 +15,8 @@ from jaxcache.components import FullAttention, RecurrentState, SlidingWindow
 from jaxcache.components.base import Component
 from jaxcache.config import CacheConfig
 from jaxcache.core import invariants
-from jaxcache.testing.scenario import Scenario
-from jaxcache.types import PrefetchPolicy, WritePolicy
+from jaxcache.testing.scenario import Request, Scenario
+from jaxcache.types import PrefetchPolicy, TransferKind, WritePolicy
 
 MIXTURES = (
     ("full",),
@@ -44,20 +44,25 @@ def drive(
     num_steps: int,
     num_ranks: int = 2,
     mixture: Sequence[str] | None = None,
+    max_pages: int | None = None,
+    abort_chance: float = 0.03,
+    accident_chance: float = 0.015,
     check_every: int = 7,
     **overrides: Any,
 ) -> Run:
     """Raises AssertionError as soon as anything is wrong. overrides: fields of CacheConfig."""
     rng = random.Random(seed)
-    page_tokens = overrides.get("page_tokens") or rng.choice([1, 4, 16])
-    max_pages = rng.choice([6, 12, 20])
+    page_tokens = overrides.pop("page_tokens", None) or rng.choice([1, 4, 16])
+    max_pages = max_pages or rng.choice([6, 12, 20])
     components = draw_components(rng, mixture or rng.choice(MIXTURES), page_tokens)
     config = draw_config(rng, components, page_tokens, max_pages, **overrides)
     scenario = Scenario(components, config, seed, num_ranks)
     for plane in scenario.planes:
         plane.faults = rng.choice([0.0, 0.02, 0.2])
     for step in range(num_steps):
-        iterate(scenario, rng, max_pages * page_tokens)
+        iterate(scenario, rng, max_pages * page_tokens, abort_chance)
+        if rng.random() < accident_chance:
+            _accident(scenario, rng)
         if step % check_every == 0:
             for core in scenario.cores:
                 invariants.check(core)
@@ -114,41 +119,42 @@ def draw_config(
     return CacheConfig(**{**choices, **overrides})
 
 
-def iterate(scenario: Scenario, rng: random.Random, max_tokens: int) -> None:
-    """One iteration of the serving loop, with arrivals, aborts and accidents."""
+def iterate(scenario: Scenario, rng: random.Random, max_tokens: int, abort_chance: float) -> None:
+    """One iteration of the serving loop: sometimes with several model steps, and with aborts at the worst moments."""
     scenario.step()
-    if rng.random() < 0.6 and len(scenario.waiting) < MAX_WAITING:
+    while rng.random() < 0.5 and len(scenario.waiting) < MAX_WAITING:
         scenario.arrive(max_tokens)
-    _admit(scenario, rng)
-    for request in list(scenario.running):
-        if rng.random() < 0.03:
-            scenario.finish(request)
-    scenario.apply()
-    for request in list(scenario.running):
-        if rng.random() < 0.8:
-            scenario.run(request)
-        if not scenario.core.plan_is_applied() and rng.random() < 0.5:
-            scenario.apply()
-    _accidents(scenario, rng)
-
-
-def _admit(scenario: Scenario, rng: random.Random) -> None:
-    core = scenario.core
     for request in list(scenario.waiting):
         if rng.random() < 0.05:
             scenario.give_up(request)
         elif len(scenario.running) < MAX_RUNNING:
-            idle = not scenario.running and not core.live_transfers() and not core.admission.loading
-            ticket = request.tickets[0]
-            held_up = core.config.prefetch_policy is PrefetchPolicy.WAIT_COMPLETE and ticket and not ticket.done
-            assert scenario.admit(request) or not idle or held_up, "A1: starved in an empty system"
+            _admit(scenario, request)
+        if scenario.running and rng.random() < abort_chance:
+            scenario.finish(rng.choice([scenario.running[-1], rng.choice(scenario.running)]))
+    scenario.apply()
+    for _ in range(rng.choice([1, 1, 2])):
+        for request in list(scenario.running):
+            if rng.random() < 0.8:
+                scenario.run(request)
+            if not scenario.core.plan_is_applied() and rng.random() < 0.5:
+                scenario.apply()
+    if any(transfer.kind is TransferKind.LOAD_BACK for transfer in scenario.core.planner.transfers):
+        scenario.apply()
 
 
-def _accidents(scenario: Scenario, rng: random.Random) -> None:
-    chance = rng.random()
-    if chance < 0.005:
+def _admit(scenario: Scenario, request: Request) -> None:
+    core = scenario.core
+    idle = not scenario.running and not core.live_transfers() and not core.admission.loading
+    ticket = request.tickets[0]
+    held_up = core.config.prefetch_policy is PrefetchPolicy.WAIT_COMPLETE and ticket and not ticket.done
+    assert scenario.admit(request) or not idle or held_up, "A1: starved in an empty system"
+
+
+def _accident(scenario: Scenario, rng: random.Random) -> None:
+    kind = rng.randrange(3)
+    if kind == 0:
         scenario.reset()
-    elif chance < 0.01:
+    elif kind == 1:
         scenario.drop_device()
-    elif chance < 0.015:
+    else:
         scenario.retire(rng.randrange(2))

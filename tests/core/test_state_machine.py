@@ -179,7 +179,7 @@ def totals() -> dict[tuple, Counter[str]]:
 @pytest.mark.parametrize("page_tokens", PAGE_TOKENS)
 @pytest.mark.parametrize("mixture", MIXTURES, ids="+".join)
 def test_core_against_a_dictionary(mixture, page_tokens, totals):
-    totals[mixture, page_tokens] = run_machine(mixture, page_tokens, max_examples=16, num_rules=60)
+    totals[mixture, page_tokens] = run_machine(mixture, page_tokens, max_examples=40, num_rules=60)
 
 
 def test_everything_interesting_happened(totals):

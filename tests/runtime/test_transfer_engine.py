@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxcache.components import FieldSpec, FullAttention, RecurrentState
-from jaxcache.pools.device_pool import init_pools
+from jaxcache.pools.device_pool import bucket_pages, init_pools
 from jaxcache.pools.page_layout import page_layouts
 from jaxcache.runtime import transfer_engine
 from jaxcache.runtime.compiles import compile_count
@@ -18,7 +18,7 @@ from jaxcache.storage.base import Storage
 from jaxcache.types import Move, Transfer, TransferFault, TransferKind
 
 DEVICE_PAGES, HOST_PAGES = 16, 24
-WAIT_S = 20
+WAIT_S = 10
 KV = FieldSpec("kv", (3, 2, 4, 2, 4), "bfloat16", ("layers", None, "slots", "heads", None))
 INDEX = FieldSpec("index", (3, 4, 4), "float32", ("layers", "slots", None))
 LATENT = FieldSpec("latent", (3, 1, 4), "int32", ("layers", "slots", None))
@@ -110,7 +110,7 @@ class Rig:
         values = self.values(page_ids, seed, component)
         staging = {}
         for f in self.layouts[component].fields:
-            pages = np.zeros((4, *f.padded_shape), f.dtype)
+            pages = np.zeros((bucket_pages(len(page_ids)), *f.padded_shape), f.dtype)
             pages[: len(page_ids)] = values[f.spec.name]
             staging[f.spec.name] = jax.device_put(pages, self.layouts[component].shardings()[f.spec.name])
         ids = np.array(page_ids, np.int32)
@@ -184,7 +184,7 @@ def test_a_backup_is_a_snapshot_even_if_it_is_copied_late(make_rig):
     """Insert, evict and reuse of the same device pages in one step."""
     rig = make_rig((2, 2, 2), num_threads=1)
     gate = threading.Event()
-    rig.engine._copies.submit(gate.wait)
+    rig.engine._copies.submit(lambda: gate.wait(WAIT_S))
     rig.write([3, 1], 1)
     rig.apply(rig.backup([3, 1], [0, 1]))
     rig.write([3, 1], 2)
@@ -195,14 +195,14 @@ def test_a_backup_is_a_snapshot_even_if_it_is_copied_late(make_rig):
     rig.check([10, 11], 2)
 
 
-def test_a_load_may_be_planned_before_its_backup_has_run(make_rig):
-    rig = make_rig(num_threads=1)
-    gate = threading.Event()
-    rig.engine._copies.submit(gate.wait)
+def test_a_load_waits_for_the_backup_that_fills_its_source(make_rig, monkeypatch):
+    rig = make_rig(num_threads=2)
+    gate, copy = threading.Event(), transfer_engine.rows_from_pages
+    monkeypatch.setattr(transfer_engine, "rows_from_pages", lambda *args: gate.wait(WAIT_S) and copy(*args))
     rig.write([3], 1)
     rig.apply(rig.backup([3], [5]), rig.load_back([5], [6]))
-    assert rig.engine.stats()["copy_queue_depth"] == 3
-    gate.set()
+    assert rig.engine.stats()["copy_queue_depth"] == 2
+    threading.Timer(0.1, gate.set).start()
     rig.apply()
     rig.check([6], 1)
 

@@ -1,0 +1,273 @@
+"""Serves a trace three times and compares: without a cache, with it, and again after a restart on the same storage.
+
+Every generated token must be the same. Prints a table and writes the figures as JSON; see `--help`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import jaxcache
+from jaxcache.testing.traces import read_trace
+from models.loading import load_model
+from models.qwen3 import Qwen3Config, components, init_params, make_extend
+from models.serve import BatchShape, Request, Server
+
+TRACE = Path(__file__).parents[1] / "benchmarks" / "traces" / "conversation.jsonl.gz"
+BLOCK_TOKENS = 16  # a 512-token block of the trace becomes so many
+SHRINK = 16  # of output lengths
+SERVED_SHARE = 0.75
+
+TINY_MOE = Qwen3Config(
+    vocab_size=512,
+    hidden_size=128,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    mlp_size=64,
+    rope_theta=10_000.0,
+    num_experts=8,
+    experts_per_token=2,
+)
+
+
+@dataclass
+class Run:
+    """One pass over the requests."""
+
+    requests: list[Request]
+    seconds: float
+    stats: dict[str, Any]
+    compiles: int
+
+    @property
+    def outputs(self) -> list[list[int]]:
+        return [request.output for request in self.requests]
+
+    def hit_tokens(self) -> dict[str, int]:
+        return {tier: sum(r.hit_tokens[tier] for r in self.requests if r.hit_tokens) for tier in TIERS}
+
+    def cached_share(self, i: int) -> float:
+        hits = self.requests[i].hit_tokens
+        return sum(hits.values()) / len(self.requests[i].prompt) if hits else 0.0
+
+
+TIERS = ("device", "host", "storage")
+
+
+def parser() -> argparse.ArgumentParser:
+    help_format = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m models.serve", description=__doc__, formatter_class=help_format)
+    add = parser.add_argument
+    add("--model", default="tiny-moe", help="tiny-moe (random fp32 weights of a fixed seed), or a Hugging Face folder")
+    add("--trace", type=Path, default=TRACE, help="requests in the Mooncake schema, JSONL, gzipped or not")
+    add("--requests", type=int, default=500, help="how many requests of the trace")
+    add("--mesh", default="2,2,2", help="cp,tp,pp")
+    add("--page-tokens", type=int, default=16, help="tokens per page")
+    add("--device-pages", type=int, default=1024, help="pages of the device tier")
+    add("--host-pages", type=int, default=1536, help="pages of the host tier")
+    add("--storage", type=Path, help="folder of the storage tier; default: a temporary one")
+    add("--write-policy", choices=[p.value for p in jaxcache.WritePolicy], default="write_through", help="see CacheConfig")
+    add("--prefetch", choices=["off", *(p.value for p in jaxcache.PrefetchPolicy)], default="wait_complete", help="from storage")
+    add("--no-cache", action="store_true", help="serve only once, without a cache")
+    add("--json", metavar="FILE", help="write the figures there; - is standard output")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    args = parser().parse_args(argv)
+    console = Console(stderr=args.json == "-")
+    try:
+        shape = tuple(int(n) for n in args.mesh.split(","))
+        if len(shape) != 3 or min(shape) < 1:
+            raise ValueError(f"--mesh must be three positive numbers cp,tp,pp, not {args.mesh!r}")
+        demo = Demo(args, make_mesh(shape), console)
+        figures = demo.without_cache() if args.no_cache else demo.compare()
+    except (ValueError, OSError, MemoryError) as error:
+        console.print(f"[red]error:[/] {error}")
+        return 1
+    write_json(args.json, figures)
+    return 0 if figures.get("tokens_identical", True) and figures.get("restart", {}).get("tokens_identical", True) else 1
+
+
+def make_mesh(shape: tuple[int, ...]) -> jax.sharding.Mesh:
+    """A mesh (cp, tp, pp) of this host's devices; without GPUs, of as many CPU devices as it takes."""
+    num_devices = int(np.prod(shape))
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={num_devices}"
+    if len(jax.devices()) < num_devices:
+        raise ValueError(f"--mesh {shape} needs {num_devices} devices, there are {len(jax.devices())}")
+    axis_types = (jax.sharding.AxisType.Auto,) * 3
+    return jax.make_mesh(shape, ("cp", "tp", "pp"), axis_types=axis_types, devices=jax.devices()[:num_devices])
+
+
+class Demo:
+    """One model on one mesh, and the requests of the trace."""
+
+    def __init__(self, args: argparse.Namespace, mesh: jax.sharding.Mesh, console: Console):
+        self.args, self.mesh, self.console = args, mesh, console
+        if args.model == "tiny-moe":
+            self.cfg, self.params = TINY_MOE, init_params(TINY_MOE, mesh, seed=0, dtype=jnp.float32)
+        else:
+            self.cfg, self.params = load_model(Path(args.model), mesh, jnp.float32)
+        self.extend = make_extend(self.cfg, mesh, args.page_tokens)
+        self.trace = read_trace(args.trace, args.requests)
+        if not self.trace:
+            raise ValueError(f"{args.trace} has no requests")
+        longest = max(len(r.prompt) + r.max_new_tokens for r in self.requests())
+        self.shape = BatchShape(table_pages=1 << (longest // args.page_tokens).bit_length())
+
+    def requests(self) -> list[Request]:
+        return [
+            Request(line.prompt(BLOCK_TOKENS, self.cfg.vocab_size), max(1, line.output_length // SHRINK))
+            for line in self.trace
+        ]
+
+    def config(self, caching: bool) -> jaxcache.CacheConfig:
+        args = self.args
+        prefetch = jaxcache.PrefetchPolicy("best_effort" if args.prefetch == "off" else args.prefetch)
+        return jaxcache.CacheConfig(
+            page_tokens=args.page_tokens,
+            device_pages=args.device_pages,
+            host_pages=args.host_pages if caching else 0,
+            write_policy=jaxcache.WritePolicy(args.write_policy),
+            prefetch_policy=prefetch,
+            prefetch_min_tokens=2**30 if args.prefetch == "off" else 2 * args.page_tokens,
+            max_transfer_pages=128,
+            caching=caching,
+        )
+
+    def serve(self, title: str, caching: bool, storage: jaxcache.Storage | None, requests: list[Request]) -> Run:
+        """One pass: a new cache, everything compiled before, then all requests as fast as they go."""
+        parts = components(self.cfg, self.args.page_tokens, "float32")
+        with jaxcache.Cache(parts, self.mesh, self.config(caching), storage=storage) as cache:
+            server = Server(cache, self.extend, self.params, self.args.model, self.shape)
+            server.warmup()
+            for request in requests:
+                server.submit(request)
+            compiled = jaxcache.compile_count()
+            start = time.perf_counter()
+            self._watch(title, server, len(requests))
+            seconds = time.perf_counter() - start
+            compiles = jaxcache.compile_count() - compiled
+            if storage is not None:
+                server.pools = cache.drain(server.pools)
+            return Run(requests, seconds, cache.stats(), compiles)
+
+    def _watch(self, title: str, server: Server, total: int) -> None:
+        columns = (TextColumn("{task.description:22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=self.console) as progress:
+            task = progress.add_task(title, total=total)
+            for _ in server.run():
+                progress.advance(task)
+
+    def without_cache(self) -> dict[str, Any]:
+        run = self.serve("without a cache", False, None, self.requests())
+        return {"requests": len(run.requests), "ttft_ms": percentiles(run.requests), **throughput(run)}
+
+    def compare(self) -> dict[str, Any]:
+        uncached = self.serve("without a cache", False, None, self.requests())
+        folder = self.args.storage or Path(tempfile.mkdtemp(prefix="jaxcache-demo-"))
+        try:
+            cached = self.serve("with the cache", True, jaxcache.FileStorage(folder), self.requests())
+            again = self.serve("after a restart", True, jaxcache.FileStorage(folder), self.requests())
+        finally:
+            if self.args.storage is None:
+                shutil.rmtree(folder)
+        figures = compare_runs(uncached, cached, again)
+        self.console.print(report(figures, uncached, cached))
+        return figures
+
+
+def compare_runs(uncached: Run, cached: Run, again: Run) -> dict[str, Any]:
+    served = [i for i in range(len(cached.requests)) if cached.cached_share(i) >= SERVED_SHARE]
+    hits = cached.hit_tokens()
+    prompt_tokens = sum(len(request.prompt) for request in cached.requests)
+    return {
+        "requests": len(cached.requests),
+        "prompt_tokens": prompt_tokens,
+        "hit_tokens": hits,
+        "computed_tokens": prompt_tokens - sum(hits.values()),
+        "ttft_ms": percentiles(cached.requests),
+        "ttft_ms_uncached": percentiles(uncached.requests),
+        "ttft_ms_hit75": p50_of(cached, served),
+        "ttft_ms_hit75_uncached": p50_of(uncached, served),
+        **throughput(cached),
+        "tokens_per_s_uncached": throughput(uncached)["tokens_per_s"],
+        "tokens_identical": cached.outputs == uncached.outputs,
+        "distinct_tokens": len({token for output in cached.outputs for token in output}),
+        "retractions": sum(request.num_retractions for request in cached.requests),
+        "drops": {name: n for name, n in cached.stats["counters"].items() if name.startswith(DROPS)},
+        "restart": {"hit_tokens": again.hit_tokens(), "tokens_identical": again.outputs == uncached.outputs},
+        "compiles_after_warmup": uncached.compiles + cached.compiles + again.compiles,
+    }
+
+
+DROPS = ("dropped", "skipped", "unfulfilled", "failed")
+
+
+def percentiles(requests: list[Request]) -> dict[str, float]:
+    times = [request.ttft_ms for request in requests]
+    return {"p50": round(float(np.percentile(times, 50)), 2), "p99": round(float(np.percentile(times, 99)), 2)}
+
+
+def p50_of(run: Run, indices: list[int]) -> dict[str, Any]:
+    times = [run.requests[i].ttft_ms for i in indices]
+    return {"requests": len(times), "p50": round(float(np.median(times)), 2) if times else None}
+
+
+def throughput(run: Run) -> dict[str, float]:
+    tokens = sum(len(r.prompt) + len(r.output) for r in run.requests)
+    return {"tokens_per_s": round(tokens / run.seconds, 1)}
+
+
+def report(figures: dict[str, Any], uncached: Run, cached: Run) -> Table:
+    """The table that people look at."""
+    table = Table(title=f"{figures['requests']} requests, {figures['prompt_tokens']:,} prompt tokens", show_header=False)
+    row: Callable[[str, str], None] = table.add_row
+    for tier in TIERS:
+        row(f"prompt tokens from {tier}", f"{figures['hit_tokens'][tier]:,}")
+    row("prompt tokens computed", f"{figures['computed_tokens']:,}")
+    for low, high in ((0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.01)):
+        chosen = [i for i in range(len(cached.requests)) if low <= cached.cached_share(i) < high]
+        with_cache, without = p50_of(cached, chosen)["p50"], p50_of(uncached, chosen)["p50"]
+        row(
+            f"time to first token, {low:.0%} to {min(high, 1):.0%} cached",
+            f"{with_cache} ms with, {without} ms without ({len(chosen)} requests)",
+        )
+    row("tokens per second", f"{figures['tokens_per_s']:,} with, {figures['tokens_per_s_uncached']:,} without")
+    row("dropped", ", ".join(f"{name} {n}" for name, n in figures["drops"].items() if n) or "nothing")
+    row("every token as without a cache", "yes" if figures["tokens_identical"] else "NO")
+    restart = figures["restart"]
+    row("after a restart, prompt tokens from storage", f"{restart['hit_tokens']['storage']:,}")
+    row("after a restart, every token the same", "yes" if restart["tokens_identical"] else "NO")
+    row("programs compiled while serving", str(figures["compiles_after_warmup"]))
+    return table
+
+
+def write_json(target: str | None, figures: dict[str, Any]) -> None:
+    text = json.dumps(figures, indent=2)
+    if target == "-":
+        sys.stdout.write(text + "\n")
+    elif target is not None:
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        Path(target).write_text(text + "\n")

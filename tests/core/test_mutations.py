@@ -1,0 +1,166 @@
+"""Every guard is needed: the fuzz that passes with all of them fails when one is taken out.
+
+A mutation replaces one piece of the source of one method. If that piece is not there any more, the mutation has to be
+written anew for the code that guards the same rule now.
+"""
+
+from __future__ import annotations
+
+import __future__
+import inspect
+import sys
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from jaxcache.core.admission import Admission
+from jaxcache.core.backups import Backups
+from jaxcache.core.clearing import Clearing
+from jaxcache.core.prefetches import Prefetches
+from jaxcache.core.publishing import Publishing
+from jaxcache.core.residency import PointResidency, PrefixResidency
+from jaxcache.core.stores import Stores
+from jaxcache.types import PrefetchPolicy, WritePolicy
+from tests.core.driver import drive
+
+NUM_STEPS = 100
+MAX_SEEDS = 40
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """In `owner.method`, `old` becomes `new`. setup: what `drive` is given so that it shows soon."""
+
+    name: str
+    owner: type
+    method: str
+    old: str
+    new: str
+    setup: Mapping[str, Any] = field(default_factory=dict)
+
+
+THROUGH = {"write_policy": WritePolicy.WRITE_THROUGH}
+MUTATIONS = (
+    Mutation(
+        "load-backs do not pin what they write",
+        Admission,
+        "_plan_load",
+        "self.loading.append(Loading(holds, tiers.step + 1))",
+        "tiers.let_go(holds); self.loading.append(Loading([], tiers.step + 1))",
+        {"mixture": ("full",), "device_pages": 24, "host_pages": 100, "abort_chance": 0.4, **THROUGH},
+    ),
+    Mutation(
+        "host pages are freed at the outcome instead of at quiet",
+        Prefetches,
+        "decide",
+        "self._accept(ticket)",
+        "self._accept(ticket); [host.allocator.free(ids) for host, ids in zip(self.tiers.host, ticket.pages)]; "
+        "ticket.pages = [NO_PAGES] * len(ticket.pages)",
+        {"mixture": ("full", "window"), "host_pages": 24, "prefetch_policy": PrefetchPolicy.BEST_EFFORT, **THROUGH},
+    ),
+    Mutation(
+        "first_step ignores the load-backs of other requests",
+        Admission,
+        "admit",
+        "node.ready_step > lease.first_step",
+        "False",
+        {"mixture": ("full",), "host_pages": 100, "abort_chance": 0.2, **THROUGH},
+    ),
+    Mutation(
+        "a split copies the pins of a state",
+        PointResidency,
+        "split",
+        "pass",
+        "prefix.pins[self.index] = node.pins[self.index]",
+        {"mixture": ("full", "state"), "page_tokens": 1},
+    ),
+    Mutation(
+        "a window is kept relative to the current position",
+        Publishing,
+        "live_start",
+        "num_computed // grid * grid",
+        "num_computed",
+        {"mixture": ("full", "window"), "page_tokens": 4},
+    ),
+    Mutation(
+        "a backup does not ask for its parent's",
+        Backups,
+        "_host_full_is_there",
+        "above.parent is None or above.pages[tiers.host[tiers.full].index] is not None",
+        "True",
+        {"mixture": ("full",), "host_pages": 6, **THROUGH},
+    ),
+    Mutation(
+        "parents leave before children",
+        PrefixResidency,
+        "evictable",
+        " and not node.resident_children[index]",
+        "",
+        {"mixture": ("full",)},
+    ),
+    Mutation(
+        "a store does not pin",
+        Stores,
+        "start",
+        "for held in self.tiers.hold(self.tiers.host[c], node, start)",
+        "for held in ()",
+        {"mixture": ("full",), "host_pages": 12, **THROUGH},
+    ),
+    Mutation(
+        "insert takes pages that are still being loaded",
+        Publishing,
+        "_child",
+        "child.ready_step > tiers.step",
+        "False",
+        {"mixture": ("full",), "host_pages": 100, **THROUGH},
+    ),
+    Mutation(
+        "the tree's page is freed as the duplicate",
+        Publishing,
+        "_publish_full",
+        "device.allocator.free(table[pages])",
+        "device.allocator.free(theirs)",
+        {"mixture": ("full",)},
+    ),
+    Mutation(
+        "reset frees at once what a store may still read",
+        Clearing,
+        "_keep",
+        "(residency.index, node.id) in pinned",
+        "False",
+        {"mixture": ("full",), "host_pages": 24, **THROUGH},
+    ),
+)
+
+
+def mutate(patch: pytest.MonkeyPatch, mutation: Mutation) -> None:
+    function = vars(mutation.owner)[mutation.method]
+    source = textwrap.dedent(inspect.getsource(function))
+    assert source.count(mutation.old) == 1, f"{mutation.method} has no {mutation.old!r} (any more): mutate what it has now"
+    scope = dict(vars(sys.modules[mutation.owner.__module__]))
+    code = compile(
+        source.replace(mutation.old, mutation.new), mutation.method, "exec", __future__.annotations.compiler_flag
+    )
+    exec(code, scope)
+    patch.setattr(mutation.owner, mutation.method, scope[mutation.method])
+
+
+def first_failing_seed(setup: Mapping[str, Any]) -> tuple[int, AssertionError] | None:
+    for seed in range(MAX_SEEDS):
+        try:
+            drive(seed, NUM_STEPS, check_every=1, **setup)
+        except AssertionError as error:
+            return seed, error
+    return None
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
+def test_the_fuzz_notices_that(mutation, monkeypatch):
+    mutate(monkeypatch, mutation)
+    found = first_failing_seed(mutation.setup)
+    assert found is not None, f"{MAX_SEEDS} seeds pass although {mutation.name}"
+    monkeypatch.undo()
+    drive(found[0], NUM_STEPS, check_every=1, **mutation.setup)

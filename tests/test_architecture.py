@@ -49,7 +49,7 @@ LAYERS = {
     "jaxcache.__main__": Layer(("jaxcache.cli",), ()),
     "jaxcache": Layer(("jaxcache",), ()),
     "models": Layer(
-        ("jaxcache!", "jaxcache.components", "kernels_pallas", "models"),
+        ("jaxcache!", "jaxcache.components", "jaxcache.testing.traces", "kernels_pallas", "models"),
         ("jax", "flax", "numpy", "ml_dtypes", "safetensors", "matplotlib", "rich"),
     ),
 }

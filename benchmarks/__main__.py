@@ -1,0 +1,62 @@
+"""Runs the benchmarks and prints what they measured beside what is asked: python -m benchmarks [--json FILE].
+
+Exit code 1 if a figure misses its goal. Ratios compare with something measured in the same run; see each module.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import core, host_copies
+
+GOALS = {
+    "match_128k_ratio": ("<=", 2.0, "match of a cached 128k prompt / one startswith"),
+    "evict_one_us": ("<=", 20.0, "microseconds to evict one of 100,000 nodes"),
+    "replay_ratio": (">=", 0.35, "requests per CPU second of the whole trace / stripped tree"),
+    "host_copies_ratio": ("<=", 2.0, "backup + load-back / memcpy of the same bytes"),
+}
+
+
+def met(name: str, value: float) -> bool:
+    relation, goal, _ = GOALS[name]
+    return value <= goal if relation == "<=" else value >= goal
+
+
+def report(figures: dict[str, float]) -> Table:
+    table = Table("figure", "measured", "goal", "", title="benchmarks")
+    for name, value in figures.items():
+        if name in GOALS:
+            relation, goal, meaning = GOALS[name]
+            table.add_row(meaning, f"{value:,.3f}", f"{relation} {goal}", "yes" if met(name, value) else "NO")
+        else:
+            table.add_row(name, f"{value:,.3f}", "", "")
+    return table
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--json", metavar="FILE", help="write the figures there; - is standard output")
+    args = parser.parse_args(argv)
+    console = Console(stderr=args.json == "-")
+    figures: dict[str, float] = {}
+    for module in (core, host_copies):
+        with console.status(f"{module.__name__} ..."):
+            figures |= module.run()
+    console.print(report(figures))
+    text = json.dumps(figures, indent=2) + "\n"
+    if args.json == "-":
+        sys.stdout.write(text)
+    elif args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.json).write_text(text)
+    return 0 if all(met(name, figures[name]) for name in GOALS) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -154,9 +154,10 @@ class Server:
         """One model step for these requests: room, run, sample, publish."""
         spans = []
         for request in batch:
-            end = self._chunk_end(request, num_columns)
-            if request in self.running and self._make_room(request, end):
-                spans.append((request, end))
+            if request in self.running:  # making room for another may have retracted it
+                end = self._chunk_end(request, num_columns)
+                if self._make_room(request, end):
+                    spans.append((request, end))
         spans = [(request, end) for request, end in spans if request in self.running]
         if not spans:
             return

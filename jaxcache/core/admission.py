@@ -19,7 +19,7 @@ from jaxcache.core.planner import Planner
 from jaxcache.core.radix_tree import Node
 from jaxcache.core.sequence import Sequence
 from jaxcache.core.tiers import Hold, Tiers
-from jaxcache.types import Move, PageIds, TransferKind, WritePolicy
+from jaxcache.types import Move, TransferKind
 
 
 class Need(NamedTuple):
@@ -63,10 +63,8 @@ class Admission:
 
     def _worth_loading(self, prefix: Prefix) -> bool:
         """Whether its load-back is not below the threshold (nothing to load is always worth it)."""
-        least = self.tiers.config.load_back_min_tokens
-        if least <= self.tiers.page_tokens or not prefix.num_tokens:
-            return True
-        return not 0 < prefix.num_tokens - prefix.device_tokens < least
+        host_tokens = prefix.num_tokens - prefix.device_tokens
+        return not host_tokens or host_tokens >= self.tiers.config.load_back_min_tokens
 
     def first_that_fits(self, prefixes: Iterable[Prefix], num_new_tokens: int) -> tuple[Prefix, Need] | None:
         for prefix in prefixes:
@@ -148,7 +146,7 @@ class Admission:
         """Makes room, puts loaded nodes on the device, and builds the tables."""
         tiers = self.tiers
         own_pages = -(-lease.num_tokens // tiers.page_tokens) - num_tokens // tiers.page_tokens
-        sources = self._hold_sources(need)
+        sources = self._hold_sources(need) if tiers.writes_back else []
         moves = []
         for c, device in enumerate(tiers.device):
             wanted = own = 1 if c == tiers.point else own_pages
@@ -160,7 +158,7 @@ class Admission:
             assert room, f"{device.component.name}: promised {wanted} pages, {device.allocator.num_free} free"
             if need.loads[c]:
                 moves.append(self._load(c, need.loads[c]))
-            self._build_table(lease, c, need.lows[c], device.allocator.allocate(own))
+            self._build_table(lease, c, need.lows[c], own)
         if moves:
             tiers.let_go(sources)
             self._plan_load(lease, need, tuple(moves))
@@ -168,8 +166,6 @@ class Admission:
     def _hold_sources(self, need: Need) -> list[Hold]:
         """Under write_back, making room on the device may evict host pages; not those that are about to be loaded."""
         tiers = self.tiers
-        if tiers.config.write_policy is not WritePolicy.WRITE_BACK:
-            return []
         return [
             held
             for c, nodes in enumerate(need.loads)
@@ -204,24 +200,28 @@ class Admission:
         ]
         self.loading.append(Loading(holds, tiers.step + 1))
 
-    def _build_table(self, lease: Lease, c: int, low: int, own: PageIds) -> None:
-        """The lease's pages of component c, from the nodes as they are now: making room may have split some."""
+    def _build_table(self, lease: Lease, c: int, low: int, num_own: int) -> None:
+        """The lease's pages of component c: the nodes' as they are now, since making room may have split some, then own."""
         tiers = self.tiers
+        node = lease._node
+        allocator = tiers.device[c].allocator
         if c == tiers.point:
-            states = lease._node.pages[c]
-            lease.write_slot = int(own[0])
+            states = node.pages[c]
+            lease.write_slot = int(allocator.allocate(1)[0])
             lease.read_slot = None if states is None else int(states[0])
             return
-        pages = [own]
-        node = lease._node
-        while node.parent is not None and node.end > low:
+        at = node.end // tiers.page_tokens
+        table = np.empty(at + num_own, np.int32)
+        allocator.allocate_into(table[at:])
+        while at and node.end > low:
             cached = node.pages[c]
-            assert cached is not None, f"{node=} is not on the device"
-            pages.append(cached)
+            assert cached is not None and node.parent is not None, f"{node=} is not on the device"
+            table[at - len(cached) : at] = cached
+            at -= len(cached)
             node = node.parent
-        if node.end:
-            pages.append(np.full(node.end // tiers.page_tokens, tiers.device[c].allocator.num_pages, np.int32))
-        lease._tables[c] = read_only(np.concatenate(pages[::-1]) if len(pages) > 1 else own)
+        if at:
+            table[:at] = allocator.num_pages
+        lease._tables[c] = read_only(table)
 
     # ---- checkpoints of states
 

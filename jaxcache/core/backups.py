@@ -41,10 +41,11 @@ class Backups:
         self.stores = stores
         self.counters = counters
         self.policy = tiers.config.write_policy if tiers.has_host else WritePolicy.NONE
+        self.on_insert = self.policy in ON_INSERT
 
     def after_insert(self, node: Node, old_end: int) -> None:
         """Backs up what is new on the path of `node`, and what could not be backed up before, top first."""
-        if self.policy not in ON_INSERT:
+        if not self.on_insert:
             return
         num = len(self.tiers.components)
         chain = []
@@ -85,7 +86,7 @@ class Backups:
         """Evicts device pages of component c until `num_pages` are free."""
         tiers = self.tiers
         device = tiers.device[c]
-        if self.policy is not WritePolicy.WRITE_BACK:
+        if not tiers.writes_back:
             return tiers.make_room(device, num_pages)
         while device.allocator.num_free < num_pages:
             victim = tiers.victim(device)

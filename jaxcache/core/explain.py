@@ -97,8 +97,9 @@ def _tiers(tiers: Tiers, path: list[tuple[Node, int]]):
 def _lost(tiers: Tiers, path: list[tuple[Node, int]]):
     for node, end in path:
         for residency in tiers.residencies:
-            eviction = tiers.eviction((node.id, residency.index))
-            if eviction is not None and node.pages[residency.index] is None:
+            missing = node.pages[residency.index] is None
+            eviction = tiers.eviction((node.id, residency.index)) if missing else None
+            if eviction is not None:
                 yield Span(node.start, end), eviction
 
 

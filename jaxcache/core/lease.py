@@ -31,7 +31,6 @@ class Lease:
     """
 
     __slots__ = (
-        "_branch",
         "_filled",
         "_last_grid_point",
         "_node",
@@ -108,5 +107,5 @@ class Lease:
 
 def read_only(array: np.ndarray) -> np.ndarray:
     """Marks a table that was handed out: a running program may still read it, so a change makes a new one."""
-    array.flags.writeable = False
+    array.setflags(write=False)
     return array

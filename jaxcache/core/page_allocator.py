@@ -19,9 +19,17 @@ class PageAllocator:
 
     def allocate(self, n: int) -> PageIds:
         """n free ids; the caller has made sure that they are there."""
-        self.num_free -= n
-        assert self.num_free >= 0, f"I1: {n=} pages of {self.num_free + n} free"
-        return self.stack[self.num_free : self.num_free + n].copy()
+        page_ids = np.empty(n, np.int32)
+        self.allocate_into(page_ids)
+        return page_ids
+
+    def allocate_into(self, page_ids: PageIds) -> None:
+        """The same, written into an array of the caller."""
+        high = self.num_free
+        low = high - len(page_ids)
+        assert low >= 0, f"I1: {len(page_ids)} pages of {high} free"
+        page_ids[:] = self.stack[low:high]
+        self.num_free = low
 
     def free(self, page_ids: PageIds) -> None:
         n = len(page_ids)

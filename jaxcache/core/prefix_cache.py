@@ -140,9 +140,9 @@ class PrefixCache:
         if running and self.config.prefetch_policy is PrefetchPolicy.WAIT_COMPLETE:
             return self._wait("prefetch")
         prefixes = self.admission.candidates(sequence, max_cached_tokens)
-        if self._busy():
-            prefixes = islice(prefixes, 1)
-        chosen = self.admission.first_that_fits(prefixes, num_new_tokens)
+        chosen = self.admission.first_that_fits(islice(prefixes, 1), num_new_tokens)
+        if chosen is None and not self._busy():
+            chosen = self.admission.first_that_fits(prefixes, num_new_tokens)
         if chosen is None:
             return self._wait("no room")
         if running:
@@ -183,8 +183,9 @@ class PrefixCache:
         counters["admits"] += 1
         counters["prompt_tokens"] += sequence.num_tokens
         counters["device_hit_tokens"] += device_tokens
-        counters["host_hit_tokens"] += lease.host_tokens
-        counters["storage_hit_tokens"] += lease.storage_tokens
+        if lease.num_cached_tokens > device_tokens:
+            counters["host_hit_tokens"] += lease.host_tokens
+            counters["storage_hit_tokens"] += lease.storage_tokens
         self.planner.note("admit", 3, lease.id, lease.num_cached_tokens, lease._node.id)
         return lease
 

@@ -25,13 +25,17 @@ class Publishing:
         self.tiers = tiers
         self.planner = planner
         self.counters = counters
+        self.output_first = tiers.config.evict_output_first
 
     def report(self, lease: Lease, num_computed: int) -> None:
         """The caller has computed up to here; a checkpoint counts only if the caller stopped at it."""
         lease.num_computed = num_computed
+        tiers = self.tiers
+        if not tiers.partial:
+            return
         if num_computed in lease.checkpoints:
             lease._filled[num_computed] = None
-        if self.tiers.suffixes:
+        if tiers.suffixes:
             self._leave_behind(lease, num_computed)
 
     # ---- windows
@@ -95,6 +99,8 @@ class Publishing:
             for c, table in fresh.items():
                 lease._tables[c] = read_only(table)
             self._move_end(lease, node, at)
+        if not lease.checkpoints:
+            return
         for position in [position for position in lease.checkpoints if position <= min(at, num_computed)]:
             self._publish_state(lease, position, lease.checkpoints.pop(position))
 
@@ -118,12 +124,12 @@ class Publishing:
         prompt_end = lease.sequence.prompt_tokens // tiers.page_tokens * tiers.page_tokens
         child = node.children.get(bytes(data[at * 4 : at * 4 + tree.page_bytes]))
         if child is None:
-            stops = [stop for _, stop in lives if at < stop < end]
-            if tiers.config.evict_output_first and at < prompt_end < end:
-                stops.append(prompt_end)
-            stop = min(stops, default=end)
+            stop = prompt_end if self.output_first and at < prompt_end < end else end
+            for _, live in lives:
+                if at < live < stop:
+                    stop = live
             child = tree.add(node, bytes(memoryview(data)[at * 4 : stop * 4]), stop)
-            child.is_output = tiers.config.evict_output_first and at >= prompt_end
+            child.is_output = self.output_first and at >= prompt_end
             return child
         if child.ready_step > tiers.step:
             return None

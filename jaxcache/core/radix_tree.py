@@ -129,15 +129,13 @@ class RadixTree:
             child = node.children.get(bytes(data[offset : offset + page_bytes]))
             if child is None:
                 break
-            edge = child.edge
-            if offset + len(edge) <= stop and data.startswith(edge, offset):
-                offset += len(edge)
-                path.append((child, offset // 4))
-                node = child
-                continue
-            agreed = self.common_bytes(edge, data, offset, stop)
-            path.append((child, (offset + agreed) // 4))
-            break
+            end = child.end
+            if end > limit or not data.startswith(child.edge, offset):
+                path.append((child, (offset + self.common_bytes(child.edge, data, offset, stop)) // 4))
+                break
+            path.append((child, end))
+            node = child
+            offset = end * 4
         sequence.path = path
         sequence.path_version = self.version
         sequence.path_limit = limit
@@ -179,8 +177,8 @@ class RadixTree:
         return num_tokens // self.page_tokens * self.page_bytes
 
     def add(self, parent: Node, edge: bytes, end: int) -> Node:
-        node = self._node(parent, edge, edge[: self.page_bytes], end)
-        parent.children[node.first_page] = node
+        first_page = edge[: self.page_bytes]
+        node = parent.children[first_page] = self._node(parent, edge, first_page, end)
         self.version += 1
         self.num_nodes += 1
         return node

@@ -100,7 +100,7 @@ class Residency(ABC):
                 pages = node.pages[index]
                 if pages is not None:
                     self.num_pinned -= len(pages)
-                    if self.evictable(node):
+                    if not node.resident_children[index]:
                         self._candidate(node)
             node, parent = parent, parent.parent
 
@@ -146,7 +146,7 @@ class PrefixResidency(Residency):
         self.num_resident -= len(page_ids)
         self.order.discard(node)
         parent.resident_children[index] -= 1
-        if self.evictable(parent):
+        if not parent.resident_children[index] and self.evictable(parent):
             self.order.add_oldest(parent)
         return page_ids
 

@@ -6,7 +6,7 @@ full-attention entry, room is made in the order of eviction. Decides nothing abo
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import deque
 from math import lcm
 from typing import NamedTuple
 
@@ -61,18 +61,20 @@ class Tiers:
                 residencies.append(RESIDENCIES[component.reach](component, tier, index, count, order))
         self.residencies = [*self.device, *self.host]
         self.has_host = any(host.allocator.num_pages for host in self.host)
+        self.writes_back = self.has_host and config.write_policy is WritePolicy.WRITE_BACK
         reaches = [component.reach for component in components]
         self.full = reaches.index(Reach.PREFIX) if Reach.PREFIX in reaches else None
         self.point = reaches.index(Reach.POINT) if Reach.POINT in reaches else None
         self.suffixes = tuple(c for c, reach in enumerate(reaches) if reach is Reach.SUFFIX)
         self.partial = tuple(c for c, reach in enumerate(reaches) if reach is not Reach.PREFIX)
         self.top_first = self.partial if self.full is None else (self.full, *self.partial)
+        self.only_full = not self.partial and not self.has_host  # a node is nothing but its pages on the device
         self.partial_residencies = [r for r in self.residencies if r.component.reach is not Reach.PREFIX]
         self.grid_tokens = lcm(config.page_tokens, *[component.grid_tokens for component in components])
         self.step = 0
         self.reason = "room"  # why, and for which lease, evictions happen now
         self.lease_id = 0
-        self.evictions: OrderedDict[tuple, tuple[Residency, int, str, int]] = OrderedDict()
+        self.evictions: deque[tuple[tuple, Residency, int, str, int]] = deque(maxlen=MAX_EVICTIONS_REMEMBERED)
         self.num_evicted_pages = [0] * (2 * num)
 
     # ---- what must be there
@@ -131,13 +133,15 @@ class Tiers:
         if self.full is None:
             self._remember((node.id, residency.index), residency)
             self.prune(node)
-        elif self.resident(self.full, node):
+        elif not self.only_full and self.resident(self.full, node):
             self._remember((node.id, residency.index), residency)
         else:
             for other in self.partial_residencies:
                 if node.pages[other.index] is not None:
                     other.allocator.free(other.take(node))
-            self._remove(node, residency)
+            assert node.parent is not None
+            self._remember((node.parent.id, node.first_page), residency)
+            self.tree.remove(node)
 
     def drop_subtree(self, node: Node) -> None:
         """Frees everything at and below a node, deepest first; nothing of it may be pinned."""
@@ -156,24 +160,15 @@ class Tiers:
             self.tree.remove(node)
             node = parent
 
-    def _remove(self, node: Node, residency: Residency) -> None:
-        parent = node.parent
-        assert parent is not None
-        self._remember((parent.id, node.first_page), residency)
-        self.tree.remove(node)
-
     def _remember(self, key: tuple, residency: Residency) -> None:
-        evictions = self.evictions
-        evictions[key] = (residency, self.step, self.reason, self.lease_id)
-        if len(evictions) > MAX_EVICTIONS_REMEMBERED:
-            evictions.popitem(last=False)
+        self.evictions.append((key, residency, self.step, self.reason, self.lease_id))
 
     def eviction(self, key: tuple) -> Eviction | None:
         """What is remembered about an entry (node id, residency index) or a node (parent's id, first page)."""
-        if key not in self.evictions:
-            return None
-        residency, step, reason, lease = self.evictions[key]
-        return Eviction(residency.component.name, residency.tier, step, reason, lease)
+        for evicted, residency, step, reason, lease in reversed(self.evictions):
+            if evicted == key:
+                return Eviction(residency.component.name, residency.tier, step, reason, lease)
+        return None
 
     # ---- room
 
@@ -187,7 +182,9 @@ class Tiers:
             pages = victim.pages[residency.index]
             assert pages is not None
             surplus = len(pages) - (num_pages - allocator.num_free)
-            if surplus > 0 and self._alone(residency, victim):
+            if surplus <= 0:
+                self.drop(residency, victim)
+            elif self.only_full or self._alone(residency, victim):
                 self._shorten(residency, victim, surplus)
             else:
                 self.drop(residency, self.trim(residency, victim, num_pages - allocator.num_free))
@@ -197,7 +194,8 @@ class Tiers:
         """Whether a childless node holds nothing but this full-attention entry."""
         if residency.component.reach is not Reach.PREFIX or node.children:
             return False
-        return sum(pages is not None for pages in node.pages) == 1
+        index = residency.index
+        return all(pages is None or other == index for other, pages in enumerate(node.pages))
 
     def _shorten(self, residency: Residency, node: Node, num_pages: int) -> None:
         """Trims a node that is alone in place, which makes no node only to remove it."""

@@ -1,4 +1,4 @@
-"""A data plane of one rank without devices: page id -> content, where content is a function of what the page stands for.
+"""A data plane of one rank without devices: page id -> content, a function of what the page stands for.
 
 Every read checks the content, so a page that was freed too early, reused, or loaded to the wrong place is found at the
 first read. Storage I/O advances when `work` is called, in pieces and in any order, and may fail.

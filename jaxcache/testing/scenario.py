@@ -49,6 +49,7 @@ class Scenario:
         self.published: dict[Content, None] = {}
         self.previous: dict[int, Outcome] = {}
         self.weights_version = 0
+        self.cap_chance = 0.1  # of asking for less than what is cached
         self.vocabulary = self.random.choice([2, 3, 50])
 
     @property
@@ -142,7 +143,7 @@ class Scenario:
         """Admits a waiting request on every rank; a Wait changes nothing."""
         digest = self.core.digest
         chunk = self.random.choice([1, self.core.config.page_tokens, 1000])
-        cap = None if self.random.random() < 0.9 else self.random.randint(0, len(request.tokens))
+        cap = None if self.random.random() >= self.cap_chance else self.random.randint(0, len(request.tokens))
         found = self.core.match(request.sequences[0], cap).num_tokens
         chunk = min(chunk, len(request.tokens) - found)
         answers = [
@@ -200,7 +201,8 @@ class Scenario:
             self.random.choice([1, self.core.config.page_tokens, 1000]), len(request.tokens) - request.num_computed
         )
         pairs = zip(self.cores, request.leases, strict=True)
-        if not all([core.grow(lease, request.num_computed, room) for core, lease in pairs]):
+        grown = [core.grow(lease, request.num_computed, room) for core, lease in pairs]
+        if not all(grown):
             self.finish(request)  # retracted
 
     def insert(self, request: Request) -> None:

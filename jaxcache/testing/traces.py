@@ -1,6 +1,6 @@
 """Request traces in the Mooncake schema, expanded to tokens: equal block ids give equal tokens.
 
-    {"timestamp": ms, "input_length": tokens, "output_length": tokens, "hash_ids": [one per 512 tokens, ...]}
+{"timestamp": ms, "input_length": tokens, "output_length": tokens, "hash_ids": [one per 512 tokens, ...]}
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A serving loop that is driven at random: the same seed gives the same run on every machine and under every hash seed.
 
-    drive(seed, num_steps)   draws components, sizes and policies, unless they are given, and checks all along:
-                             equal digests, the content of every page read, the invariants, and that nothing is left
+drive(seed, num_steps)   draws components, sizes and policies, unless they are given, and checks all along:
+                         equal digests, the content of every page read, the invariants, and that nothing is left
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ def drive(
     mixture: Sequence[str] | None = None,
     max_pages: int | None = None,
     abort_chance: float = 0.03,
+    cap_chance: float = 0.1,
     accident_chance: float = 0.015,
     check_every: int = 7,
     **overrides: Any,
@@ -57,6 +58,7 @@ def drive(
     components = draw_components(rng, mixture or rng.choice(MIXTURES), page_tokens)
     config = draw_config(rng, components, page_tokens, max_pages, **overrides)
     scenario = Scenario(components, config, seed, num_ranks)
+    scenario.cap_chance = cap_chance
     for plane in scenario.planes:
         plane.faults = rng.choice([0.0, 0.02, 0.2])
     for step in range(num_steps):
@@ -99,7 +101,7 @@ def draw_config(
     states = [component.name for component in components if isinstance(component, RecurrentState)]
     device_pages = {c.name: rng.choice([room + 1, room + 6, 2 * room, 4 * room]) for c in components}
     host_pages = {c.name: rng.choice([0, 1, 4, max_pages, 2 * room, 6 * room]) for c in components}
-    device_pages.update({name: 60 for name in states})
+    device_pages.update(dict.fromkeys(states, 60))
     host_pages.update({name: rng.choice([0, 1, 3, 8, 30]) for name in states})
     choices: dict[str, Any] = {
         "page_tokens": page_tokens,

@@ -1,4 +1,4 @@
-"""Random serving on two ranks: whatever happens, ranks stay equal and every page read has the content it should have."""
+"""Random serving on two ranks: whatever happens, ranks stay equal and every page read has the right content."""
 
 from __future__ import annotations
 

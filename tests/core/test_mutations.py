@@ -6,7 +6,6 @@ written anew for the code that guards the same rule now.
 
 from __future__ import annotations
 
-import __future__
 import inspect
 import sys
 import textwrap
@@ -27,7 +26,7 @@ from jaxcache.types import PrefetchPolicy, WritePolicy
 from tests.core.driver import drive
 
 NUM_STEPS = 100
-MAX_SEEDS = 40
+MAX_SEEDS = 80
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,7 @@ class Mutation:
 
 
 THROUGH = {"write_policy": WritePolicy.WRITE_THROUGH}
+ROOMY_HOST = {"mixture": ("full",), "host_pages": 200, **THROUGH}
 MUTATIONS = (
     Mutation(
         "load-backs do not pin what they write",
@@ -50,7 +50,15 @@ MUTATIONS = (
         "_plan_load",
         "self.loading.append(Loading(holds, tiers.step + 1))",
         "tiers.let_go(holds); self.loading.append(Loading([], tiers.step + 1))",
-        {"mixture": ("full",), "device_pages": 24, "host_pages": 100, "abort_chance": 0.4, **THROUGH},
+        {
+            **ROOMY_HOST,
+            "page_tokens": 1,
+            "max_pages": 20,
+            "device_pages": 24,
+            "abort_chance": 0.3,
+            "accident_chance": 0,
+            "load_back_min_tokens": 1,
+        },
     ),
     Mutation(
         "host pages are freed at the outcome instead of at quiet",
@@ -67,7 +75,7 @@ MUTATIONS = (
         "admit",
         "node.ready_step > lease.first_step",
         "False",
-        {"mixture": ("full",), "host_pages": 100, "abort_chance": 0.2, **THROUGH},
+        {**ROOMY_HOST, "abort_chance": 0.2},
     ),
     Mutation(
         "a split copies the pins of a state",
@@ -115,7 +123,7 @@ MUTATIONS = (
         "_child",
         "child.ready_step > tiers.step",
         "False",
-        {"mixture": ("full",), "host_pages": 100, **THROUGH},
+        {**ROOMY_HOST, "page_tokens": 1, "max_pages": 6, "device_pages": 10, "cap_chance": 0.5},
     ),
     Mutation(
         "the tree's page is freed as the duplicate",
@@ -131,7 +139,7 @@ MUTATIONS = (
         "_keep",
         "(residency.index, node.id) in pinned",
         "False",
-        {"mixture": ("full",), "host_pages": 24, **THROUGH},
+        {"mixture": ("full",), "host_pages": 60, "accident_chance": 0.3, **THROUGH},
     ),
 )
 
@@ -139,10 +147,12 @@ MUTATIONS = (
 def mutate(patch: pytest.MonkeyPatch, mutation: Mutation) -> None:
     function = vars(mutation.owner)[mutation.method]
     source = textwrap.dedent(inspect.getsource(function))
-    assert source.count(mutation.old) == 1, f"{mutation.method} has no {mutation.old!r} (any more): mutate what it has now"
+    assert source.count(mutation.old) == 1, (
+        f"{mutation.method} has no {mutation.old!r} (any more): mutate what it has now"
+    )
     scope = dict(vars(sys.modules[mutation.owner.__module__]))
     code = compile(
-        source.replace(mutation.old, mutation.new), mutation.method, "exec", __future__.annotations.compiler_flag
+        source.replace(mutation.old, mutation.new), mutation.method, "exec", annotations.compiler_flag
     )
     exec(code, scope)
     patch.setattr(mutation.owner, mutation.method, scope[mutation.method])
@@ -151,7 +161,7 @@ def mutate(patch: pytest.MonkeyPatch, mutation: Mutation) -> None:
 def first_failing_seed(setup: Mapping[str, Any]) -> tuple[int, AssertionError] | None:
     for seed in range(MAX_SEEDS):
         try:
-            drive(seed, NUM_STEPS, check_every=1, **setup)
+            drive(seed, NUM_STEPS, num_ranks=1, **setup)
         except AssertionError as error:
             return seed, error
     return None
@@ -163,4 +173,4 @@ def test_the_fuzz_notices_that(mutation, monkeypatch):
     found = first_failing_seed(mutation.setup)
     assert found is not None, f"{MAX_SEEDS} seeds pass although {mutation.name}"
     monkeypatch.undo()
-    drive(found[0], NUM_STEPS, check_every=1, **mutation.setup)
+    drive(found[0], NUM_STEPS, num_ranks=1, **mutation.setup)

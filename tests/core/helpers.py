@@ -1,0 +1,179 @@
+"""A small cache to try one behaviour on: `Server` computes prompts on a fake plane that checks what it reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxcache.components import FullAttention, RecurrentState, SlidingWindow
+from jaxcache.components.base import Component
+from jaxcache.config import CacheConfig
+from jaxcache.core import invariants
+from jaxcache.core.lease import Lease
+from jaxcache.core.page_hash import Namespace
+from jaxcache.core.prefix_cache import PrefixCache
+from jaxcache.core.sequence import Sequence
+from jaxcache.core.ticket import Ticket
+from jaxcache.testing.fake_plane import Content, FakePlane, content
+from jaxcache.types import Match, Outcome, Transfer, TransferKind, Wait
+
+PAGE = 4
+FULL = FullAttention("full", ())
+NEXT = 1_000_000  # a token that follows every prompt, so that the whole prompt may be found
+
+
+def window(window_tokens: int, name: str = "window") -> SlidingWindow:
+    return SlidingWindow(name, (), window_tokens=window_tokens)
+
+
+def state(chunk_tokens: int = 1) -> RecurrentState:
+    return RecurrentState("state", (), chunk_tokens=chunk_tokens)
+
+
+def prompt(num_tokens: int, first: int = 0) -> list[int]:
+    """Tokens that no other `first` (a multiple of 1000) has."""
+    return list(range(first, first + num_tokens))
+
+
+def make_core(*components: Component, **fields: Any) -> PrefixCache:
+    defaults = {"page_tokens": PAGE, "device_pages": 32, "prefetch_min_tokens": 1}
+    return PrefixCache(components or (FULL,), CacheConfig(**{**defaults, **fields}))
+
+
+class Server:
+    """One rank: a core, a fake plane without faults, one namespace. Checks the invariants after each call."""
+
+    def __init__(self, *components: Component, **fields: Any):
+        self.core = make_core(*components, **fields)
+        self.storage: dict[Content, None] = {}
+        self.plane = FakePlane(self.core, self.storage, seed=0, faults=0.0)
+        self.namespace = self.core.new_namespace(model="test")
+        self.outcomes: dict[int, Outcome] = {}
+
+    def sequence(self, tokens: list[int], namespace: Namespace | None = None) -> Sequence:
+        return self.core.sequence(tokens, namespace or self.namespace)
+
+    def match(self, tokens: list[int], namespace: Namespace | None = None) -> Match:
+        """Of a prompt that goes on after `tokens`."""
+        return self.core.match(self.sequence([*tokens, NEXT], namespace))
+
+    def planned(self, kind: TransferKind) -> list[Transfer]:
+        return [transfer for transfer in self.core.planner.transfers if transfer.kind is kind]
+
+    def free(self, component: str = "full") -> int:
+        return self._residency(self.core.tiers.device, component).allocator.num_free
+
+    def host_free(self, component: str = "full") -> int:
+        return self._residency(self.core.tiers.host, component).allocator.num_free
+
+    @staticmethod
+    def _residency(residencies, component: str):
+        return next(residency for residency in residencies if residency.component.name == component)
+
+    # ---- steps
+
+    def step(self, num_storage_pages: int = 1000) -> None:
+        """The plan is applied, storage moves on, and the outcomes of the step before are agreed."""
+        self.plane.apply()
+        self.plane.work(num_storage_pages)
+        self.core.commit(self.outcomes)
+        self.outcomes = self.plane.outcomes()
+        self.plane.apply()
+        self.check()
+
+    def settle(self) -> None:
+        """Steps until no transfer is live or queued."""
+        self.step()
+        while self.core.live_transfers() or self.core.stores.queue or self.core.admission.loading:
+            self.step()
+
+    def check(self) -> None:
+        invariants.check(self.core)
+
+    def check_empty(self) -> None:
+        """I10: everything can be had back."""
+        self.settle()
+        invariants.check_empty(self.core)
+
+    # ---- requests
+
+    def try_admit(self, tokens: list[int] | Sequence, chunk: int | None = None, **options: Any) -> Lease | Wait:
+        """Room for the whole prompt unless a chunk is given."""
+        sequence = tokens if isinstance(tokens, Sequence) else self.sequence(tokens)
+        cached = self.core.match(sequence, options.get("max_cached_tokens")).num_tokens
+        answer = self.core.admit(sequence, chunk or sequence.num_tokens - cached, **options)
+        self.check()
+        return answer
+
+    def admit(self, tokens: list[int] | Sequence, chunk: int | None = None, **options: Any) -> Lease:
+        lease = self.try_admit(tokens, chunk, **options)
+        assert isinstance(lease, Lease), lease
+        return lease
+
+    def compute(self, lease: Lease, end: int) -> None:
+        """Model steps up to `end`, with chunks that end where the lease says."""
+        while self.core.step_number < lease.first_step:
+            self.step()
+        begin = lease.num_computed
+        while begin < end:
+            self.plane.apply()
+            stop = lease.next_stop
+            chunk_end = min(end, lease.num_tokens, end if stop is None else stop)
+            self.plane.model_step(lease, begin, chunk_end)
+            if chunk_end < end:
+                assert self.core.grow(lease, chunk_end, end - chunk_end)
+            begin = chunk_end
+        self.check()
+
+    def insert(self, lease: Lease, num_computed: int) -> None:
+        self.core.insert(lease, num_computed)
+        self.check()
+
+    def release(self, lease: Lease) -> None:
+        self.core.release(lease)
+        self.check()
+
+    def decode(self, lease: Lease, tokens: list[int]) -> None:
+        """Tokens one by one, as a serving loop would: each is computed in a step of its own."""
+        for token in tokens:
+            computed = lease.sequence.num_tokens
+            lease.sequence.extend([token])
+            assert self.core.grow(lease, computed, 1)
+            self.compute(lease, computed + 1)
+            self.insert(lease, computed + 1)
+
+    def prefill(self, tokens: list[int] | Sequence, **options: Any) -> int:
+        """Admit, compute, insert, release. Returns how many tokens were cached."""
+        lease = self.admit(tokens, **options)
+        self.compute(lease, lease.sequence.num_tokens)
+        self.insert(lease, lease.sequence.num_tokens)
+        self.release(lease)
+        return lease.num_cached_tokens
+
+    def flush_device(self) -> None:
+        """Another prompt, soon aborted, pushes everything unpinned off the device, but for states."""
+        paged = [device for c, device in enumerate(self.core.tiers.device) if c != self.core.tiers.point]
+        full_pages = min(device.available() for device in paged)
+        lease = self.admit(prompt(full_pages * PAGE, 900_000))
+        self.release(lease)
+        self.plane.apply()
+
+    # ---- storage
+
+    def store(self, tokens: list[int]) -> None:
+        """Another replica has stored every page, window and state of this prompt."""
+        sequence = self.sequence(tokens)
+        for end in range(PAGE, len(tokens) + 1, PAGE):
+            for component in self.core.components:
+                self.storage[content(component.name, sequence, end)] = None
+
+    def prefetch(self, tokens: list[int]) -> Ticket:
+        ticket = self.core.prefetch(self.sequence([*tokens, NEXT]))
+        assert ticket is not None, self.core.counters
+        self.check()
+        return ticket
+
+
+def server_with_storage(*components: Component, **fields: Any) -> Server:
+    server = Server(*components, **{"host_pages": 64, "prefetch_host_share": 1.0, **fields})
+    server.core.stores.attached = True
+    return server

@@ -1,0 +1,237 @@
+"""What the tests of the whole thing share: one tiny model, one page shape, and step programs compiled once per mesh.
+
+rig_on(mesh)  -> Rig      params and programs of a mesh, for the whole session
+Rig.cache()   -> Cache    always the same device pages, because the programs' shapes depend on them
+Driver(cache) -> Answer   one request at a time, every call of the loop in the open
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+import jaxcache
+from models import qwen3
+from models.paged_attention import ExtendBatch
+from models.serve import BatchShape, Server
+
+PAGE_TOKENS, DEVICE_PAGES, HOST_PAGES = 4, 48, 96
+SHAPE = BatchShape(prefill_rows=2, chunk_tokens=16, decode_rows=4, table_pages=32)
+MODEL = qwen3.Qwen3Config(
+    vocab_size=64,
+    hidden_size=32,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    mlp_size=16,
+    rope_theta=1e4,
+    num_experts=4,
+    experts_per_token=2,
+)
+MAX_KL, MAX_ERROR = 1e-6, 1e-4
+MESHES = [(1, 1, 1), (2, 2, 2), *(pytest.param(s, marks=pytest.mark.slow) for s in ((2, 1, 1), (1, 2, 1), (1, 1, 2)))]
+
+
+@dataclass(frozen=True)
+class Rig:
+    """The tiny model on a mesh. extend: one program per BatchShape."""
+
+    mesh: Mesh
+    params: qwen3.Params
+    extend: Callable
+
+    def cache(self, storage: jaxcache.Storage | None = None, **changes: Any) -> jaxcache.Cache:
+        """A cache of this model's pages; prefetches are waited for, and nothing is too short for them."""
+        choices = {
+            "page_tokens": PAGE_TOKENS,
+            "device_pages": DEVICE_PAGES,
+            "host_pages": HOST_PAGES,
+            "prefetch_policy": jaxcache.PrefetchPolicy.WAIT_COMPLETE,
+            "prefetch_min_tokens": PAGE_TOKENS,
+            "max_transfer_pages": 8,
+            "storage_threads": 2,
+            "storage_deadline_s": 60.0,
+            **changes,
+        }
+        parts = qwen3.components(MODEL, choices["page_tokens"], "float32")
+        return jaxcache.Cache(parts, self.mesh, jaxcache.CacheConfig(**choices), storage=storage)
+
+    def server(self, cache: jaxcache.Cache) -> Server:
+        return Server(cache, self.extend, self.params, "tiny", SHAPE)
+
+
+@functools.cache
+def rig_on(mesh: Mesh) -> Rig:
+    return Rig(mesh, qwen3.init_params(MODEL, mesh, 0, jnp.float32), qwen3.make_extend(MODEL, mesh, PAGE_TOKENS))
+
+
+def random_tokens(seed: int, num_tokens: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, MODEL.vocab_size, num_tokens).astype(np.int32)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """logits: f32[1 + decoded, vocab], after the prompt and after every decoded token; hits: cached tokens by tier"""
+
+    logits: np.ndarray
+    tokens: list[int]
+    hits: tuple[int, int, int]
+
+
+class WrongAnswer(AssertionError):
+    """A hit does not equal its miss."""
+
+
+def check_equal(got: Answer, want: Answer) -> None:
+    """Raises WrongAnswer unless tokens are equal and logits nearly so. (Equal tokens mean that the logits compare.)"""
+    if got.tokens != want.tokens:
+        raise WrongAnswer(f"{got.tokens=} {want.tokens=}")
+    error, divergence = float(np.abs(got.logits - want.logits).max()), kl(want.logits, got.logits)
+    if not (error <= MAX_ERROR and divergence <= MAX_KL):
+        raise WrongAnswer(f"{error=} {divergence=}")
+
+
+def kl(p_logits: np.ndarray, q_logits: np.ndarray) -> float:
+    """The largest of the rows' Kullback-Leibler divergences."""
+    p, q = (x.astype(np.float64) - x.max(axis=-1, keepdims=True) for x in (p_logits, q_logits))
+    p, q = (x - np.log(np.exp(x).sum(axis=-1, keepdims=True)) for x in (p, q))
+    return float((np.exp(p) * (p - q)).sum(axis=-1).max())
+
+
+def unchanged(batch: ExtendBatch) -> ExtendBatch:
+    return batch
+
+
+@dataclass(eq=False)
+class Driver:
+    """Serves one request at a time. spoil: a mutation of every batch."""
+
+    rig: Rig
+    cache: jaxcache.Cache
+    spoil: Callable[[ExtendBatch], ExtendBatch] = unchanged
+    pools: qwen3.Pools = field(init=False)
+    namespace: jaxcache.Namespace = field(init=False)
+
+    def __post_init__(self):
+        self.pools = self.cache.init_pools()
+        self.namespace = self.cache.new_namespace(model="tiny")
+
+    def sequence(self, tokens: Any) -> jaxcache.Sequence:
+        return self.cache.sequence(tokens, self.namespace)
+
+    def step(self) -> None:
+        self.pools = self.cache.apply(self.cache.step(self.pools))
+
+    def prefetch(self, sequence: jaxcache.Sequence) -> jaxcache.Ticket:
+        """Asks storage and waits for all of it."""
+        ticket = self.cache.prefetch(sequence)
+        assert ticket is not None
+        for _ in range(1000):
+            self.step()
+            self.cache.engine.drain()
+            if ticket.done:
+                return ticket
+        raise AssertionError(f"{ticket} does not end")
+
+    def admit(self, sequence: jaxcache.Sequence, ticket: jaxcache.Ticket | None = None) -> jaxcache.Lease:
+        """A lease that may run now."""
+        cached = self.cache.match(sequence).num_tokens
+        lease = self.cache.admit(sequence, min(SHAPE.chunk_tokens, sequence.num_tokens - cached), ticket)
+        assert isinstance(lease, jaxcache.Lease), lease
+        self.pools = self.cache.apply(self.pools)
+        while lease.first_step > self.cache.step_number:
+            self.step()
+        return lease
+
+    def extend(self, lease: jaxcache.Lease, start: int, stop: int, is_decode: bool) -> np.ndarray:
+        """Computes tokens [start, stop) of a lease, in the first row; returns the logits of the last one."""
+        rows, columns = (SHAPE.decode_rows, 1) if is_decode else (SHAPE.prefill_rows, SHAPE.chunk_tokens)
+        assert self.cache.grow(lease, start, stop - start)
+        self.pools = self.cache.apply(self.pools)
+        tokens, starts, num_new = (np.zeros(shape, np.int32) for shape in ((rows, columns), rows, rows))
+        tokens[0, : stop - start], starts[0], num_new[0] = lease.sequence.tokens[start:stop], start, stop - start
+        tables = self.cache.tables([lease] + [None] * (rows - 1), SHAPE.table_pages)
+        batch = self.spoil(ExtendBatch(tokens, starts, num_new, tables, np.maximum(num_new - 1, 0)[:, None]))
+        logits, self.pools = self.rig.extend(self.rig.params, self.pools, batch)
+        return np.asarray(logits)[0, 0]
+
+    def finish(
+        self, lease: jaxcache.Lease, num_decode: int = 4, by_chunk: bool = False, by_token: bool = False
+    ) -> Answer:
+        """Prefills what is missing, decodes greedily, publishes and releases.
+
+        by_chunk: publish after every chunk. by_token: a chunk of one token is computed by the program that decodes.
+        """
+        hits = (lease.device_tokens, lease.host_tokens, lease.storage_tokens)
+        prompt, computed = lease.sequence.num_tokens, lease.num_cached_tokens
+        logits = []
+        while computed < prompt + num_decode:
+            if computed >= prompt:
+                lease.sequence.extend([int(logits[-1].argmax())])
+            stop = min(computed + SHAPE.chunk_tokens, lease.sequence.num_tokens)
+            is_decode = computed >= prompt or (by_token and stop - computed == 1)
+            last = self.extend(lease, computed, stop, is_decode)
+            computed = stop
+            if computed >= prompt:
+                logits.append(last)
+            if by_chunk:
+                self.publish(lease, computed)
+        self.publish(lease, computed)
+        self.cache.release(lease)
+        return Answer(np.stack(logits), lease.sequence.tokens[prompt:].tolist(), hits)
+
+    def publish(self, lease: jaxcache.Lease, computed: int) -> None:
+        self.cache.insert(lease, computed)
+        self.pools = self.cache.apply(self.pools)
+
+    def ask(self, tokens: Any, **choices: Any) -> Answer:
+        """One request from admission to release; what storage may have is not asked for."""
+        self.step()
+        return self.finish(self.admit(self.sequence(tokens)), **choices)
+
+    def ask_storage(self, tokens: Any, **choices: Any) -> Answer:
+        """The same, with a prefetch before."""
+        sequence = self.sequence(tokens)
+        ticket = self.prefetch(sequence)
+        return self.finish(self.admit(sequence, ticket), **choices)
+
+    def fill_device(self) -> None:
+        """Makes every page that is only cached leave the device: one request takes them all, and computes nothing."""
+        self.step()
+        lease = self.cache.admit(self.sequence([1]), DEVICE_PAGES * PAGE_TOKENS)
+        assert lease, lease
+        self.cache.release(lease)
+        self.step()
+
+    def drain(self) -> None:
+        self.pools = self.cache.drain(self.pools)
+
+    def edit_pool(self, edit: Callable[[np.ndarray], None]) -> None:
+        """Changes the device pool in place, [pages, layers, 2, page_tokens, heads, head_dim]."""
+        kv = self.pools["full"]["kv"]
+        pages = np.array(kv)
+        edit(pages)
+        self.pools = {"full": {"kv": jax.device_put(pages, kv.sharding)}}
+
+    def edit_host(self, edit: Callable[[np.ndarray], None]) -> None:
+        """Changes the host rows of every device in place, uint8[pages, row_bytes]."""
+        self.cache.engine.drain()
+        for rows in self.cache.engine.host_pools["full"].rows.values():
+            edit(rows)
+
+
+@functools.cache
+def reference(mesh: Mesh, prompt: tuple[int, ...]) -> Answer:
+    """The answer to a prompt without caching, in the same program shapes."""
+    rig = rig_on(mesh)
+    with rig.cache(caching=False, host_pages=0) as cache:
+        return Driver(rig, cache).ask(prompt)

@@ -85,8 +85,18 @@ def parser() -> argparse.ArgumentParser:
     add("--device-pages", type=int, default=1024, help="pages of the device tier")
     add("--host-pages", type=int, default=1536, help="pages of the host tier")
     add("--storage", type=Path, help="folder of the storage tier; default: a temporary one")
-    add("--write-policy", choices=[p.value for p in jaxcache.WritePolicy], default="write_through", help="see CacheConfig")
-    add("--prefetch", choices=["off", *(p.value for p in jaxcache.PrefetchPolicy)], default="wait_complete", help="from storage")
+    add(
+        "--write-policy",
+        choices=[p.value for p in jaxcache.WritePolicy],
+        default="write_through",
+        help="see CacheConfig",
+    )
+    add(
+        "--prefetch",
+        choices=["off", *(p.value for p in jaxcache.PrefetchPolicy)],
+        default="wait_complete",
+        help="from storage",
+    )
     add("--no-cache", action="store_true", help="serve only once, without a cache")
     add("--json", metavar="FILE", help="write the figures there; - is standard output")
     return parser
@@ -96,16 +106,23 @@ def main(argv: Sequence[str]) -> int:
     args = parser().parse_args(argv)
     console = Console(stderr=args.json == "-")
     try:
-        shape = tuple(int(n) for n in args.mesh.split(","))
-        if len(shape) != 3 or min(shape) < 1:
-            raise ValueError(f"--mesh must be three positive numbers cp,tp,pp, not {args.mesh!r}")
-        demo = Demo(args, make_mesh(shape), console)
+        demo = Demo(args, make_mesh(mesh_shape(args.mesh)), console)
         figures = demo.without_cache() if args.no_cache else demo.compare()
     except (ValueError, OSError, MemoryError) as error:
         console.print(f"[red]error:[/] {error}")
         return 1
     write_json(args.json, figures)
-    return 0 if figures.get("tokens_identical", True) and figures.get("restart", {}).get("tokens_identical", True) else 1
+    return (
+        0 if figures.get("tokens_identical", True) and figures.get("restart", {}).get("tokens_identical", True) else 1
+    )
+
+
+def mesh_shape(text: str) -> tuple[int, ...]:
+    """ "cp,tp,pp" as numbers."""
+    numbers = text.split(",")
+    if len(numbers) != 3 or not all(n.strip().isdecimal() and int(n) for n in numbers):
+        raise ValueError(f"--mesh must be three positive numbers cp,tp,pp, not {text!r}")
+    return tuple(map(int, numbers))
 
 
 def make_mesh(shape: tuple[int, ...]) -> jax.sharding.Mesh:
@@ -242,7 +259,9 @@ def throughput(run: Run) -> dict[str, float]:
 
 def report(figures: dict[str, Any], uncached: Run, cached: Run) -> Table:
     """The table that people look at."""
-    table = Table(title=f"{figures['requests']} requests, {figures['prompt_tokens']:,} prompt tokens", show_header=False)
+    table = Table(
+        title=f"{figures['requests']} requests, {figures['prompt_tokens']:,} prompt tokens", show_header=False
+    )
     row: Callable[[str, str], None] = table.add_row
     for tier in TIERS:
         row(f"prompt tokens from {tier}", f"{figures['hit_tokens'][tier]:,}")

@@ -4,7 +4,7 @@
                                       ^                      |
                                       +------ retracted -----+   when there is no room to go on
 
-    one iteration:  cache.step -> admit -> cache.apply -> prefill -> insert -> cache.apply -> decode -> insert, release
+    one iteration:  step -> admit -> apply -> decode -> step -> apply -> prefill       insert and release as they come
 
 `python -m models.serve --help` runs it on a trace, with and without the cache (see models/demo.py).
 """
@@ -103,16 +103,20 @@ class Server:
             yield from self.step()
 
     def step(self) -> list[Request]:
-        """One iteration. Returns the requests that finished in it."""
+        """One iteration: decode, then prefill, each a step of the cache. Returns the requests that finished in it.
+
+        What an admission loads back comes in while the others decode, so that it can be prefilled right after.
+        """
         self.pools = self.cache.step(self.pools)
         self._admit()
         self.pools = self.cache.apply(self.pools)
-        ready = [r for r in self.running if r.lease and r.lease.first_step <= self.cache.step_number]
-        prefill = [request for request in ready if request.is_prefilling]
-        decode = [request for request in ready if not request.is_prefilling]
-        self._extend(prefill, self.shape.prefill_rows, self.shape.chunk_tokens)
-        self._extend(decode, self.shape.decode_rows, 1)
-        return self._finish()
+        decoding = [request for request in self.running if not request.is_prefilling]
+        self._extend(decoding, self.shape.decode_rows, 1)
+        finished = self._finish()
+        self.pools = self.cache.apply(self.cache.step(self.pools))
+        prefilling = [request for request in self.running if request.is_prefilling]
+        self._extend(prefilling, self.shape.prefill_rows, self.shape.chunk_tokens)
+        return finished + self._finish()
 
     # ---- admission
 
@@ -154,7 +158,8 @@ class Server:
         """One model step for these requests: room, run, sample, publish."""
         spans = []
         for request in batch:
-            if request in self.running:  # making room for another may have retracted it
+            loaded = request.lease is not None and request.lease.first_step <= self.cache.step_number
+            if loaded and request in self.running:  # making room for another may have retracted it
                 end = self._chunk_end(request, num_columns)
                 if self._make_room(request, end):
                     spans.append((request, end))
@@ -188,16 +193,19 @@ class Server:
         return True
 
     def _retract(self, request: Request) -> None:
-        """Gives everything back; what was published may still be found when it is admitted again."""
+        """Gives everything back; what was published may still be found when it is admitted again.
+
+        Raises MemoryError if neither another request nor a transfer in flight holds the room that is missing.
+        """
         assert request.lease is not None
-        if len(self.running) == 1:
-            raise MemoryError(f"a request of {request.num_tokens} tokens does not fit the device tier")
         self.cache.insert(request.lease, request.num_computed)
         self.cache.release(request.lease)
         request.lease = None
         request.num_retractions += 1
         self.running.remove(request)
         self.waiting.appendleft(request)
+        if not self.running and self.cache.idle:
+            raise MemoryError(f"a request of {request.num_tokens} tokens does not fit the device tier")
 
     def _run_model(self, rows: list[tuple[Request, int] | None], num_columns: int) -> np.ndarray:
         """Runs one program: row b computes tokens num_computed .. end of its request. Returns logits f32[B, 1, vocab]."""

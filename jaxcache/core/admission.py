@@ -29,6 +29,9 @@ class Need(NamedTuple):
     lows: list[int]
 
 
+NO_LOADS = Need([[]], [0])
+
+
 class Loading(NamedTuple):
     """A load-back pins what it writes until it has been scattered, even if its lease is released before."""
 
@@ -66,19 +69,23 @@ class Admission:
         host_tokens = prefix.num_tokens - prefix.device_tokens
         return not host_tokens or host_tokens >= self.tiers.config.load_back_min_tokens
 
-    def first_that_fits(self, prefixes: Iterable[Prefix], num_new_tokens: int) -> tuple[Prefix, Need] | None:
+    def first_that_fits(self, prefixes: Iterable[Prefix], num_new_tokens: int) -> tuple[Prefix, Need | None]:
+        """The first of them with its need, or (anything, None)."""
+        prefix, need = matching.NOTHING, None
         for prefix in prefixes:
-            need = self._need(prefix, num_new_tokens)
+            need = self.need(prefix, num_new_tokens)
             if need is not None:
-                return prefix, need
-        return None
+                break
+        return prefix, need
 
-    def _need(self, prefix: Prefix, num_new_tokens: int) -> Need | None:
+    def need(self, prefix: Prefix, num_new_tokens: int) -> Need | None:
         """What admitting at this prefix takes; None if it does not fit. Changes nothing."""
         tiers = self.tiers
         page = tiers.page_tokens
         num_tokens, path = prefix.num_tokens, prefix.path
         own_pages = -(-(num_tokens + num_new_tokens) // page) - num_tokens // page
+        if tiers.only_full and own_pages + num_tokens // page <= tiers.device[0].available():
+            return NO_LOADS  # it would fit even if nothing of the path were pinned yet
         loads: list[list[Node]] = []
         lows: list[int] = []
         for c, device in enumerate(tiers.device):
@@ -102,30 +109,28 @@ class Admission:
     def admit(
         self, sequence: Sequence, prefix: Prefix, need: Need, num_new_tokens: int, plan_is_applied: Callable[[], bool]
     ) -> Lease:
-        """Carries out what `first_that_fits` has found."""
+        """Carries out what `need` has found to fit."""
         tiers = self.tiers
         path = prefix.path
         if path and path[-1][1] < path[-1][0].end:
             prefix, need = self._cut(prefix, need)
             path = prefix.path
-        lease = Lease(self.next_lease_id, sequence, tiers, plan_is_applied)
+        last = path[-1][0] if path else sequence.root
+        last.ends_here += 1
+        lease = Lease(self.next_lease_id, sequence, last, num_new_tokens, tiers, plan_is_applied)
         self.next_lease_id += 1
-        num_tokens = prefix.num_tokens
-        lease.num_cached_tokens = lease.num_computed = lease._published = num_tokens
-        lease.num_tokens = num_tokens + num_new_tokens
-        if path:
-            lease._node = path[-1][0]
-        lease._node.ends_here += 1
-        lease.first_step = tiers.step
         for node, _ in path:
             node.hits += 1
             if node.ready_step > lease.first_step:
                 lease.first_step = node.ready_step
-        self._pin(lease, prefix, need)
-        self._allocate(lease, num_tokens, need)
+        for c, device in enumerate(tiers.device):
+            lease._pin_tops[c] = device.pin_up(last, need.lows[c])
+        if tiers.point is not None and path:
+            lease._state_node = last
+        self._allocate(lease, need)
         if tiers.partial:
             self._plan_stops(lease, prefix)
-            self.checkpoints(lease, num_tokens, lease.num_tokens)
+            self.checkpoints(lease, prefix.num_tokens, lease.num_tokens)
         return lease
 
     def _cut(self, prefix: Prefix, need: Need) -> tuple[Prefix, Need]:
@@ -135,17 +140,10 @@ class Admission:
         loads = [[front if load is node else load for load in nodes] for nodes in need.loads]
         return prefix._replace(path=[*prefix.path[:-1], (front, end)]), Need(loads, need.lows)
 
-    def _pin(self, lease: Lease, prefix: Prefix, need: Need) -> None:
-        tiers = self.tiers
-        for c, device in enumerate(tiers.device):
-            lease._pin_tops[c] = device.pin_up(lease._node, need.lows[c])
-        if tiers.point is not None and prefix.path:
-            lease._state_node = lease._node
-
-    def _allocate(self, lease: Lease, num_tokens: int, need: Need) -> None:
+    def _allocate(self, lease: Lease, need: Need) -> None:
         """Makes room, puts loaded nodes on the device, and builds the tables."""
         tiers = self.tiers
-        own_pages = -(-lease.num_tokens // tiers.page_tokens) - num_tokens // tiers.page_tokens
+        own_pages = -(-lease.num_tokens // tiers.page_tokens) - lease.num_cached_tokens // tiers.page_tokens
         sources = self._hold_sources(need) if tiers.writes_back else []
         moves = []
         for c, device in enumerate(tiers.device):
@@ -212,7 +210,7 @@ class Admission:
             return
         at = node.end // tiers.page_tokens
         table = np.empty(at + num_own, np.int32)
-        allocator.allocate_into(table[at:])
+        allocator.allocate_into(table, at)
         while at and node.end > low:
             cached = node.pages[c]
             assert cached is not None and node.parent is not None, f"{node=} is not on the device"

@@ -56,20 +56,29 @@ class Lease:
         "write_slot",
     )
 
-    def __init__(self, id: int, sequence: Sequence, tiers: Tiers, plan_is_applied: Callable[[], bool]):
+    def __init__(
+        self,
+        id: int,
+        sequence: Sequence,
+        node: Node,
+        num_new_tokens: int,
+        tiers: Tiers,
+        plan_is_applied: Callable[[], bool],
+    ):
         self.id = id
         self.sequence = sequence
-        self.num_cached_tokens = self.num_computed = self.num_tokens = 0
-        self.device_tokens = self.host_tokens = self.storage_tokens = 0
-        self.first_step = 0
+        self._node = node  # where its pins end
+        self._published = node.end  # pages below this are the tree's, pages above its own
+        self.num_cached_tokens = self.num_computed = self.device_tokens = node.end
+        self.num_tokens = node.end + num_new_tokens
+        self.host_tokens = self.storage_tokens = 0
+        self.first_step = tiers.step
         self.read_slot: int | None = None
         self.write_slot: int | None = None
         self.checkpoints: dict[int, int] = {}
         self._tiers = tiers
         self._plan_is_applied = plan_is_applied
         self._tables: list[PageIds | None] = [None] * len(tiers.components)
-        self._node: Node = sequence.root  # where its pins end
-        self._published = 0  # pages below this are the tree's, pages above its own
         self._pin_tops = [0] * len(tiers.components)  # start of the topmost pinned node
         self._state_node: Node | None = None  # whose state it still reads
         self._stops: list[int] = []  # where prefill chunks end

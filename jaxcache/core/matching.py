@@ -82,10 +82,11 @@ def resumable_ends(tiers: Tiers, path: list[tuple[Node, int]]) -> list[tuple[int
 
 def describe(tiers: Tiers, sequence: Sequence, prefix: Prefix) -> Match:
     num_tokens, _, found, device = prefix
-    grid = tiers.grid_tokens
-    branch = min(found, sequence.num_tokens - 1) // grid * grid
-    branches = (branch,) if tiers.partial and branch > num_tokens else ()
-    return Match(num_tokens, device, num_tokens - device, max(0, found - num_tokens), branches)
+    branches = ()
+    if tiers.partial:
+        branch = min(found, sequence.num_tokens - 1) // tiers.grid_tokens * tiers.grid_tokens
+        branches = (branch,) if branch > num_tokens else ()
+    return Match(num_tokens, device, num_tokens - device, found - num_tokens, branches)
 
 
 def make_prefix(tiers: Tiers, num_tokens: int, path: list[tuple[Node, int]], found_tokens: int) -> Prefix:

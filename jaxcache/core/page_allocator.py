@@ -20,22 +20,23 @@ class PageAllocator:
     def allocate(self, n: int) -> PageIds:
         """n free ids; the caller has made sure that they are there."""
         page_ids = np.empty(n, np.int32)
-        self.allocate_into(page_ids)
+        self.allocate_into(page_ids, 0)
         return page_ids
 
-    def allocate_into(self, page_ids: PageIds) -> None:
-        """The same, written into an array of the caller."""
+    def allocate_into(self, table: PageIds, start: int) -> None:
+        """Free ids for table[start:]."""
         high = self.num_free
-        low = high - len(page_ids)
-        assert low >= 0, f"I1: {len(page_ids)} pages of {high} free"
-        page_ids[:] = self.stack[low:high]
+        low = high - len(table) + start
+        assert low >= 0, f"I1: {high - low} pages of {high} free"
+        table[start:] = self.stack[low:high]
         self.num_free = low
 
     def free(self, page_ids: PageIds) -> None:
-        n = len(page_ids)
-        assert self.num_free + n <= self.num_pages, f"I1: freed more than there are: {n=} {self.num_free=}"
-        self.stack[self.num_free : self.num_free + n] = page_ids
-        self.num_free += n
+        low = self.num_free
+        high = low + len(page_ids)
+        assert high <= self.num_pages, f"I1: freed more than there are: {low=} {high=}"
+        self.stack[low:high] = page_ids
+        self.num_free = high
 
     def free_ids(self) -> PageIds:
         return self.stack[: self.num_free]

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -140,18 +139,19 @@ class PrefixCache:
         if running and self.config.prefetch_policy is PrefetchPolicy.WAIT_COMPLETE:
             return self._wait("prefetch")
         prefixes = self.admission.candidates(sequence, max_cached_tokens)
-        chosen = self.admission.first_that_fits(islice(prefixes, 1), num_new_tokens)
-        if chosen is None and not self._busy():
-            chosen = self.admission.first_that_fits(prefixes, num_new_tokens)
-        if chosen is None:
+        prefix = next(prefixes)
+        need = self.admission.need(prefix, num_new_tokens)
+        if need is None and not self._busy():
+            prefix, need = self.admission.first_that_fits(prefixes, num_new_tokens)
+        if need is None:
             return self._wait("no room")
         if running:
             assert ticket is not None
             self._take_what_came(ticket)
             prefixes = self.admission.candidates(sequence, max_cached_tokens)
-            chosen = self.admission.first_that_fits(prefixes, num_new_tokens)
-            assert chosen is not None, "accepting a prefetch takes host memory only: what fitted before still fits"
-        return self._admit(sequence, *chosen, num_new_tokens, ticket)
+            prefix, need = self.admission.first_that_fits(prefixes, num_new_tokens)
+            assert need is not None, "accepting a prefetch takes host memory only: what fitted before still fits"
+        return self._admit(sequence, prefix, need, num_new_tokens, ticket)
 
     def _wait(self, reason: str) -> Wait:
         self.counters["waits"] += 1
@@ -171,22 +171,22 @@ class PrefixCache:
     def _admit(
         self, sequence: Sequence, prefix: Prefix, need: Need, num_new_tokens: int, ticket: Ticket | None
     ) -> Lease:
-        device_tokens = prefix.device_tokens
-        self.tiers.lease_id = self.admission.next_lease_id
+        num_cached_tokens, _, _, device_tokens = prefix
+        self.tiers.lease_id = id = self.admission.next_lease_id
         lease = self.admission.admit(sequence, prefix, need, num_new_tokens, self.plan_is_applied)
-        self.leases[lease.id] = lease
-        lease.device_tokens = device_tokens
-        if ticket is not None:
-            lease.storage_tokens = self.prefetches.use(ticket, device_tokens, lease.num_cached_tokens)
-        lease.host_tokens = lease.num_cached_tokens - device_tokens - lease.storage_tokens
+        self.leases[id] = lease
         counters = self.counters
         counters["admits"] += 1
         counters["prompt_tokens"] += sequence.num_tokens
         counters["device_hit_tokens"] += device_tokens
-        if lease.num_cached_tokens > device_tokens:
+        if ticket is not None:
+            lease.storage_tokens = self.prefetches.use(ticket, device_tokens, num_cached_tokens)
+        if num_cached_tokens > device_tokens:
+            lease.device_tokens = device_tokens
+            lease.host_tokens = num_cached_tokens - device_tokens - lease.storage_tokens
             counters["host_hit_tokens"] += lease.host_tokens
             counters["storage_hit_tokens"] += lease.storage_tokens
-        self.planner.note("admit", 3, lease.id, lease.num_cached_tokens, lease._node.id)
+        self.planner.note("admit", 3, id, num_cached_tokens, lease._node.id)
         return lease
 
     def grow(self, lease: Lease, num_computed: int, num_new_tokens: int) -> bool:
@@ -218,12 +218,13 @@ class PrefixCache:
     def insert(self, lease: Lease, num_computed: int) -> None:
         """Publishes the whole pages of what is computed, and plans their backup. Publishing again changes nothing."""
         self._check_lease(lease, num_computed)
-        if num_computed > lease.sequence.num_tokens:
+        sequence = lease.sequence
+        if num_computed > sequence.num_tokens:
             raise ValueError(
-                f"{num_computed=} but the sequence has {lease.sequence.num_tokens} tokens: call sequence.extend first"
+                f"{num_computed=} but the sequence has {sequence.num_tokens} tokens: call sequence.extend first"
             )
         self.publishing.report(lease, num_computed)
-        if not self.config.caching or lease.sequence.namespace.retired:
+        if not self.config.caching or sequence.namespace.retired:
             return
         old_end = lease._published
         self.tiers.lease_id = lease.id

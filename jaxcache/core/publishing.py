@@ -98,7 +98,11 @@ class Publishing:
                 at, node = child.end, child
             for c, table in fresh.items():
                 lease._tables[c] = read_only(table)
-            self._move_end(lease, node, at)
+            if node is not lease._node:
+                node.ends_here += 1
+                lease._node.ends_here -= 1
+                lease._node = node
+            lease._published = at
         if not lease.checkpoints:
             return
         for position in [position for position in lease.checkpoints if position <= min(at, num_computed)]:
@@ -155,7 +159,7 @@ class Publishing:
         assert table is not None
         pages = slice(at // tiers.page_tokens, child.end // tiers.page_tokens)
         theirs = child.pages[c]
-        device.pin(child)
+        device.pin_up(child, at)
         if theirs is None:
             tiers.put(device, child, table[pages].copy())
         else:
@@ -184,13 +188,6 @@ class Publishing:
         else:
             device.allocator.free(here)
             self._replace(lease, c, fresh, pages, theirs)
-
-    def _move_end(self, lease: Lease, node: Node, at: int) -> None:
-        if node is not lease._node:
-            node.ends_here += 1
-            lease._node.ends_here -= 1
-            lease._node = node
-        lease._published = at
 
     # ---- states
 
@@ -250,8 +247,7 @@ class Publishing:
             own = table[lease._published // tiers.page_tokens :]
             if c != tiers.full:
                 own = own[own != device.allocator.num_pages]
-            if len(own):
-                device.allocator.free(own)
+            device.allocator.free(own)
             device.unpin_up(lease._node, lease._pin_tops[c])
         lease._node.ends_here -= 1
         if tiers.full is None:

@@ -93,10 +93,10 @@ class Residency(ABC):
         index = self.index
         parent = node.parent
         while parent is not None and node.end > top:
-            pins = node.pins
-            pins[index] -= 1
-            if pins[index] <= 0:
-                assert not pins[index], f"I2: {node=} {self.component.name} {self.tier.name}"
+            left = node.pins[index] - 1
+            node.pins[index] = left
+            if left <= 0:
+                assert not left, f"I2: {node=} {self.component.name} {self.tier.name}"
                 pages = node.pages[index]
                 if pages is not None:
                     self.num_pinned -= len(pages)

@@ -12,6 +12,7 @@ from jaxcache.core import page_hash
 if TYPE_CHECKING:
     from jaxcache.core.radix_tree import Node
 
+INT32 = np.dtype(np.int32)
 INT32_MAX = 2**31 - 1
 
 
@@ -92,9 +93,10 @@ def token_bytes(tokens: Any) -> bytearray:
         raise TypeError(
             f"token ids must be a flat row of ints, not {type(tokens).__name__} {values.shape} {values.dtype}"
         )
-    if len(values) and (np.minimum.reduce(values) < 0 or (values.dtype != np.int32 and values.max() > INT32_MAX)):
+    is_int32 = values.dtype == INT32
+    if len(values) and (np.minimum.reduce(values) < 0 or (not is_int32 and values.max() > INT32_MAX)):
         raise ValueError(f"token ids must be in [0, {INT32_MAX}], not {_out_of_range(values.tolist())}")
-    return bytearray(np.ascontiguousarray(values, np.int32))
+    return bytearray(values if is_int32 else values.astype(INT32))
 
 
 def _out_of_range(tokens) -> int:

@@ -1,0 +1,179 @@
+"""When device pages are copied to host memory, in which order, and what that means for the pages they leave behind."""
+
+from __future__ import annotations
+
+import pytest
+
+from jaxcache.types import TransferKind, WritePolicy
+from tests.core.helpers import FULL, NEXT, Server, prompt, server_with_storage, state, window
+
+BACKUP, LOAD_BACK = TransferKind.BACKUP, TransferKind.LOAD_BACK
+
+
+def num_backed_up(server: Server) -> int:
+    return sum(len(move.src_page_ids) for transfer in server.planned(BACKUP) for move in transfer.moves)
+
+
+@pytest.mark.parametrize(
+    ("policy", "backed_up"),
+    [
+        (WritePolicy.NONE, [0, 0, 0, 0]),
+        (WritePolicy.WRITE_THROUGH, [2, 0, 0, 0]),
+        (WritePolicy.WRITE_THROUGH_SELECTIVE, [0, 0, 2, 0]),
+        (WritePolicy.WRITE_BACK, [0, 0, 0, 0]),
+    ],
+)
+def test_when_a_prompt_is_backed_up(policy, backed_up):
+    """W1: at once, from the second hit on, at eviction, or never."""
+    server = Server(host_pages=32, write_policy=policy)
+    counts = []
+    for _ in backed_up:
+        server.prefill(prompt(9))
+        counts.append(num_backed_up(server))
+        server.plane.apply()
+    assert counts == backed_up
+    server.flush_device()
+    expected = {WritePolicy.NONE: 0}.get(policy, 8)
+    assert server.match(prompt(8)).num_tokens == expected
+
+
+def test_one_backup_per_insert_with_one_move_per_component():
+    """W4: ids ascend in the order in which transfers were planned, and pages are unique within one."""
+    server = Server(FULL, window(6), state(), host_pages=32)
+    lease = server.admit([*prompt(24), NEXT])
+    server.compute(lease, 25)
+    server.insert(lease, 25)
+    (backup,) = server.core.planner.transfers
+    assert [(move.component, len(move.src_page_ids)) for move in backup.moves] == [
+        ("full", 6),
+        ("window", 2),
+        ("state", 1),
+    ]
+    for move in backup.moves:
+        assert len(set(move.dst_page_ids.tolist())) == len(move.dst_page_ids)
+    server.release(lease)
+    server.prefill(prompt(8, 1000))
+    ids = [transfer.id for transfer in server.core.planner.transfers]
+    assert ids == [1, 2]
+
+
+def test_ancestors_are_backed_up_before_descendants():
+    """W2, I6: host memory is prefix-closed, also after it was too full for a while."""
+    server = server_with_storage(host_pages=8)
+    server.prefill(prompt(32, 1000))
+    server.step(0)  # its store pins the whole host tier
+    assert server.core.live_transfers()
+    server.prefill(prompt(8))
+    server.prefill(prompt(12))
+    assert server.core.counters["skipped_backup_pages"] > 0
+    assert server.host_free() == 0
+    server.settle()
+    lease = server.admit(prompt(16))
+    server.compute(lease, 16)
+    server.insert(lease, 16)
+    (backup,) = server.planned(BACKUP)
+    assert backup.moves[0].src_page_ids.tolist() == lease._tables[0].tolist()
+
+
+def test_a_full_host_tier_never_stops_serving():
+    """E5: backups are skipped and counted, and made up for at the next insert below."""
+    server = server_with_storage(host_pages=4, device_pages=16)
+    server.prefill(prompt(16))
+    server.step(0)
+    server.prefill(prompt(8, 1000))
+    assert server.core.counters["skipped_backup_pages"] == 2
+    assert server.prefill(prompt(9, 1000)) == 8
+    server.settle()
+    server.prefill(prompt(13, 1000))
+    server.flush_device()
+    assert server.match(prompt(12, 1000)).host_tokens == 12
+
+
+def test_write_back_takes_along_what_hangs_below_a_dropped_page():
+    """E5: device and host together stay prefix-closed."""
+    server = Server(device_pages=4, host_pages=2, write_policy=WritePolicy.WRITE_BACK)
+    server.prefill(prompt(12))
+    server.prefill(prompt(16))
+    lease = server.admit(prompt(16, 1000))
+    assert server.core.tiers.tree.num_nodes == 0
+    assert server.core.counters["skipped_backup_pages"] == 3
+    server.release(lease)
+    server.check_empty()
+
+
+def test_a_late_state_is_backed_up_alone():
+    """W2: its node was backed up before it had one."""
+    server = Server(FULL, state(), host_pages=32)
+    server.prefill(prompt(16))
+    server.plane.apply()
+    lease = server.admit([*prompt(8), *prompt(4, 1000)])
+    server.compute(lease, 12)
+    server.insert(lease, 12)
+    (backup,) = server.planned(BACKUP)
+    counts = {move.component: len(move.src_page_ids) for move in backup.moves}
+    assert counts == {"full": 1, "state": 2}  # [8, 12) with its state, and the state at 8
+
+
+def test_backup_then_evict_then_reuse_in_one_step():
+    """W3: the snapshot is taken when it is dispatched, before any later write."""
+    server = Server(FULL, window(6), device_pages=4, host_pages=16)
+    server.prefill(prompt(16))
+    lease = server.admit(prompt(16, 1000))
+    assert [transfer.kind for transfer in server.core.planner.transfers] == [BACKUP]
+    assert set(server.planned(BACKUP)[0].moves[0].src_page_ids.tolist()) == set(lease._tables[0].tolist())
+    server.compute(lease, 16)
+    server.insert(lease, 16)
+    server.release(lease)
+    lease = server.admit([*prompt(12), 77])  # loaded back to where the other's pages are being backed up
+    assert lease.num_cached_tokens == 0  # its window ends at 16
+    server.release(lease)
+    server.core.drop_device()
+    server.plane.lose_device()
+    server.settle()
+    assert server.match(prompt(16)).host_tokens == 16
+
+
+def test_load_back_of_what_is_not_backed_up_yet():
+    """Design section 9: a load may be planned before the backup that fills its source has been applied."""
+    server = Server(device_pages=5, host_pages=16)
+    server.prefill(prompt(16))
+    server.release(server.admit(prompt(20, 1000)))
+    lease = server.admit(prompt(17))
+    assert [transfer.kind for transfer in server.core.planner.transfers] == [BACKUP, LOAD_BACK]
+    assert lease.num_cached_tokens == 16
+    server.compute(lease, 17)
+
+
+def test_a_split_while_the_copy_is_under_way_changes_nothing():
+    """W3."""
+    server = Server(FULL, window(6), host_pages=32)
+    server.prefill(prompt(16))
+    leases = [server.admit([*prompt(end), 77]) for end in (12, 8, 4)]
+    assert server.planned(BACKUP)
+    server.plane.apply()
+    for lease in leases:
+        server.release(lease)
+    server.core.drop_device()
+    server.plane.lose_device()
+    lease = server.admit(prompt(20))
+    assert lease.num_cached_tokens == 16
+    server.compute(lease, 20)
+
+
+def test_without_a_host_tier_nothing_is_planned():
+    server = Server(FULL, window(6), state(), host_pages=0)
+    server.prefill(prompt(24))
+    assert not server.core.planner.transfers
+    assert server.core.counters["skipped_backup_pages"] == 0
+
+
+def test_a_host_tier_that_never_hits_shows():
+    """X16: the counter of host hits is there from the first request on, and it is zero."""
+    server = Server(host_pages=32, write_policy=WritePolicy.NONE)
+    for _ in range(3):
+        server.prefill(prompt(16))
+        server.flush_device()
+    counters = server.core.counters
+    assert "host_hit_tokens" in counters
+    assert (counters["host_hit_tokens"], counters["backup_pages"]) == (0, 0)
+    assert server.core.tiers.host[0].num_resident == 0

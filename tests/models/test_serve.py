@@ -1,0 +1,386 @@
+"""The serving loop and the demo: whatever is evicted, loaded back, fetched or retracted, tokens stay the same."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+import jaxcache
+from jaxcache.testing.traces import read_trace
+from models import demo
+from models.serve import BatchShape, Request, Server, sample
+from tests.models.serving import DEVICE_PAGES, MESHES, MODEL, PAGE_TOKENS, Rig, random_tokens, rig_on
+
+POLICIES = tuple(jaxcache.WritePolicy)
+SMALL_HOST = 64  # pages: less than the requests make
+
+
+@pytest.fixture(params=MESHES, ids=str)
+def rig(request: pytest.FixtureRequest, make_mesh) -> Rig:
+    return rig_on(make_mesh(*request.param))
+
+
+@pytest.fixture
+def one(make_mesh) -> Rig:
+    """One device."""
+    return rig_on(make_mesh())
+
+
+def conversations() -> list[Request]:
+    """30 requests: three shared beginnings, each continued by four users who come back with more; when long requests
+    have driven those out, three users come again."""
+    return [
+        *(ask(user, 17) for user in range(12)),
+        *(ask(user, 34) for user in range(12)),
+        *(Request(random_tokens(300 + i, 100), 2) for i in range(3)),
+        *(ask(user, 34) for user in range(3)),
+    ]
+
+
+def ask(user: int, num_tokens: int) -> Request:
+    """What one of twelve users asks: a beginning that four share, and tokens of one's own. Every fourth samples."""
+    own = random_tokens(100 + user, 40)[: num_tokens + user % 5]
+    prompt = np.concatenate([random_tokens(user % 3, 28), own])
+    return Request(prompt, 3 + user % 3, temperature=0.7 * (user % 4 == 3), seed=user)
+
+
+def long_requests() -> list[Request]:
+    """Short prompts and long outputs: each is admitted easily, together they do not fit."""
+    return [Request(random_tokens(200 + i, 24), 64) for i in range(5)]
+
+
+def serve(server: Server, requests: list[Request]) -> list[list[int]]:
+    for request in requests:
+        server.submit(request)
+    assert sorted(map(id, server.run())) == sorted(map(id, requests))
+    return [request.output for request in requests]
+
+
+@functools.cache
+def uncached(mesh: Mesh, make=conversations) -> list[list[int]]:
+    rig = rig_on(mesh)
+    with rig.cache(caching=False, host_pages=0) as cache:
+        return serve(rig.server(cache), make())
+
+
+def hits(requests: list[Request]) -> Counter[str]:
+    return sum((Counter(request.hit_tokens) for request in requests), Counter())
+
+
+# ---- tokens
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.value)
+def test_tokens_equal_those_without_a_cache(rig, policy):
+    """Under every write policy, with tiers that are too small for what is served."""
+    requests = conversations()
+    with rig.cache(jaxcache.MemoryStorage(), write_policy=policy, host_pages=SMALL_HOST) as cache:
+        server = rig.server(cache)
+        assert serve(server, requests) == uncached(rig.mesh)
+        stats = cache.stats()
+    assert stats["pages"]["device"]["full"]["evicted"] > 0
+    assert stats["hit_tokens"]["device"] > 0
+    moved = [stats["counters"].get(name, 0) for name in ("backup_pages", "load_back_pages", "stored_pages")]
+    if policy is jaxcache.WritePolicy.NONE:
+        assert moved == [0, 0, 0]
+        assert stats["hit_tokens"]["host"] == stats["hit_tokens"]["storage"] == 0
+    else:
+        assert min(moved) > 0
+        assert stats["hit_tokens"]["host"] > 0
+
+
+@pytest.mark.parametrize("policy", list(jaxcache.PrefetchPolicy), ids=lambda policy: policy.value)
+def test_tokens_equal_after_a_restart(rig, policy, tmp_path):
+    """A new cache on the same storage, in whose small host tier fetched pages are evicted and fetched again."""
+    with rig.cache(jaxcache.FileStorage(tmp_path / "storage"), prefetch_policy=policy) as cache:
+        server = rig.server(cache)
+        serve(server, conversations())
+        server.pools = cache.drain(server.pools)
+        assert cache.stats()["counters"]["stored_pages"] > 0
+    requests = conversations()
+    storage = jaxcache.FileStorage(tmp_path / "storage")
+    with rig.cache(storage, prefetch_policy=policy, host_pages=SMALL_HOST) as cache:
+        assert serve(rig.server(cache), requests) == uncached(rig.mesh)
+        stats = cache.stats()
+    assert stats["pages"]["host"]["full"]["evicted"] > 0
+    assert stats["transfers"]["fetch_pages"] > 0
+    if policy is jaxcache.PrefetchPolicy.WAIT_COMPLETE:
+        assert hits(requests)["storage"] > 0
+        assert stats["counters"]["storage_tokens_used"] == stats["hit_tokens"]["storage"] == hits(requests)["storage"]
+
+
+def test_every_agreed_storage_token_is_counted_once(one):
+    """I12, on a real run."""
+    storage = jaxcache.MemoryStorage()
+    for _ in range(2):
+        with one.cache(storage, host_pages=SMALL_HOST, prefetch_policy=jaxcache.PrefetchPolicy.BEST_EFFORT) as cache:
+            server = one.server(cache)
+            serve(server, conversations())
+            server.pools = cache.drain(server.pools)
+            counters = cache.stats()["counters"]
+    unfulfilled = sum(n for name, n in counters.items() if name.startswith("unfulfilled_"))
+    assert counters["agreed_storage_tokens"] == counters.get("storage_tokens_used", 0) + unfulfilled > 0
+
+
+def test_trace_is_served_with_equal_tokens(one):
+    """Lines of the bundled trace, shortened."""
+    lines = read_trace(demo.TRACE, 12)
+
+    def requests() -> list[Request]:
+        prompts = [line.prompt(2, MODEL.vocab_size)[:100] for line in lines]
+        return [Request(prompt, 1 + line.output_length % 5) for prompt, line in zip(prompts, lines, strict=True)]
+
+    with one.cache() as cache:
+        assert serve(one.server(cache), requests()) == uncached(one.mesh, requests)
+
+
+def test_outputs_differ_between_requests(one):
+    """Else equal tokens would prove little."""
+    outputs = uncached(one.mesh)
+    assert len({tuple(output) for output in outputs}) > 12
+    assert len({token for output in outputs for token in output}) > 20
+
+
+# ---- mutations
+
+
+@pytest.mark.parametrize("tier", ["device", "host"])
+def test_corrupting_one_page_that_is_hit_changes_the_tokens(rig, tier):
+    """A shared beginning is spoilt in one page; whoever hits it answers otherwise, and the comparison says so."""
+    first, later = conversations()[:12], conversations()[12:24]
+    with rig.cache() as cache:
+        server = rig.server(cache)
+        serve(server, first)
+        if tier == "host":
+            cache.release(cache.admit(cache.sequence([1], server.namespace), DEVICE_PAGES * PAGE_TOKENS))
+            server.pools = cache.apply(cache.step(cache.apply(server.pools)))
+        sequence = cache.sequence(random_tokens(0, 28), server.namespace)
+        (node, _), *_ = cache.core.tiers.tree.walk(sequence, 28)
+        corrupt(server, tier, int(node.pages[tier == "host"][0]))
+        outputs = serve(server, later)
+        assert hits(later)[tier] > 0
+    assert outputs != uncached(rig.mesh)[12:24]
+
+
+def corrupt(server: Server, tier: str, page: int) -> None:
+    """Other finite numbers in one page: those of the page before, negated."""
+    import jax
+
+    if tier == "host":
+        server.cache.engine.drain()
+        for rows in server.cache.engine.host_pools["full"].rows.values():
+            rows[page] ^= 0x80
+        return
+    kv = server.pools["full"]["kv"]
+    pages = np.array(kv)
+    pages[page] = 1 - 2 * pages[page]
+    server.pools = {"full": {"kv": jax.device_put(pages, kv.sharding)}}
+
+
+# ---- no room
+
+
+@pytest.mark.parametrize("policy", [jaxcache.WritePolicy.WRITE_THROUGH, jaxcache.WritePolicy.WRITE_BACK])
+def test_retracted_requests_answer_the_same(rig, policy):
+    """Four requests run whose outputs together do not fit the device."""
+    requests = long_requests()
+    with rig.cache(write_policy=policy) as cache:
+        outputs = serve(rig.server(cache), requests)
+        stats = cache.stats()
+    assert sum(request.num_retractions for request in requests) > 0
+    assert stats["leases"] == 0
+    assert outputs == uncached(rig.mesh, long_requests)
+
+
+def test_request_longer_than_a_table_is_refused(one):
+    with one.cache() as cache:
+        server = one.server(cache)
+        with pytest.raises(ValueError, match=r"100 \+ 29 tokens exceed a table's 128"):
+            server.submit(Request(random_tokens(0, 100), 29))
+        server.submit(Request(random_tokens(0, 100), 28))
+        (request,) = server.run()
+    assert len(request.output) == 28
+
+
+@pytest.mark.parametrize("num_pages", [3, 10], ids=["no chunk fits", "its output does not fit"])
+def test_request_larger_than_the_device_raises(one, num_pages):
+    """It does not wait for ever: a chunk of 16 tokens takes 4 pages, and 20 + 40 tokens take 15."""
+    with one.cache(device_pages=num_pages, host_pages=0) as cache:
+        server = one.server(cache)
+        server.submit(Request(random_tokens(0, 20), 40))
+        steps = (server.step() for _ in range(200))
+        with pytest.raises(MemoryError, match=r"request of \d+ tokens does not fit the device"):
+            list(steps)
+
+
+# ---- sampling
+
+
+def test_sampling_does_not_depend_on_the_batch(one):
+    """The same seed answers the same alone and among others; another seed answers otherwise."""
+    prompt = random_tokens(1, 30)
+
+    def answers(*requests: Request) -> list[list[int]]:
+        with one.cache() as cache:
+            return serve(one.server(cache), list(requests))
+
+    hot = Request(prompt, 8, temperature=1.0, seed=7)
+    (alone,) = answers(replace(hot, output=[]))
+    crowd = [Request(random_tokens(i, 20 + i), 6, temperature=0.5, seed=i) for i in range(5)]
+    assert answers(*crowd, replace(hot, output=[]))[-1] == alone
+    assert answers(replace(hot, output=[], seed=8)) != [alone]
+    assert answers(replace(hot, output=[], temperature=0.0)) == answers(Request(prompt, 8, seed=3))
+
+
+def test_sample_of_temperature_zero_is_the_argmax(rng):
+    for _ in range(10):
+        logits = rng.standard_normal(64).astype(np.float32)
+        assert sample(logits, 0.0, 1, 2) == logits.argmax()
+        assert sample(logits, 1e-6, 1, 2) == logits.argmax()
+
+
+def test_sample_draws_from_the_softmax():
+    """4000 draws: within four standard deviations of what each token should get; flatter when hotter."""
+    logits = np.log(np.array([0.5, 0.25, 0.125, 0.125], np.float32))
+    for temperature in (1.0, 2.0):
+        wanted = np.exp(logits / temperature) / np.exp(logits / temperature).sum()
+        counts = np.bincount([sample(logits, temperature, seed, 5) for seed in range(4000)], minlength=4)
+        assert (np.abs(counts - 4000 * wanted) < 4 * np.sqrt(4000 * wanted * (1 - wanted))).all()
+
+
+def test_sample_of_another_position_is_another_draw():
+    logits = np.zeros(64, np.float32)
+    assert len({sample(logits, 1.0, 3, position) for position in range(40)}) > 20
+
+
+def test_sample_refuses_a_negative_temperature():
+    with pytest.raises(ValueError, match=r"temperature=-0\.5 must not be negative"):
+        sample(np.zeros(4, np.float32), -0.5, 0, 0)
+
+
+# ---- nothing compiles
+
+
+def test_nothing_compiles_after_warmup(rig, tmp_path):
+    """Over a run with backups, evictions, load-backs, stores, fetches and retractions."""
+    storage = jaxcache.FileStorage(tmp_path / "storage")
+    with rig.cache(storage) as cache:
+        serve(rig.server(cache), conversations()[:6])
+    with rig.cache(storage, host_pages=SMALL_HOST) as cache:
+        server = rig.server(cache)
+        server.warmup()
+        before = jaxcache.compile_count()
+        serve(server, conversations() + long_requests())
+        assert jaxcache.compile_count() == before
+        transfers = cache.stats()["transfers"]
+    assert min(transfers[f"{kind}_pages"] for kind in ("backup", "load_back", "store", "fetch")) > 0
+
+
+# ---- the demo
+
+SMALL_DEMO = ["--requests", "4", "--mesh", "1,1,1", "--device-pages", "96", "--host-pages", "128"]
+KEYS = {
+    "requests",
+    "prompt_tokens",
+    "hit_tokens",
+    "computed_tokens",
+    "ttft_ms",
+    "ttft_ms_uncached",
+    "ttft_ms_hit75",
+    "ttft_ms_hit75_uncached",
+    "tokens_per_s",
+    "tokens_identical",
+    "distinct_tokens",
+    "restart",
+    "compiles_after_warmup",
+}
+
+
+@pytest.fixture
+def small_demo(monkeypatch) -> None:
+    """The demo with this file's model, short prompts and short transfers."""
+    monkeypatch.setattr(demo, "TINY_MOE", MODEL)
+    monkeypatch.setattr(demo, "BLOCK_TOKENS", 8)
+    monkeypatch.setattr(demo, "BatchShape", lambda table_pages: BatchShape(2, 16, 4, table_pages))
+
+
+def test_demo_writes_its_figures(small_demo, tmp_path):
+    file = tmp_path / "new" / "figures.json"
+    assert demo.main([*SMALL_DEMO, "--storage", str(tmp_path / "storage"), "--json", str(file)]) == 0
+    figures = json.loads(file.read_text())
+    assert figures.keys() >= KEYS
+    assert figures["hit_tokens"].keys() == {"device", "host", "storage"}
+    for name in ("ttft_ms", "ttft_ms_uncached"):
+        assert 0 < figures[name]["p50"] <= figures[name]["p99"]
+    assert figures["ttft_ms_hit75"].keys() == figures["ttft_ms_hit75_uncached"].keys() == {"requests", "p50"}
+    assert figures["requests"] == 4
+    assert figures["tokens_identical"] is True
+    assert figures["restart"]["tokens_identical"] is True
+    assert figures["restart"]["hit_tokens"]["storage"] > 0
+    assert figures["computed_tokens"] + sum(figures["hit_tokens"].values()) == figures["prompt_tokens"]
+    assert figures["compiles_after_warmup"] == 0
+    assert figures["distinct_tokens"] > 1
+
+
+def test_demo_without_a_cache_writes_to_standard_output(small_demo, capsys):
+    assert demo.main([*SMALL_DEMO, "--no-cache", "--json", "-"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures.keys() == {"requests", "ttft_ms", "tokens_per_s"}
+
+
+def test_demo_fails_when_tokens_differ(small_demo, monkeypatch):
+    """Its exit status is the comparison's."""
+    compare_runs = demo.compare_runs
+    monkeypatch.setattr(demo, "compare_runs", lambda *runs: {**compare_runs(*runs), "tokens_identical": False})
+    monkeypatch.setattr(demo.Demo, "serve", _pretend_to_serve)
+    assert demo.main(SMALL_DEMO) == 1
+
+
+def _pretend_to_serve(self, title, caching, storage, requests) -> demo.Run:
+    for request in requests:
+        request.output, request.hit_tokens = [1], dict.fromkeys(demo.TIERS, 0)
+    return demo.Run(requests, 1.0, {"counters": {}}, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--mesh", "2,2"], "--mesh must be three positive numbers cp,tp,pp, not '2,2'"),
+        (["--mesh", "a,b,c"], "--mesh must be three positive numbers"),
+        (["--mesh", "0,1,1"], "--mesh must be three positive numbers"),
+        (["--mesh", "4,4,4"], "needs 64 devices"),
+        (["--mesh", "1,3,1"], "must be multiples of tp=3"),
+        (["--page-tokens", "7", "--mesh", "2,1,1"], "page_tokens=7 must be a multiple of cp=2"),
+        (["--trace", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--requests", "0"], "no requests"),
+        (["--model", "nowhere"], "nowhere"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_demo_says_what_is_wrong(small_demo, capsys, options, reason):
+    assert demo.main([*SMALL_DEMO, *options]) == 1
+    assert reason in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    "line", ["{", '{"input_length": 5}', '{"input_length": 600, "output_length": 1, "hash_ids": [1]}']
+)
+def test_demo_names_the_unreadable_line_of_a_trace(small_demo, capsys, tmp_path, line):
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text('{"timestamp": 0, "input_length": 9, "output_length": 1, "hash_ids": [1]}\n' + line + "\n")
+    assert demo.main([*SMALL_DEMO, "--trace", str(trace)]) == 1
+    assert "trace.jsonl:2" in "".join(capsys.readouterr().out.split())
+
+
+def test_demo_help_names_every_option(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        demo.main(["--help"])
+    text = capsys.readouterr().out
+    for option in ("model", "trace", "requests", "mesh", "device-pages", "host-pages", "storage", "no-cache", "json"):
+        assert f"--{option}" in text

@@ -18,12 +18,16 @@ from benchmarks.reference_tree import ReferenceTree
 from jaxcache.components import FullAttention
 from jaxcache.config import CacheConfig
 from jaxcache.core.prefix_cache import PrefixCache
-from jaxcache.testing.traces import read_trace
+from jaxcache.testing.traces import TRACE_BLOCK_TOKENS, read_trace
 from jaxcache.types import Wait
 
 TRACE = Path(__file__).parent / "traces" / "conversation.jsonl.gz"
 PAGE_TOKENS = 16
 PROMPT_TOKENS = 128 * 1024
+REPLAY_REQUESTS = 3000  # of the trace: at their real lengths they take 150 MB
+REPLAY_CAPACITY_TOKENS = 2_000_000
+REPLAY_ROUNDS = 5
+REPLAY_TURN = 100
 
 
 def microseconds(function: Callable[[], object], repeats: int) -> tuple[float, float]:
@@ -37,8 +41,8 @@ def microseconds(function: Callable[[], object], repeats: int) -> tuple[float, f
     return quartiles[1], quartiles[2] - quartiles[0]
 
 
-def new_core(num_pages: int) -> PrefixCache:
-    return PrefixCache((FullAttention("full", ()),), CacheConfig(page_tokens=PAGE_TOKENS, device_pages=num_pages))
+def new_core(page_tokens: int, num_pages: int) -> PrefixCache:
+    return PrefixCache((FullAttention("full", ()),), CacheConfig(page_tokens=page_tokens, device_pages=num_pages))
 
 
 def serve(core: PrefixCache, namespace, tokens: np.ndarray) -> int:
@@ -54,7 +58,7 @@ def serve(core: PrefixCache, namespace, tokens: np.ndarray) -> int:
 
 def match_long_prompt() -> dict:
     """Matching a cached prompt of 128k tokens, against one comparison of the same bytes."""
-    core = new_core(PROMPT_TOKENS // PAGE_TOKENS + 8)
+    core = new_core(PAGE_TOKENS, PROMPT_TOKENS // PAGE_TOKENS + 8)
     namespace = core.new_namespace(model="bench")
     tokens = np.random.default_rng(0).integers(0, 2**31 - 1, PROMPT_TOKENS + 1).astype(np.int32)
     serve(core, namespace, tokens)
@@ -78,7 +82,7 @@ def match_long_prompt() -> dict:
 def evict_one() -> dict:
     """Admitting a page into a full cache of 100,000 nodes: what the eviction adds to a fresh cache's admit."""
     num_nodes = 100_000
-    core = new_core(num_nodes)
+    core = new_core(PAGE_TOKENS, num_nodes)
     namespace = core.new_namespace(model="bench")
     page = np.arange(PAGE_TOKENS, dtype=np.int32)
     for i in range(num_nodes):
@@ -92,35 +96,44 @@ def evict_one() -> dict:
 
 
 def replay() -> dict:
-    """The whole bundled trace, 16 tokens a block, through the core and through the stripped tree, turn by turn."""
-    prompts = [request.prompt(PAGE_TOKENS, 50_000) for request in read_trace(TRACE)]
-    num_pages = 65_536 // PAGE_TOKENS
-    ratios, core_rates, reference_rates = [], [], []
-    for _ in range(3):
-        core = new_core(num_pages)
-        namespace = core.new_namespace(model="bench")
-        seconds, core_found = cpu_seconds(lambda: [serve(core, namespace, tokens) for tokens in prompts])  # noqa: B023
-        tree = ReferenceTree(PAGE_TOKENS, num_pages)
-        floor, found = cpu_seconds(lambda: [tree.serve(tokens.tobytes()) // 4 for tokens in prompts])  # noqa: B023
-        core_rates.append(len(prompts) / seconds)
-        reference_rates.append(len(prompts) / floor)
-        ratios.append(floor / seconds)
-    return {
-        "replay_requests": len(prompts),
-        "replay_requests_per_cpu_s": statistics.median(core_rates),
-        "reference_requests_per_cpu_s": statistics.median(reference_rates),
-        "replay_ratio": statistics.median(ratios),
-        "replay_ratio_noise": max(ratios) - min(ratios),
-        "replay_hit_rate": sum(core_found) / sum(map(len, prompts)),
-        "reference_hit_rate": sum(found) / sum(map(len, prompts)),
-    }
+    """The start of the bundled trace at its real prompt lengths, through the core and through the stripped tree."""
+    prompts = [request.prompt(TRACE_BLOCK_TOKENS, 50_000) for request in read_trace(TRACE, REPLAY_REQUESTS)]
+    figures: dict = {"replay_requests": len(prompts)}
+    for page_tokens in (16, 64):
+        rounds = [replay_round(prompts, page_tokens) for _ in range(REPLAY_ROUNDS)]
+        core, reference, core_found, reference_found = (
+            statistics.median(column) for column in zip(*rounds, strict=True)
+        )
+        quartiles = statistics.quantiles([floor / seconds for seconds, floor, _, _ in rounds], n=4)
+        figures |= {
+            f"replay_page{page_tokens}_ratio": quartiles[1],
+            f"replay_page{page_tokens}_ratio_noise": quartiles[2] - quartiles[0],
+            f"replay_page{page_tokens}_requests_per_cpu_s": len(prompts) / core,
+            f"reference_page{page_tokens}_requests_per_cpu_s": len(prompts) / reference,
+            f"replay_page{page_tokens}_hit_rate": core_found / sum(map(len, prompts)),
+            f"reference_page{page_tokens}_hit_rate": reference_found / sum(map(len, prompts)),
+        }
+    return figures
 
 
-def cpu_seconds(function: Callable[[], list[int]]) -> tuple[float, list[int]]:
+def replay_round(prompts: list[np.ndarray], page_tokens: int) -> tuple[float, float, int, int]:
+    """CPU seconds of the core and of the stripped tree, which take turns on the same requests, and what each found."""
+    num_pages = REPLAY_CAPACITY_TOKENS // page_tokens
+    core = new_core(page_tokens, num_pages)
+    namespace = core.new_namespace(model="bench")
+    tree = ReferenceTree(page_tokens, num_pages)
+    seconds = floor = 0.0
+    found = reference_found = 0
     gc.collect()
-    start = time.process_time()
-    result = function()
-    return time.process_time() - start, result
+    for first in range(0, len(prompts), REPLAY_TURN):
+        turn = prompts[first : first + REPLAY_TURN]
+        start = time.process_time()
+        found += sum(serve(core, namespace, tokens) for tokens in turn)
+        middle = time.process_time()
+        reference_found += sum(tree.serve(tokens.tobytes()) // 4 for tokens in turn)
+        floor += time.process_time() - middle
+        seconds += middle - start
+    return seconds, floor, found, reference_found
 
 
 def run() -> dict:

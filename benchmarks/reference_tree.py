@@ -103,7 +103,7 @@ class ReferenceTree:
         return child
 
     def _evict_one(self) -> None:
-        """The oldest unlocked run without children; unlocking goes bottom-up, so leaves are older than their parents."""
+        """The oldest unlocked run without children; unlocking goes bottom-up, so leaves are older than parents."""
         for node in self.old:
             if not node.children:
                 break

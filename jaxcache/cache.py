@@ -18,10 +18,10 @@ from jaxcache.core.page_hash import Namespace
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.core.sequence import Sequence as TokenSequence
 from jaxcache.core.ticket import Ticket
-from jaxcache.runtime.batch_tables import BatchTables
 from jaxcache.pools.device_pool import DevicePools, init_pools
 from jaxcache.pools.page_layout import page_layouts
 from jaxcache.runtime.agreement import Agreement
+from jaxcache.runtime.batch_tables import BatchTables
 from jaxcache.runtime.controller import Controller
 from jaxcache.runtime.transfer_engine import TransferEngine
 from jaxcache.storage.base import Storage
@@ -88,7 +88,7 @@ class Cache:
         return init_pools(self.layouts, self.device_pages, self.mesh)
 
     def warmup(self, pools: DevicePools) -> DevicePools:
-        """Compiles every transfer program, so that nothing compiles while serving; pools (donated) come back unchanged."""
+        """Compiles every transfer program, so that nothing compiles while serving; pools come back unchanged."""
         self._check_pools(pools)
         return self.engine.warmup(pools)
 
@@ -99,7 +99,7 @@ class Cache:
         for name, fields in pools.items():
             for field, array in fields.items():
                 if array.is_deleted():
-                    raise ValueError(f"stale pools: {name}.{field} was donated; pass the value that the last call returned")
+                    raise ValueError(f"stale pools: {name}.{field} was donated; pass what the last call returned")
 
     def _check_open(self) -> None:
         if self._closed:
@@ -118,7 +118,7 @@ class Cache:
         return pools
 
     def apply(self, pools: DevicePools) -> DevicePools:
-        """Dispatches every planned move in plan order; pools are donated if anything is loaded. Required before a model step."""
+        """Dispatches every planned move, in order; donates pools if anything is loaded. Due before a model step."""
         self._check_open()
         self._check_pools(pools)
         return self._controller.apply(pools)
@@ -126,11 +126,16 @@ class Cache:
     def tables(self, leases: Sequence[Lease | None], max_pages: int) -> dict[str, np.ndarray]:
         """Page tables of a batch, int32[len(leases), max_pages] per component; None: an empty row.
 
-        Raises RuntimeError while a plan is unapplied, or for a lease whose first_step has not come.
+        Raises RuntimeError while a plan is unapplied, or for a lease whose first_step has not come; ValueError for one
+        that was released or is another cache's: its pages may be somebody else's by now.
         """
         for lease in leases:
-            if lease is not None and lease.first_step > self.core.step_number:
-                raise RuntimeError(f"{lease!r} may run from step {lease.first_step} on; this is {self.core.step_number}")
+            if lease is None:
+                continue
+            if self.core.leases.get(lease.id) is not lease:
+                raise ValueError(f"{lease!r} was released, or belongs to another cache")
+            if lease.first_step > self.step_number:
+                raise RuntimeError(f"{lease!r} may run from step {lease.first_step} on; this is {self.step_number}")
         return self._tables.build(leases, max_pages)
 
     @property
@@ -147,7 +152,7 @@ class Cache:
     # ---- requests
 
     def new_namespace(self, **fields: str) -> Namespace:
-        """What tokens mean: model=, weights_version=, adapter=, tenant_salt= and any other key. The layout of pages is added.
+        """What tokens mean: model=, weights_version=, adapter=, tenant_salt=, any other key; the layout is added.
 
         Namespaces that differ in any field never share a page, on any tier.
         """
@@ -185,7 +190,7 @@ class Cache:
         ticket: Ticket | None = None,
         max_cached_tokens: int | None = None,
     ) -> Lease | Wait:
-        """A Lease on the longest resumable prefix with room for the next chunk, or Wait(reason): nothing has changed."""
+        """A Lease on the longest resumable prefix with room for the next chunk; or Wait: nothing has changed."""
         self._check_open()
         return self.core.admit(sequence, num_new_tokens, ticket, max_cached_tokens)
 
@@ -194,7 +199,7 @@ class Cache:
         return self.core.grow(lease, num_computed, num_new_tokens)
 
     def insert(self, lease: Lease, num_computed: int) -> None:
-        """Publishes the whole pages of what is computed (that is, of what a dispatched model step will have computed)."""
+        """Publishes the whole pages of what is computed, or will be by a model step that is dispatched."""
         self.core.insert(lease, num_computed)
 
     def release(self, lease: Lease) -> None:

@@ -30,7 +30,7 @@ class Tier(enum.IntEnum):
 
 
 class TransferKind(enum.Enum):
-    """What a transfer does. `STORE`, `QUERY` and `FETCH` have outcomes that ranks agree on; the others cannot differ."""
+    """What a transfer does. Ranks agree on the outcomes of `STORE`, `QUERY`, `FETCH`; the others cannot differ."""
 
     BACKUP = "device to host"
     LOAD_BACK = "host to device"
@@ -107,7 +107,7 @@ class Outcome:
     quiet:        no thread touches the transfer's host pages any more
     pages:        FETCH: how many leading pages of each component are good; a failed or pending one counts zero
     smallest_end, largest_end:
-                  QUERY: min and max over ranks of "the largest end <= bound that I can serve"; one rank says the same for both
+                  QUERY: min and max over ranks of "the largest end <= bound that I can serve"; equal for one rank
     """
 
     done: bool

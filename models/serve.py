@@ -31,7 +31,7 @@ Extend = Callable[[Any, Any, ExtendBatch], tuple[jax.Array, Any]]
 class BatchShape:
     """The shapes of the step programs; each is compiled once.
 
-    prefill_rows x chunk_tokens and decode_rows x 1 tokens; a table is `table_pages` wide, which bounds a request's length
+    prefill_rows x chunk_tokens and decode_rows x 1 tokens; `table_pages` bounds a request's length
     """
 
     prefill_rows: int = 4
@@ -142,7 +142,7 @@ class Server:
         lease = self.cache.admit(request.sequence, chunk, ticket=request.ticket)
         if isinstance(lease, jaxcache.Wait):
             if not self.running and lease.reason == "no room" and self.cache.idle:
-                raise MemoryError(f"a request of {request.num_tokens} tokens does not fit the device tier")
+                raise self._does_not_fit(request)
             return False
         request.lease, request.ticket = lease, None
         request.num_computed = lease.num_cached_tokens
@@ -151,6 +151,10 @@ class Server:
             tiers = {"device": lease.device_tokens, "host": lease.host_tokens, "storage": lease.storage_tokens}
             request.hit_tokens = tiers
         return True
+
+    def _does_not_fit(self, request: Request) -> MemoryError:
+        pages = f"{self.cache.device_pages} pages of {self.cache.config.page_tokens} tokens"
+        return MemoryError(f"a request of {request.num_tokens} tokens does not fit the device tier: {pages}")
 
     # ---- model steps
 
@@ -205,10 +209,10 @@ class Server:
         self.running.remove(request)
         self.waiting.appendleft(request)
         if not self.running and self.cache.idle:
-            raise MemoryError(f"a request of {request.num_tokens} tokens does not fit the device tier")
+            raise self._does_not_fit(request)
 
     def _run_model(self, rows: list[tuple[Request, int] | None], num_columns: int) -> np.ndarray:
-        """Runs one program: row b computes tokens num_computed .. end of its request. Returns logits f32[B, 1, vocab]."""
+        """Runs one program: row b computes tokens num_computed .. end of its request. Returns f32[B, 1, vocab]."""
         num_rows = len(rows)
         tokens = np.zeros((num_rows, num_columns), np.int32)
         starts, num_new = np.zeros(num_rows, np.int32), np.zeros(num_rows, np.int32)
@@ -219,7 +223,8 @@ class Server:
                 tokens[b, : num_new[b]] = _tokens(request, request.num_computed, end)
         tables = self.cache.tables([None if row is None else row[0].lease for row in rows], self.shape.table_pages)
         last = np.maximum(num_new - 1, 0)[:, None]
-        logits, self.pools = self.extend(self.params, self.pools, ExtendBatch(tokens, starts, num_new, tables, last))
+        arrays: Any = (tokens, starts, num_new, tables, last)  # numpy: jit puts them on the mesh
+        logits, self.pools = self.extend(self.params, self.pools, ExtendBatch(*arrays))
         return np.asarray(logits)
 
     def _append_token(self, request: Request, logits: np.ndarray) -> None:
@@ -249,7 +254,7 @@ def _tokens(request: Request, begin: int, end: int) -> np.ndarray:
 
 
 def sample(logits: np.ndarray, temperature: float, seed: int, position: int) -> int:
-    """The next token: argmax, or drawn with the Gumbel trick from (seed, position) alone, whatever else is in the batch.
+    """The next token: argmax, or drawn with the Gumbel trick from (seed, position) alone.
 
     logits: f32[vocab]
     """

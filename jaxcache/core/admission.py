@@ -6,7 +6,7 @@ Everything is checked before anything changes: `available = free + resident - pi
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -50,14 +50,27 @@ class Admission:
         self.loading: list[Loading] = []
         self.next_lease_id = 1
 
-    def candidates(self, sequence: Sequence, max_tokens: int | None) -> Iterator[Prefix]:
-        """Prefixes to try whose load-back is worth it: longest first, in the end nothing at all."""
+    def longest(self, sequence: Sequence, max_tokens: int | None, num_new_tokens: int) -> tuple[Prefix, Need | None]:
+        """The longest prefix whose load-back is worth it, and what it takes; (prefix, None) if that does not fit."""
+        prefix = matching.longest_prefix(self.tiers, sequence, max_tokens)
+        if not self._worth_loading(prefix):
+            prefix = next(self._shorter(prefix))
+        return prefix, self._need(prefix, num_new_tokens)
+
+    def longest_that_fits(
+        self, sequence: Sequence, max_tokens: int | None, num_new_tokens: int
+    ) -> tuple[Prefix, Need | None]:
+        """The same, with a shorter prefix if need be; (prefix, None) if not even nothing at all fits."""
+        prefix, need = self.longest(sequence, max_tokens, num_new_tokens)
+        shorter = self._shorter(prefix)
+        while need is None and prefix.num_tokens:
+            prefix = next(shorter)
+            need = self._need(prefix, num_new_tokens)
+        return prefix, need
+
+    def _shorter(self, longest: Prefix) -> Iterator[Prefix]:
+        """Prefixes of a prefix whose load-back is worth it: longest first, in the end nothing at all."""
         tiers = self.tiers
-        longest = matching.longest_prefix(tiers, sequence, max_tokens)
-        if self._worth_loading(longest):
-            yield longest
-        if not longest.num_tokens:
-            return
         for place, end in matching.resumable_ends(tiers, longest.path)[-2::-1]:
             shorter = matching.make_prefix(tiers, end, longest.path[: place + 1], longest.found_tokens)
             if self._worth_loading(shorter):
@@ -69,16 +82,7 @@ class Admission:
         host_tokens = prefix.num_tokens - prefix.device_tokens
         return not host_tokens or host_tokens >= self.tiers.config.load_back_min_tokens
 
-    def first_that_fits(self, prefixes: Iterable[Prefix], num_new_tokens: int) -> tuple[Prefix, Need | None]:
-        """The first of them with its need, or (anything, None)."""
-        prefix, need = matching.NOTHING, None
-        for prefix in prefixes:
-            need = self.need(prefix, num_new_tokens)
-            if need is not None:
-                break
-        return prefix, need
-
-    def need(self, prefix: Prefix, num_new_tokens: int) -> Need | None:
+    def _need(self, prefix: Prefix, num_new_tokens: int) -> Need | None:
         """What admitting at this prefix takes; None if it does not fit. Changes nothing."""
         tiers = self.tiers
         page = tiers.page_tokens
@@ -109,7 +113,7 @@ class Admission:
     def admit(
         self, sequence: Sequence, prefix: Prefix, need: Need, num_new_tokens: int, plan_is_applied: Callable[[], bool]
     ) -> Lease:
-        """Carries out what `need` has found to fit."""
+        """Carries out what `longest` has found to fit."""
         tiers = self.tiers
         path = prefix.path
         if path and path[-1][1] < path[-1][0].end:
@@ -143,23 +147,31 @@ class Admission:
     def _allocate(self, lease: Lease, need: Need) -> None:
         """Makes room, puts loaded nodes on the device, and builds the tables."""
         tiers = self.tiers
-        own_pages = -(-lease.num_tokens // tiers.page_tokens) - lease.num_cached_tokens // tiers.page_tokens
+        page = tiers.page_tokens
+        own_pages = -(-lease.num_tokens // page) - lease.num_cached_tokens // page
         sources = self._hold_sources(need) if tiers.writes_back else []
         moves = []
-        for c, device in enumerate(tiers.device):
+        for c, nodes in enumerate(need.loads):
             wanted = own = 1 if c == tiers.point else own_pages
-            for node in need.loads[c]:
-                pages = node.pages[tiers.host[c].index]
-                assert pages is not None, f"I6: {node=} is neither on the device nor in host memory"
-                wanted += len(pages)
-            room = device.allocator.num_free >= wanted or self.backups.make_room_on_device(c, wanted)
-            assert room, f"{device.component.name}: promised {wanted} pages, {device.allocator.num_free} free"
-            if need.loads[c]:
-                moves.append(self._load(c, need.loads[c]))
+            if nodes:
+                wanted += self._num_pages_to_load(c, nodes)
+            if tiers.device[c].allocator.num_free < wanted:
+                room = self.backups.make_room_on_device(c, wanted)
+                assert room, f"{tiers.components[c].name}: promised {wanted} pages"
+            if nodes:
+                moves.append(self._load(c, nodes))
             self._build_table(lease, c, need.lows[c], own)
         if moves:
             tiers.let_go(sources)
             self._plan_load(lease, need, tuple(moves))
+
+    def _num_pages_to_load(self, c: int, nodes: list[Node]) -> int:
+        num_pages = 0
+        for node in nodes:
+            pages = node.pages[self.tiers.host[c].index]
+            assert pages is not None, f"I6: {node=} is neither on the device nor in host memory"
+            num_pages += len(pages)
+        return num_pages
 
     def _hold_sources(self, need: Need) -> list[Hold]:
         """Under write_back, making room on the device may evict host pages; not those that are about to be loaded."""
@@ -199,7 +211,7 @@ class Admission:
         self.loading.append(Loading(holds, tiers.step + 1))
 
     def _build_table(self, lease: Lease, c: int, low: int, num_own: int) -> None:
-        """The lease's pages of component c: the nodes' as they are now, since making room may have split some, then own."""
+        """The lease's pages of component c: the nodes' as they are now (making room may split some), then own."""
         tiers = self.tiers
         node = lease._node
         allocator = tiers.device[c].allocator

@@ -72,7 +72,7 @@ class Backups:
         self._plan(copies)
 
     def spill(self, c: int, victim: Node) -> None:
-        """write_back: the entry leaves the device by way of host memory, or with everything below it if that is full."""
+        """write_back: the entry leaves the device through host memory, or with all below it if that is full."""
         copies = []
         if victim.pages[self.tiers.host[c].index] is None:
             copies = self._copy(victim, c, spare=None)

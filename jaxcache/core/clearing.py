@@ -45,7 +45,7 @@ class Clearing:
         core.tiers.evictions.clear()
 
     def keep_host(self) -> None:
-        """drop_device: the nodes stay that host memory holds down from the root; backups not yet dispatched are lost."""
+        """drop_device: nodes stay that host memory holds down from the root; undispatched backups are lost."""
         core = self.core
         tiers = core.tiers
         lost = self._withdraw_plan()

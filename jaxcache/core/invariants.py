@@ -88,7 +88,7 @@ def _check_residency(core: PrefixCache, residency: Residency, nodes: list[Node])
     ids = np.concatenate([*held, residency.allocator.free_ids()])
     capacity = residency.allocator.num_pages
     assert len(ids) == capacity and len(np.unique(ids)) == capacity, (
-        f"I1: {residency.component.name} {residency.tier.name}: {len(ids)} ids, {len(np.unique(ids))} different, of {capacity}"
+        f"I1: {residency.component.name} {residency.tier.name}: {len(ids)} ids ({len(np.unique(ids))}) of {capacity}"
     )
 
 

@@ -27,7 +27,7 @@ class Lease:
     first_step:         the first step in which a model step may use it
     num_tokens:         how far its pages reach
     num_computed:       what the caller has reported as computed
-    read_slot, write_slot: the recurrent state to read first (None at 0 tokens), and the one to write; later read write_slot
+    read_slot, write_slot: the recurrent state to read at first (None at 0 tokens); the one to write, and read later
     """
 
     __slots__ = (

@@ -54,7 +54,7 @@ def longest_prefix(tiers: Tiers, sequence: Sequence, max_tokens: int | None) -> 
         ends = resumable_ends(tiers, path)
         place, num_tokens = ends[-1] if ends else (-1, 0)
         path = path[: place + 1]
-    prefix = make_prefix(tiers, num_tokens, path, found)
+    prefix = Prefix(num_tokens, path, found, _device_tokens(tiers, num_tokens, path) if tiers.has_host else num_tokens)
     sequence.match_cache = (tiers.tree.version, limit, prefix)
     return prefix
 

@@ -30,7 +30,7 @@ class Namespace:
 
 
 def namespace_digest(fields: Mapping[str, str]) -> bytes:
-    """32 bytes that differ whenever any field does: names and values are length-prefixed, so none runs into the next."""
+    """32 bytes that differ whenever any field does: names and values are length-prefixed."""
     digest = sha256(b"jaxcache namespace 1")
     for name, value in sorted(fields.items()):
         for part in (name.encode(), value.encode()):

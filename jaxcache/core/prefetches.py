@@ -119,7 +119,7 @@ class Prefetches:
         return tuple(moves)
 
     def largest_end(self, ticket: Ticket, exists: Mapping[str, Any]) -> int:
-        """The largest end <= bound that one rank's storage can serve, or 0. exists: per component, bool per question."""
+        """The largest end <= bound that one rank's storage can serve, or 0. exists: component -> bools."""
         tiers = self.tiers
         there = {
             move.component: {end for end, found in zip(move.page_ends, exists[move.component], strict=True) if found}
@@ -209,15 +209,16 @@ class Prefetches:
             self.counters["storage_tokens_used" if reason == "used" else f"unfulfilled_{reason}"] += tokens
 
     def use(self, ticket: Ticket, device_tokens: int, cached_tokens: int) -> int:
-        """Settles a ticket's tokens at the admit it was made for; returns how many of the cached ones it brought."""
-        used = present = 0
-        for span in ticket.accepted:
-            used += max(0, min(span.stop, cached_tokens) - max(span.start, device_tokens))
-            present += max(0, min(span.stop, device_tokens) - span.start)
-        ticket.accepted = []
-        used, present = min(used, ticket.unresolved_tokens), min(present, ticket.unresolved_tokens)
+        """Settles a ticket's tokens at the admit it was made for; returns how many of the cached ones it brought.
+
+        What is there and was not taken: a load-back below the threshold, a capped hit, no room on the device.
+        """
+        there = matching.longest_prefix(self.tiers, ticket.sequence, None).num_tokens
+        spans, ticket.accepted = ticket.accepted, []
+        used = min(_tokens_in(spans, device_tokens, cached_tokens), ticket.unresolved_tokens)
         self.resolve(ticket, "used", used)
-        self.resolve(ticket, "already_present", min(present, ticket.unresolved_tokens))
+        for reason, start, stop in (("already_present", 0, device_tokens), ("not_taken", cached_tokens, there)):
+            self.resolve(ticket, reason, min(_tokens_in(spans, start, stop), ticket.unresolved_tokens))
         self.resolve(ticket, "host_capacity", ticket.unresolved_tokens)
         return used
 
@@ -245,11 +246,11 @@ class Prefetches:
             self.resolve(ticket, "host_capacity", ticket.unresolved_tokens)
             return
         node = self._accept_full(ticket, node, end)
-        if node.end != ticket.agreed_end:
-            return
-        for c in tiers.partial:
+        for c in tiers.partial if node.end == ticket.agreed_end else ():
             if ticket.progress.get(tiers.components[c].name, 0) == len(ticket.pages[c]):
                 self._accept_partial(ticket, c, node)
+        usable = matching.longest_prefix(tiers, ticket.sequence, ticket.agreed_end).num_tokens
+        self.resolve(ticket, "transfer", _tokens_in(ticket.accepted, usable, ticket.agreed_end))
 
     def _place(self, sequence: Sequence, base: int) -> Node | None:
         """The node that ends at `base`, with every full page up to there in host memory; None if that cannot be had."""
@@ -325,3 +326,8 @@ class Prefetches:
     def _holdable(self, node: Node) -> bool:
         full = self.tiers.full
         return full is None or node.pages[self.tiers.host[full].index] is not None
+
+
+def _tokens_in(spans: list[Span], start: int, stop: int) -> int:
+    """How many tokens of the spans lie in [start, stop)."""
+    return sum(max(0, min(span.stop, stop) - max(span.start, start)) for span in spans)

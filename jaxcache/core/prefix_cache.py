@@ -66,7 +66,7 @@ class PrefixCache:
     # ---- sequences
 
     def new_namespace(self, **fields: str) -> Namespace:
-        """A namespace from fields such as model, weights_version, adapter, tenant_salt; equal fields are the same one."""
+        """A namespace from fields such as model, weights_version, tenant_salt; equal fields are the same one."""
         for name, value in fields.items():
             if not isinstance(value, str):
                 raise TypeError(f"namespace field {name!r} must be a str, not {value!r}")
@@ -138,18 +138,15 @@ class PrefixCache:
         running = ticket is not None and not ticket.done and not ticket.cancelled
         if running and self.config.prefetch_policy is PrefetchPolicy.WAIT_COMPLETE:
             return self._wait("prefetch")
-        prefixes = self.admission.candidates(sequence, max_cached_tokens)
-        prefix = next(prefixes)
-        need = self.admission.need(prefix, num_new_tokens)
+        prefix, need = self.admission.longest(sequence, max_cached_tokens, num_new_tokens)
         if need is None and not self._busy():
-            prefix, need = self.admission.first_that_fits(prefixes, num_new_tokens)
+            prefix, need = self.admission.longest_that_fits(sequence, max_cached_tokens, num_new_tokens)
         if need is None:
             return self._wait("no room")
         if running:
             assert ticket is not None
             self._take_what_came(ticket)
-            prefixes = self.admission.candidates(sequence, max_cached_tokens)
-            prefix, need = self.admission.first_that_fits(prefixes, num_new_tokens)
+            prefix, need = self.admission.longest_that_fits(sequence, max_cached_tokens, num_new_tokens)
             assert need is not None, "accepting a prefetch takes host memory only: what fitted before still fits"
         return self._admit(sequence, prefix, need, num_new_tokens, ticket)
 
@@ -243,13 +240,13 @@ class PrefixCache:
     def _check_lease(self, lease: Lease, num_computed: int | None) -> None:
         if not isinstance(lease, Lease):
             raise TypeError(f"a Lease is needed, not {type(lease).__name__}: did admit answer Wait?")
-        if lease._released:
-            raise ValueError(f"{lease!r} was released already")
         if self.leases.get(lease.id) is not lease:
-            raise ValueError(f"{lease!r} belongs to another cache")
+            raise ValueError(
+                f"{lease!r} " + ("was released already" if lease._released else "belongs to another cache")
+            )
         if num_computed is not None and not lease.num_computed <= num_computed <= lease.num_tokens:
             raise ValueError(
-                f"{num_computed=} must be between {lease.num_computed} (computed before) and {lease.num_tokens} (its room)"
+                f"{num_computed=} must be in [{lease.num_computed}, {lease.num_tokens}]: computed before, and its room"
             )
 
     # ---- storage
@@ -289,7 +286,9 @@ class PrefixCache:
         Raises RuntimeError while a planned load-back is unapplied: it must be on its way before its first step begins.
         """
         if any(transfer.kind is TransferKind.LOAD_BACK for transfer in self.planner.transfers):
-            raise RuntimeError("a load-back was planned but not applied: call pools = cache.apply(pools) before cache.step")
+            raise RuntimeError(
+                "a load-back was planned but not applied: call pools = cache.apply(pools) before cache.step"
+            )
         self.tiers.step += 1
         self.planner.step = self.tiers.step
         self._scatter_is_due |= self.admission.scattered()

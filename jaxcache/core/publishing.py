@@ -157,9 +157,10 @@ class Publishing:
         assert c is not None
         device, table = tiers.device[c], lease._tables[c]
         assert table is not None
-        pages = slice(at // tiers.page_tokens, child.end // tiers.page_tokens)
+        page = tiers.page_tokens
+        pages = slice(at // page, child.end // page)
         theirs = child.pages[c]
-        device.pin_up(child, at)
+        device.pin(child)
         if theirs is None:
             tiers.put(device, child, table[pages].copy())
         else:
@@ -167,9 +168,7 @@ class Publishing:
             self._replace(lease, c, fresh, pages, theirs)
             self.counters["duplicate_pages"] += len(theirs)
 
-    def _publish_window(
-        self, lease: Lease, child: Node, c: int, at: int, live: int, fresh: dict[int, PageIds]
-    ) -> None:
+    def _publish_window(self, lease: Lease, child: Node, c: int, at: int, live: int, fresh: dict[int, PageIds]) -> None:
         """The same for a window, of which only the live part is kept."""
         if child.end <= live:
             lease._pin_tops[c] = child.end

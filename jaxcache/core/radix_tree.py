@@ -57,7 +57,7 @@ class Node:
         self.end = end
         self.pages: list[np.ndarray | None] = [None] * num_residencies
         self.pins = [0] * num_residencies
-        self.resident_children = [0] * num_residencies
+        self.resident_children = self.pins.copy()
         self.ready_step = 0
         self.ends_here = 0
         self.hits = 0
@@ -115,7 +115,7 @@ class RadixTree:
         return [*self.roots.values(), *self.retired_roots]
 
     def walk(self, sequence: Sequence, limit: int) -> list[tuple[Node, int]]:
-        """(node, end of what agrees) along the path of a sequence's whole pages in [0, limit); only the last may be partial.
+        """(node, end of what agrees) along a sequence's whole pages in [0, limit); only the last may be partial.
 
         Continues from where the last walk of this sequence ended, if that node is still there.
         """
@@ -223,9 +223,9 @@ class RadixTree:
 
     def remove(self, node: Node) -> None:
         """Takes a childless node out; from then on its parent is None."""
-        assert not node.children and not node.ends_here, f"{node=} has children or a lease"
-        assert node.parent is not None
-        del node.parent.children[node.first_page]
+        parent = node.parent
+        assert parent is not None and not node.children and not node.ends_here, f"{node=} has children or a lease"
+        del parent.children[node.first_page]
         node.parent = None
         self.version += 1
         self.num_nodes -= 1

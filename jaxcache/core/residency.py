@@ -67,7 +67,13 @@ class Residency(ABC):
             self.order.add(node)
 
     def pin(self, node: Node) -> None:
-        self.pin_up(node, node.end - 1)
+        index = self.index
+        if not node.pins[index]:
+            pages = node.pages[index]
+            if pages is not None:
+                self.num_pinned += len(pages)
+                self.order.discard(node)
+        node.pins[index] += 1
 
     def unpin(self, node: Node) -> None:
         self.unpin_up(node, node.end - 1)
@@ -77,15 +83,16 @@ class Residency(ABC):
         index = self.index
         parent = node.parent
         while parent is not None and node.end > top:
-            pins = node.pins
-            if not pins[index]:
+            pins = node.pins[index]
+            node.pins[index] = pins + 1
+            if not pins:
                 pages = node.pages[index]
                 if pages is not None:
                     self.num_pinned += len(pages)
                     if not node.resident_children[index]:
                         self.order.discard(node)
-            pins[index] += 1
-            node, parent = parent, parent.parent
+            node = parent
+            parent = node.parent
         return node.end
 
     def unpin_up(self, node: Node, top: int = 0) -> None:
@@ -102,7 +109,8 @@ class Residency(ABC):
                     self.num_pinned -= len(pages)
                     if not node.resident_children[index]:
                         self._candidate(node)
-            node, parent = parent, parent.parent
+            node = parent
+            parent = node.parent
 
     def touch(self, node: Node) -> None:
         """Counts as used now, if it is a candidate."""
@@ -124,14 +132,16 @@ class PrefixResidency(Residency):
         index = self.index
         assert node.pages[index] is None, f"I1: {node=} has pages already"
         node.pages[index] = page_ids
-        self.num_resident += len(page_ids)
+        num_pages = len(page_ids)
+        self.num_resident += num_pages
         parent = node.parent
         assert parent is not None
-        if not parent.resident_children[index]:
+        siblings = parent.resident_children[index]
+        if not siblings:
             self.order.discard(parent)
-        parent.resident_children[index] += 1
+        parent.resident_children[index] = siblings + 1
         if node.pins[index]:
-            self.num_pinned += len(page_ids)
+            self.num_pinned += num_pages
         elif not node.resident_children[index]:
             self._candidate(node)
 
@@ -145,8 +155,9 @@ class PrefixResidency(Residency):
         node.pages[index] = None
         self.num_resident -= len(page_ids)
         self.order.discard(node)
-        parent.resident_children[index] -= 1
-        if not parent.resident_children[index] and self.evictable(parent):
+        siblings = parent.resident_children[index] - 1
+        parent.resident_children[index] = siblings
+        if not siblings and self.evictable(parent):
             self.order.add_oldest(parent)
         return page_ids
 

@@ -76,7 +76,7 @@ class Sequence:
 
 
 def token_bytes(tokens: Any) -> bytearray:
-    """Token ids as int32 bytes. Raises TypeError for what is not a flat row of ints, ValueError for an id out of range."""
+    """Token ids as int32 bytes. TypeError for what is not a flat row of ints, ValueError for an id out of range."""
     if isinstance(tokens, (list, tuple)):
         try:
             ids = array("i", tokens)

@@ -27,7 +27,7 @@ class Ticket:
     bound:       the largest end still possible (shrinks from round to round until all ranks name the same)
     pages:       reserved host pages per component, in the order of the FETCH
     progress:    leading good pages per component, as last agreed
-    accepted:    token spans that became the tree's; unresolved_tokens of them are not yet counted as used or unfulfilled
+    accepted:    token spans that became the tree's; unresolved_tokens are not yet counted as used or unfulfilled
     """
 
     __slots__ = (

@@ -129,19 +129,20 @@ class Tiers:
         page_ids = residency.take(node)
         residency.allocator.free(page_ids)
         self.num_evicted_pages[residency.index] += len(page_ids)
+        if self.only_full:
+            self._remove(node, residency)
+            return
         self.tree.version += 1
         if self.full is None:
             self._remember((node.id, residency.index), residency)
             self.prune(node)
-        elif not self.only_full and self.resident(self.full, node):
+        elif self.resident(self.full, node):
             self._remember((node.id, residency.index), residency)
         else:
             for other in self.partial_residencies:
                 if node.pages[other.index] is not None:
                     other.allocator.free(other.take(node))
-            assert node.parent is not None
-            self._remember((node.parent.id, node.first_page), residency)
-            self.tree.remove(node)
+            self._remove(node, residency)
 
     def drop_subtree(self, node: Node) -> None:
         """Frees everything at and below a node, deepest first; nothing of it may be pinned."""
@@ -160,6 +161,11 @@ class Tiers:
             self.tree.remove(node)
             node = parent
 
+    def _remove(self, node: Node, residency: Residency) -> None:
+        assert node.parent is not None
+        self._remember((node.parent.id, node.first_page), residency)
+        self.tree.remove(node)
+
     def _remember(self, key: tuple, residency: Residency) -> None:
         self.evictions.append((key, residency, self.step, self.reason, self.lease_id))
 
@@ -175,19 +181,19 @@ class Tiers:
     def make_room(self, residency: Residency, num_pages: int, protect: Node | None = None) -> bool:
         """Evicts until `num_pages` are free, sparing `protect`; False if there is nothing left to evict."""
         allocator = residency.allocator
-        while allocator.num_free < num_pages:
+        while (missing := num_pages - allocator.num_free) > 0:
             victim = self.victim(residency, protect)
             if victim is None:
                 return False
             pages = victim.pages[residency.index]
             assert pages is not None
-            surplus = len(pages) - (num_pages - allocator.num_free)
+            surplus = len(pages) - missing
             if surplus <= 0:
                 self.drop(residency, victim)
             elif self.only_full or self._alone(residency, victim):
                 self._shorten(residency, victim, surplus)
             else:
-                self.drop(residency, self.trim(residency, victim, num_pages - allocator.num_free))
+                self.drop(residency, self.trim(residency, victim, missing))
         return True
 
     def _alone(self, residency: Residency, node: Node) -> bool:

@@ -19,7 +19,7 @@ class BatchTables:
         self.num_pages = dict(num_pages)
 
     def build(self, leases: Sequence[Lease | None], max_pages: int) -> dict[str, np.ndarray]:
-        """Per component with page tables: int32[len(leases), max_pages]. Raises RuntimeError while a plan is unapplied."""
+        """Per component: int32[len(leases), max_pages]. Raises RuntimeError while a plan is unapplied."""
         tables = {name: np.full((len(leases), max_pages), absent, np.int32) for name, absent in self.num_pages.items()}
         for row, lease in enumerate(leases):
             if lease is not None:

@@ -28,7 +28,7 @@ class Controller:
         self.agreement = agreement
 
     def step(self) -> None:
-        """Takes what the ranks agreed on, and tells them what has happened here. Raises RanksDiverged, TransferFault."""
+        """Takes what the ranks agreed on, and says what happened here. Raises RanksDiverged, TransferFault."""
         agreed = self.agreement.read()
         before = self.core.live_transfers()
         self.core.commit(agreed.outcomes if agreed is not None else {})

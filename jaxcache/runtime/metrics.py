@@ -17,14 +17,20 @@ class HasStats(Protocol):
 
 
 class CacheCollector(Collector):
-    """jaxcache_hit_tokens_total{tier}, jaxcache_prompt_tokens_total, jaxcache_pages{tier,component,state}, jaxcache_events_total{event}."""
+    """Tokens by tier, pages by state, and events.
+
+    jaxcache_prompt_tokens_total, jaxcache_hit_tokens_total{tier}
+    jaxcache_pages{tier,component,state}, jaxcache_events_total{event}
+    """
 
     def __init__(self, cache: HasStats):
         self._cache = cache
 
     def collect(self) -> Iterator[Metric]:
         stats = self._cache.stats()
-        yield CounterMetricFamily("jaxcache_prompt_tokens", "prompt tokens of admitted requests", stats["prompt_tokens"])
+        yield CounterMetricFamily(
+            "jaxcache_prompt_tokens", "prompt tokens of admitted requests", stats["prompt_tokens"]
+        )
         hits = CounterMetricFamily("jaxcache_hit_tokens", "prompt tokens not computed again", labels=["tier"])
         for tier, tokens in stats["hit_tokens"].items():
             hits.add_metric([tier], tokens)

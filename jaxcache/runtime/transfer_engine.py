@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -44,7 +45,7 @@ class _LoadBack:
     step: int
     component: str
     page_ids: PageIds
-    shards: dict[str, list[jax.Array]] = field(default_factory=dict)
+    shards: dict[str, list[Any]] = field(default_factory=dict)
     job: Job | None = None
 
 
@@ -136,8 +137,9 @@ class TransferEngine:
         staging = self.mover.gather(component, pools[component], src)
         shards = {name: local_shards(array, self.host_pools[component].devices) for name, array in staging.items()}
         order = self._orders[component]
-        work = partial(self._copy_to_rows, self.host_pools[component], dst, shards)
-        order.add_writer(dst, self._submit_copy("backup", component, len(dst), work, order.before_write(dst)))
+        pool = self.host_pools[component]
+        works = [partial(self._copy_to_rows, pool, rank, dst, shards) for rank in range(len(pool.devices))]
+        order.add_writer(dst, self._submit_copies("backup", component, len(dst), works, order.before_write(dst)))
 
     def _load_back(self, transfer: Transfer, step: int) -> None:
         for move in transfer.moves:
@@ -146,8 +148,10 @@ class TransferEngine:
 
     def _load_back_chunk(self, load: _LoadBack, move: Move, piece: slice) -> None:
         src, order = move.src_page_ids[piece], self._orders[move.component]
-        work = partial(self._copy_to_device, self.host_pools[move.component], src, load)
-        load.job = self._submit_copy("load_back", move.component, len(src), work, order.before_read(src))
+        pool = self.host_pools[move.component]
+        load.shards = {f.spec.name: [None] * len(pool.devices) for f in pool.layout.fields}
+        works = [partial(self._copy_to_device, pool, rank, src, load) for rank in range(len(pool.devices))]
+        load.job = self._submit_copies("load_back", move.component, len(src), works, order.before_read(src))
         order.add_reader(src, load.job)
         self._load_backs.append(load)
 
@@ -174,34 +178,32 @@ class TransferEngine:
             for f in layout.fields
         }
 
-    def _copy_to_rows(self, pool: HostPool, page_ids: PageIds, shards: dict[str, list[jax.Array]]) -> None:
-        """Worker: every local device's share of the staged pages into host rows."""
-        views = {
-            name: [to_host(shard, device) for shard, device in zip(locals_, pool.devices, strict=True)]
-            for name, locals_ in shards.items()
-        }
-        for f in pool.layout.fields:
-            for device, view in zip(pool.devices, views[f.spec.name], strict=True):
-                rows_from_pages(pool.rows[device][:, f.byte_range], page_ids, np.asarray(view))
+    def _copy_to_rows(self, pool: HostPool, rank: int, page_ids: PageIds, shards: dict[str, list[jax.Array]]) -> None:
+        """Worker: one local device's share of the staged pages into its host rows."""
+        device = pool.devices[rank]
+        views = {name: to_host(locals_[rank], device) for name, locals_ in shards.items()}
+        with self._counters.busy("backup"):
+            for f in pool.layout.fields:
+                rows_from_pages(pool.rows[device][:, f.byte_range], page_ids, np.asarray(views[f.spec.name]))
 
-    def _copy_to_device(self, pool: HostPool, page_ids: PageIds, load: _LoadBack) -> None:
-        """Worker: host rows to a staging shard on every local device."""
-        bucket = bucket_pages(len(page_ids))
-        for f in pool.layout.fields:
-            load.shards[f.spec.name] = [
-                device_shard(_typed(pages_from_rows(pool.rows[device][:, f.byte_range], page_ids, bucket), f), device)
-                for device in pool.devices
-            ]
-        jax.block_until_ready(load.shards)
+    def _copy_to_device(self, pool: HostPool, rank: int, page_ids: PageIds, load: _LoadBack) -> None:
+        """Worker: host rows to a staging shard on one local device."""
+        device, bucket = pool.devices[rank], bucket_pages(len(page_ids))
+        with self._counters.busy("load_back"):
+            for f in pool.layout.fields:
+                pages = pages_from_rows(pool.rows[device][:, f.byte_range], page_ids, bucket)
+                load.shards[f.spec.name][rank] = jax.block_until_ready(device_shard(_typed(pages, f), device))
 
-    def _submit_copy(self, kind: str, component: str, num_pages: int, work: Callable[[], None], after: Sequence[Job]):
-        job = self._copies.submit(partial(self._counted, kind, component, num_pages, work), after)
+    def _submit_copies(
+        self, kind: str, component: str, num_pages: int, works: Sequence[Callable[[], None]], after: Sequence[Job]
+    ) -> Job:
+        """One job per local device, so that they share the cores; the job returned is done when all are."""
+        parts = [self._copies.submit(work, after) for work in works]
+        job = self._copies.submit(partial(self._count, kind, component, num_pages), parts)
         job.add_done_callback(self._note_fault)
         return job
 
-    def _counted(self, kind: str, component: str, num_pages: int, work: Callable[[], None]) -> None:
-        with self._counters.busy(kind):
-            work()
+    def _count(self, kind: str, component: str, num_pages: int) -> None:
         pool = self.host_pools[component]
         num_bytes = num_pages * pool.layout.row_bytes * len(pool.devices)
         self._counters.add(**{f"{kind}_pages": num_pages, f"{kind}_bytes": num_bytes})

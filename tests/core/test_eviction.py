@@ -58,7 +58,7 @@ def test_least_recently_used_first():
     server = Server(device_pages=8)
     for first in (0, 1000, 2000, 3000):
         server.prefill(prompt(8, first))
-    server.prefill(prompt(7))
+    server.prefill(prompt(9))
     server.release(server.admit(prompt(12, 5000)))
     assert [server.match(prompt(8, first)).num_tokens for first in (0, 1000, 2000, 3000)] == [8, 0, 4, 8]
 

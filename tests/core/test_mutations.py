@@ -151,9 +151,7 @@ def mutate(patch: pytest.MonkeyPatch, mutation: Mutation) -> None:
         f"{mutation.method} has no {mutation.old!r} (any more): mutate what it has now"
     )
     scope = dict(vars(sys.modules[mutation.owner.__module__]))
-    code = compile(
-        source.replace(mutation.old, mutation.new), mutation.method, "exec", annotations.compiler_flag
-    )
+    code = compile(source.replace(mutation.old, mutation.new), mutation.method, "exec", annotations.compiler_flag)
     exec(code, scope)
     patch.setattr(mutation.owner, mutation.method, scope[mutation.method])
 

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 import jaxcache
 from models import qwen3
 from models.paged_attention import ExtendBatch
-from models.serve import BatchShape, Server
+from models.serve import BatchShape, Request, Server
 
 PAGE_TOKENS, DEVICE_PAGES, HOST_PAGES = 4, 48, 96
 SHAPE = BatchShape(prefill_rows=2, chunk_tokens=16, decode_rows=4, table_pages=32)
@@ -235,3 +235,39 @@ def reference(mesh: Mesh, prompt: tuple[int, ...]) -> Answer:
     rig = rig_on(mesh)
     with rig.cache(caching=False, host_pages=0) as cache:
         return Driver(rig, cache).ask(prompt)
+
+
+# ---- many requests
+
+
+def conversations() -> list[Request]:
+    """30 requests: three shared beginnings, each continued by four users who come back with more; when long requests
+    have driven those out, three users come again."""
+    return [
+        *(ask(user, 17) for user in range(12)),
+        *(ask(user, 34) for user in range(12)),
+        *(Request(random_tokens(300 + i, 100), 2) for i in range(3)),
+        *(ask(user, 34) for user in range(3)),
+    ]
+
+
+def ask(user: int, num_tokens: int) -> Request:
+    """What one of twelve users asks: a beginning that four share, and tokens of one's own. Every fourth samples."""
+    own = random_tokens(100 + user, 40)[: num_tokens + user % 5]
+    prompt = np.concatenate([random_tokens(user % 3, 28), own])
+    return Request(prompt, 3 + user % 3, temperature=0.7 * (user % 4 == 3), seed=user)
+
+
+def serve(server: Server, requests: list[Request]) -> list[list[int]]:
+    for request in requests:
+        server.submit(request)
+    assert sorted(map(id, server.run())) == sorted(map(id, requests))
+    return [request.output for request in requests]
+
+
+@functools.cache
+def uncached(mesh: Mesh, make: Callable[[], list[Request]] = conversations) -> list[list[int]]:
+    """What the requests of `make` are answered without caching."""
+    rig = rig_on(mesh)
+    with rig.cache(caching=False, host_pages=0) as cache:
+        return serve(rig.server(cache), make())

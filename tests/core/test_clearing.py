@@ -1,0 +1,155 @@
+"""Forgetting everything at once, while anything is in flight."""
+
+from __future__ import annotations
+
+import pytest
+
+from jaxcache.core.ticket import TicketState
+from jaxcache.types import Match, Outcome, TransferKind
+from tests.core.helpers import FULL, Server, prompt, server_with_storage, state, window
+
+
+def all_free(server: Server) -> bool:
+    return all(r.allocator.num_free == r.allocator.num_pages for r in server.core.tiers.residencies)
+
+
+def test_reset_frees_every_tier():
+    """S1, X6."""
+    server = Server(FULL, window(6), state(), host_pages=32)
+    for first in (0, 1000, 2000):
+        server.prefill(prompt(24, first))
+    server.core.reset()
+    server.check()
+    assert all_free(server)
+    assert server.core.tiers.tree.num_nodes == 0
+    assert server.match(prompt(24)).num_tokens == 0
+    assert server.prefill(prompt(24)) == 0
+    assert server.prefill(prompt(25)) == 24
+    server.check_empty()
+
+
+@pytest.mark.parametrize("call", ["reset", "drop_device"])
+def test_not_while_leases_are_out(call):
+    """S1: a lease is a promise."""
+    server = Server(host_pages=32)
+    server.prefill(prompt(16))
+    lease = server.admit(prompt(17))
+    with pytest.raises(RuntimeError, match="released first"):
+        getattr(server.core, call)()
+    server.compute(lease, 17)
+    server.release(lease)
+    getattr(server.core, call)()
+    server.check()
+
+
+def test_reset_during_a_fetch_waits_for_quiet_without_blocking():
+    """S1, L6: what a thread still writes into is nobody's until it has stopped."""
+    server = server_with_storage(FULL, window(6))
+    server.store(prompt(40))
+    ticket = server.prefetch(prompt(40))
+    while ticket.state is not TicketState.FETCH:
+        server.step(0)
+    server.step(2)
+    server.core.reset()
+    server.check()
+    assert server.host_free() == 64 - 10
+    server.prefill(prompt(40))
+    assert server.match(prompt(40)).num_tokens == 40
+    server.settle()
+    assert ticket.state is TicketState.DONE
+    assert server.host_free() == 64 - 10
+    server.check_empty()
+
+
+def test_reset_during_a_store_keeps_its_pages_until_quiet():
+    """S1: a store reads what it was told to read."""
+    server = server_with_storage()
+    server.prefill(prompt(16))
+    server.step(0)
+    (store,) = server.core.live_transfers()
+    server.core.reset()
+    server.check()
+    server.core.commit({store: Outcome(done=True, quiet=False)})
+    assert server.host_free() == 64 - 4
+    server.core.commit({store: Outcome(done=True, quiet=True, pages={"full": 4})})
+    assert server.host_free() == 64
+    server.check_empty()
+
+
+def test_reset_with_a_planned_load_back():
+    """S1: its scatter may still come, so the device pages stay out of use until it has."""
+    server = Server(device_pages=8, host_pages=32)
+    server.prefill(prompt(16))
+    server.flush_device()
+    server.settle()
+    server.release(server.admit(prompt(17)))
+    server.core.reset()
+    server.check()
+    assert server.free() == 8 - 4
+    other = server.admit(prompt(16, 1000))
+    server.plane.apply()
+    server.compute(other, 12)
+    server.step()
+    assert server.free() == 8 - 4
+    server.compute(other, 16)
+    server.release(other)
+    server.check_empty()
+
+
+def test_dropping_the_device_keeps_what_host_memory_has():
+    """Design: after a failed donated step, requests come back and load what was backed up."""
+    server = Server(FULL, window(6), state(), host_pages=32)
+    server.prefill(prompt(24))
+    server.plane.apply()
+    server.core.drop_device()
+    server.plane.lose_device()
+    server.check()
+    assert server.match(prompt(24)) == Match(24, 0, 24, 0, ())
+    lease = server.admit(prompt(30))
+    server.compute(lease, 30)
+    server.release(lease)
+    server.check_empty()
+
+
+def test_dropping_the_device_loses_what_was_not_dispatched():
+    """A planned backup has nothing to read any more, and a planned load-back has nowhere to go."""
+    server = server_with_storage()
+    server.prefill(prompt(16))
+    server.settle()
+    server.prefill(prompt(24))
+    assert server.planned(TransferKind.BACKUP)
+    server.core.drop_device()
+    server.plane.lose_device()
+    server.check()
+    assert not server.core.planner.transfers
+    assert server.match(prompt(24)) == Match(16, 0, 16, 0, ())
+    assert server.host_free() == 64 - 4
+    server.release(server.admit(prompt(17)))
+    server.core.drop_device()
+    server.plane.lose_device()
+    server.check()
+    assert server.free() == 32
+    server.check_empty()
+
+
+def test_a_request_that_waited_through_a_reset_is_served():
+    """S1, L7: its ticket is cancelled, the request is not."""
+    server = server_with_storage()
+    server.store(prompt(40))
+    ticket = server.prefetch(prompt(40))
+    server.step(0)
+    server.core.reset()
+    lease = server.admit(ticket.sequence, ticket=ticket)
+    assert lease.num_cached_tokens == 0
+    server.compute(lease, 41)
+    server.release(lease)
+    server.check_empty()
+
+
+def test_namespaces_survive_a_reset():
+    server = Server()
+    namespace = server.core.new_namespace(model="test")
+    server.core.reset()
+    assert server.core.new_namespace(model="test") is namespace
+    server.prefill(server.sequence(prompt(8), namespace))
+    assert server.match(prompt(8)).num_tokens == 8

@@ -1,0 +1,501 @@
+"""What the face refuses, and that the cache goes on serving: a test ends with a hit that equals its miss."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+import jaxcache
+from jaxcache.components import FieldSpec, FullAttention
+from jaxcache.pools import device_pool
+from jaxcache.storage.base import ObjectKey
+from tests.models.serving import (
+    DEVICE_PAGES,
+    PAGE_TOKENS,
+    Driver,
+    Rig,
+    check_equal,
+    random_tokens,
+    reference,
+    rig_on,
+)
+
+PROMPT = random_tokens(1, 45)
+OTHER = random_tokens(2, 45)
+
+
+@pytest.fixture
+def rig(make_mesh) -> Rig:
+    return rig_on(make_mesh())
+
+
+@pytest.fixture
+def driver(rig) -> Iterator[Driver]:
+    """A driver whose cache holds the prompt, and after the test serves it still."""
+    with rig.cache() as cache:
+        driver = Driver(rig, cache)
+        driver.ask(PROMPT)
+        yield driver
+        serves_a_hit(driver)
+
+
+@pytest.fixture
+def other(rig) -> Iterator[Driver]:
+    """Another cache."""
+    with rig.cache() as cache:
+        yield Driver(rig, cache)
+
+
+def serves_a_hit(driver: Driver) -> None:
+    got = driver.ask(PROMPT)
+    assert sum(got.hits) == 44
+    check_equal(got, reference(driver.rig.mesh, tuple(PROMPT.tolist())))
+
+
+# ---- tokens and namespaces
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    ["text", [1.5], [[1, 2]], ["1"], [None], None, 7, np.ones(3), np.ones((2, 2), int), np.array([True]), {1: 2}],
+    ids=repr,
+)
+def test_tokens_of_a_wrong_type(driver, tokens):
+    with pytest.raises(TypeError, match="token ids must be"):
+        driver.sequence(tokens)
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [[1, -1], [2**31], [2**70], np.array([3, -2]), np.array([2**31], np.uint32), [0] * 70 + [-5]],
+    ids=lambda tokens: repr(tokens)[-16:],
+)
+def test_tokens_out_of_range(driver, tokens):
+    with pytest.raises(ValueError, match=r"token ids must be in \[0, 2147483647\], not "):
+        driver.sequence(tokens)
+
+
+@pytest.mark.parametrize("tokens", [[], (), np.array([], np.int32)], ids=repr)
+def test_no_tokens(driver, tokens):
+    with pytest.raises(ValueError, match="at least one token"):
+        driver.sequence(tokens)
+
+
+def test_bad_tokens_do_not_extend_a_sequence(driver):
+    sequence = driver.sequence(PROMPT)
+    for tokens in ([1.5], [-1]):
+        with pytest.raises((TypeError, ValueError), match="token ids"):
+            sequence.extend(tokens)
+    assert sequence.num_tokens == 45
+
+
+def test_tokens_of_every_kind_are_the_same_sequence(driver):
+    kinds = (PROMPT, PROMPT.tolist(), tuple(PROMPT.tolist()), PROMPT.astype(np.int64), jax.numpy.asarray(PROMPT))
+    for tokens in kinds:
+        assert driver.cache.match(driver.sequence(tokens)).num_tokens == 44
+
+
+def test_namespace_of_another_cache(driver, other):
+    with pytest.raises(ValueError, match="belongs to another cache"):
+        driver.cache.sequence(PROMPT, other.namespace)
+    with pytest.raises(ValueError, match="belongs to another cache"):
+        driver.cache.retire_namespace(other.namespace)
+
+
+def test_something_that_is_no_namespace(driver):
+    with pytest.raises(TypeError, match="a Namespace of this cache is needed, not 'tiny'"):
+        driver.cache.sequence(PROMPT, "tiny")
+
+
+def test_retired_namespace(driver):
+    old = driver.cache.new_namespace(model="tiny", weights_version="1")
+    driver.cache.retire_namespace(old)
+    with pytest.raises(ValueError, match="was retired"):
+        driver.cache.sequence(PROMPT, old)
+
+
+@pytest.mark.parametrize("fields", [{"model": 3}, {"model": None}, {"model": b"tiny"}], ids=repr)
+def test_namespace_field_that_is_no_text(driver, fields):
+    with pytest.raises(TypeError, match="namespace field 'model' must be a str"):
+        driver.cache.new_namespace(**fields)
+
+
+@pytest.mark.parametrize("call", ["match", "prefetch", "explain", "admit"])
+def test_sequence_of_another_cache(driver, other, call):
+    more = (1,) if call == "admit" else ()
+    with pytest.raises(ValueError, match="belongs to another cache"):
+        getattr(driver.cache, call)(other.sequence(PROMPT), *more)
+    with pytest.raises(TypeError, match="a Sequence is needed"):
+        getattr(driver.cache, call)(PROMPT, *more)
+
+
+# ---- leases and tickets
+
+
+@pytest.mark.parametrize("num_new_tokens", [0, -1])
+def test_admit_of_no_new_token(driver, num_new_tokens):
+    with pytest.raises(ValueError, match=f"{num_new_tokens=} must be at least 1"):
+        driver.cache.admit(driver.sequence(PROMPT), num_new_tokens)
+
+
+def test_admit_with_a_negative_cap(driver):
+    with pytest.raises(ValueError, match="max_cached_tokens=-1 must not be negative"):
+        driver.cache.admit(driver.sequence(PROMPT), 1, max_cached_tokens=-1)
+
+
+def test_lease_is_used_up_by_its_release(driver):
+    lease = driver.admit(driver.sequence(PROMPT))
+    driver.cache.release(lease)
+    calls: list[Callable] = [
+        lambda: driver.cache.release(lease),
+        lambda: driver.cache.grow(lease, 45, 1),
+        lambda: driver.cache.insert(lease, 45),
+        lambda: driver.cache.tables([lease], 32),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="released"):
+            call()
+
+
+def test_lease_of_another_cache(driver, other):
+    lease = other.admit(other.sequence(PROMPT))
+    calls: list[Callable] = [
+        lambda: driver.cache.release(lease),
+        lambda: driver.cache.grow(lease, 45, 1),
+        lambda: driver.cache.insert(lease, 16),
+        lambda: driver.cache.tables([lease], 32),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"another cache|released"):
+            call()
+
+
+@pytest.mark.parametrize("num_computed", [43, 46, -1])
+def test_insert_of_what_cannot_have_been_computed(driver, num_computed):
+    """44 tokens are cached, and there is room for one more."""
+    lease = driver.admit(driver.sequence(PROMPT))
+    with pytest.raises(ValueError, match=f"{num_computed=} must be between 44"):
+        driver.cache.insert(lease, num_computed)
+    driver.finish(lease)
+
+
+def test_insert_beyond_the_sequence(driver):
+    lease = driver.admit(driver.sequence(PROMPT))
+    assert driver.cache.grow(lease, 45, 1)
+    with pytest.raises(ValueError, match=r"call sequence\.extend first"):
+        driver.cache.insert(lease, 46)
+    driver.cache.release(lease)
+
+
+def test_table_that_is_too_narrow(driver):
+    lease = driver.admit(driver.sequence(PROMPT))
+    with pytest.raises(ValueError, match="has 12 pages of 'full', max_pages=11"):
+        driver.cache.tables([lease], 11)
+    driver.finish(lease)
+
+
+def test_ticket_of_another_sequence_or_cache(rig, other):
+    with rig.cache(jaxcache.MemoryStorage()) as cache:
+        driver = Driver(rig, cache)
+        sequence = driver.sequence(PROMPT)
+        ticket = cache.prefetch(sequence)
+        with pytest.raises(ValueError, match="was made for another sequence"):
+            cache.admit(driver.sequence(PROMPT), 16, ticket=ticket)
+        with pytest.raises(ValueError, match="belongs to another cache"):
+            other.cache.cancel(ticket)
+        with pytest.raises(TypeError, match="a Ticket is needed, not str"):
+            cache.cancel("ticket")
+        cache.cancel(ticket)
+        cache.cancel(ticket)
+        driver.drain()
+        driver.ask(PROMPT)
+        serves_a_hit(driver)
+
+
+# ---- pools and plans
+
+
+@pytest.mark.parametrize("pools", [None, {}, [], {"full": {}}, {"window": {"kv": None}}], ids=repr)
+def test_pools_of_a_wrong_shape(driver, pools):
+    for call in (driver.cache.step, driver.cache.apply, driver.cache.warmup):
+        with pytest.raises(ValueError, match="pools must be what init_pools returned"):
+            call(pools)
+
+
+def test_stale_pools(driver):
+    """A value that was donated to a model step or a load-back is found out before anything happens."""
+    stale = driver.pools
+    driver.ask(OTHER)
+    for call in (driver.cache.step, driver.cache.apply, driver.cache.warmup):
+        with pytest.raises(ValueError, match=r"stale pools: full\.kv was donated"):
+            call(stale)
+
+
+def test_tables_while_a_plan_is_unapplied(driver):
+    lease = driver.admit(driver.sequence(OTHER))
+    driver.extend(lease, 0, 16, is_decode=False)
+    driver.cache.insert(lease, 16)  # plans a backup
+    with pytest.raises(RuntimeError, match=r"call pools = cache\.apply"):
+        driver.cache.tables([lease], 32)
+    with pytest.raises(RuntimeError, match=r"call pools = cache\.apply"):
+        _ = lease.page_tables
+    driver.pools = driver.cache.apply(driver.pools)
+    assert driver.cache.tables([lease, None], 32)["full"].shape == (2, 32)
+    driver.cache.release(lease)
+
+
+def test_tables_before_the_first_step(driver):
+    """Its load-back is on the way. Nor does a step begin before the load-back is applied."""
+    driver.fill_device()
+    lease = driver.cache.admit(driver.sequence(PROMPT), 1)
+    assert lease.host_tokens == 44
+    with pytest.raises(RuntimeError, match=f"may run from step {driver.cache.step_number + 1} on"):
+        driver.cache.tables([lease], 32)
+    with pytest.raises(RuntimeError, match="a load-back was planned but not applied"):
+        driver.cache.step(driver.pools)
+    driver.pools = driver.cache.apply(driver.pools)
+    with pytest.raises(RuntimeError, match="may run from step"):
+        driver.cache.tables([lease], 32)
+    driver.pools = driver.cache.step(driver.pools)
+    with pytest.raises(RuntimeError, match=r"call pools = cache\.apply"):
+        driver.cache.tables([lease], 32)
+    driver.pools = driver.cache.apply(driver.pools)
+    check_equal(driver.finish(lease), reference(driver.rig.mesh, tuple(PROMPT.tolist())))
+
+
+@pytest.mark.parametrize("call", ["reset", "drop_device"])
+def test_forgetting_everything_while_a_lease_is_out(driver, call):
+    lease = driver.admit(driver.sequence(PROMPT))
+    with pytest.raises(RuntimeError, match=f"{call} needs every lease released first"):
+        getattr(driver.cache, call)()
+    driver.finish(lease)
+
+
+# ---- what a cache is made of
+
+
+def full(slots: int = PAGE_TOKENS, heads: int = 2, name: str = "full") -> FullAttention:
+    axes = ("layers", None, "slots", "heads", None)
+    return FullAttention(name, (FieldSpec("kv", (3, 2, slots, heads, 8), "float32", axes),))
+
+
+@pytest.mark.parametrize(
+    ("component", "shape", "message"),
+    [
+        (full(slots=5), (2, 1, 1), "5 slots do not divide over cp=2"),
+        (full(heads=3), (1, 2, 1), "3 heads do not divide over tp=2"),
+        (full(heads=2), (1, 3, 1), "2 heads do not divide over tp=3"),
+    ],
+    ids=["slots", "heads", "fewer heads"],
+)
+def test_pages_that_do_not_divide_over_the_mesh(make_mesh, component, shape, message):
+    config = jaxcache.CacheConfig(page_tokens=component.fields[0].shape[2], device_pages=8)
+    with pytest.raises(ValueError, match=message):
+        jaxcache.Cache((component,), make_mesh(*shape), config)
+
+
+@pytest.mark.parametrize(
+    ("components", "changes", "message"),
+    [
+        ((), {}, "components with different names"),
+        ((full(), full()), {}, "components with different names"),
+        ((full(), full(name="more")), {}, "declare one prefix component with several fields"),
+        ((full(),), {"device_pages": 0}, "needs an int of at least 1 pages, not 0"),
+        ((full(),), {"device_pages": {"window": 8}}, "full"),
+        ((full(),), {"host_pages": {"full": 8, "window": 8}}, "window"),
+        ((full(),), {"host_pages": -1}, "at least 0 pages"),
+        ((full(),), {"eviction_policy": "fastest"}, "fastest"),
+    ],
+    ids=lambda value: "",
+)
+def test_components_and_tiers_that_make_no_cache(make_mesh, components, changes, message):
+    config = jaxcache.CacheConfig(**{"page_tokens": PAGE_TOKENS, "device_pages": 8, **changes})
+    with pytest.raises(ValueError, match=message):
+        jaxcache.Cache(components, make_mesh(), config)
+
+
+def test_mesh_without_our_axes():
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    with pytest.raises(ValueError, match="must be the axes"):
+        jaxcache.Cache((full(),), mesh, jaxcache.CacheConfig(page_tokens=PAGE_TOKENS, device_pages=8))
+
+
+def test_pools_that_do_not_fit(driver, monkeypatch):
+    """CPU devices do not say how much memory they have, so these are made up."""
+    page_bytes = 3 * 2 * PAGE_TOKENS * 2 * 8 * 4
+    memory = {"bytes_limit": 50_000, "bytes_in_use": 20_000}
+    small = SimpleNamespace(memory_stats=lambda: memory)
+    with monkeypatch.context() as patched:
+        patched.setattr(device_pool, "local_devices", lambda mesh: (small,))
+        with pytest.raises(MemoryError, match=f"pools of {DEVICE_PAGES * page_bytes} bytes .* 30000 free bytes"):
+            driver.cache.init_pools()
+        memory["bytes_limit"] = 20_000 + DEVICE_PAGES * page_bytes
+        driver.cache.init_pools()
+
+
+@pytest.mark.parametrize("max_transfer_pages", [1, 6, 1000])
+def test_transfers_need_no_power_of_two(rig, max_transfer_pages):
+    """Longer transfers are cut, and nothing compiles after the warm-up."""
+    with rig.cache(max_transfer_pages=max_transfer_pages) as cache:
+        driver = Driver(rig, cache)
+        driver.pools = cache.warmup(driver.pools)
+        compiled = jaxcache.compile_count()
+        for _ in range(2):
+            got = driver.ask(PROMPT)
+            driver.fill_device()
+        assert jaxcache.compile_count() == compiled
+    assert got.hits == (0, 44, 0)
+    check_equal(got, reference(rig.mesh, tuple(PROMPT.tolist())))
+
+
+# ---- storage
+
+
+@pytest.mark.parametrize("storage", ["a path", 7, jaxcache.MemoryStorage], ids=repr)
+def test_storage_that_is_no_storage(rig, storage):
+    before = threading.active_count()
+    with pytest.raises(TypeError, match="storage must be a jaxcache Storage, not"):
+        rig.cache(storage)
+    assert threading.active_count() == before
+
+
+def test_folder_of_somebody_else(tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(jaxcache.StorageError, match=f"{tmp_path} cannot be used .*belongs to something else"):
+        jaxcache.FileStorage(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_folder_that_is_a_file(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    for path in (file, file / "below"):
+        with pytest.raises(jaxcache.StorageError, match="cannot be used as storage"):
+            jaxcache.FileStorage(path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_folder_that_may_not_be_read(tmp_path):
+    tmp_path.chmod(0)
+    with pytest.raises(jaxcache.StorageError, match="cannot be used as storage"):
+        jaxcache.FileStorage(tmp_path)
+    tmp_path.chmod(0o700)
+
+
+def test_folder_on_a_full_disk(tmp_path, monkeypatch):
+    def no_space(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwritev", no_space)
+    with pytest.raises(jaxcache.StorageError, match="No space left on device"):
+        jaxcache.FileStorage(tmp_path / "storage")
+
+
+class Moody(jaxcache.Storage):
+    """Keeps values until its mood changes: raises, refuses, or takes for ever (until `freed`)."""
+
+    secret = b"secret"
+
+    def __init__(self):
+        self.values: dict[ObjectKey, bytes] = {}
+        self.mood = "good"
+        self.freed = threading.Event()
+
+    def _feel(self) -> bool:
+        if self.mood == "raises":
+            raise OSError("the disk is on fire")
+        if self.mood == "stalls":
+            self.freed.wait(30)
+        return self.mood != "refuses"
+
+    def exists(self, keys: Sequence[ObjectKey]) -> list[bool]:
+        return [key in self.values for key in keys]
+
+    def get(self, key: ObjectKey, buffer: memoryview) -> bool:
+        if not self._feel() or key not in self.values:
+            return False
+        buffer[:] = self.values[key]
+        return True
+
+    def put(self, key: ObjectKey, buffer: memoryview) -> bool:
+        if not self._feel():
+            return False
+        self.values[key] = bytes(buffer)
+        return True
+
+    def clear(self) -> None:
+        self.values.clear()
+
+
+@pytest.mark.parametrize(
+    ("mood", "counter"),
+    [("raises", "storage_failures"), ("refuses", "fetch_misses"), ("stalls", "storage_timeouts")],
+)
+def test_storage_that_fails_at_run_time(rig, mood, counter):
+    """Serving goes on as without one, what failed is counted, and what was stored before is there when it is well."""
+    storage = Moody()
+    with rig.cache(storage) as cache:
+        first = Driver(rig, cache)
+        first.ask(PROMPT)
+        first.drain()
+        assert len(storage.values) == 12
+    storage.mood = mood
+    with rig.cache(storage, storage_deadline_s=0.05 if mood == "stalls" else 60.0) as cache:
+        driver = Driver(rig, cache)
+        sequence = driver.sequence(PROMPT)
+        ticket = cache.prefetch(sequence)
+        while not ticket.done:
+            driver.step()
+        got = driver.finish(driver.admit(sequence, ticket))
+        assert got.hits == (0, 0, 0)
+        check_equal(got, reference(rig.mesh, tuple(PROMPT.tolist())))
+        driver.ask(OTHER)  # would be stored
+        driver.step()
+        serves_a_hit(driver)
+        storage.freed.set()
+        assert cache.stats()["transfers"][counter] > 0
+        assert cache.stats()["counters"]["unfulfilled_transfer"] == 44
+    storage.mood = "good"
+    with rig.cache(storage) as cache:
+        assert Driver(rig, cache).ask_storage(PROMPT).hits == (0, 0, 44)
+
+
+# ---- closed
+
+
+def test_closed_cache(rig):
+    with rig.cache() as cache:
+        driver = Driver(rig, cache)
+        sequence = driver.sequence(PROMPT)
+    cache.close()
+    calls: list[Callable] = [
+        lambda: cache.step(driver.pools),
+        lambda: cache.apply(driver.pools),
+        lambda: cache.admit(sequence, 16),
+        lambda: cache.drain(driver.pools),
+    ]
+    for call in calls:
+        with pytest.raises(RuntimeError, match="the cache is closed"):
+            call()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_thread_outlives_its_cache(rig, fails):
+    before = set(threading.enumerate())
+    try:
+        with rig.cache(jaxcache.MemoryStorage()) as cache:
+            driver = Driver(rig, cache)
+            driver.ask(PROMPT)
+            driver.step()
+            assert any(thread.name.startswith("jaxcache") for thread in threading.enumerate())
+            if fails:
+                raise ZeroDivisionError
+    except ZeroDivisionError:
+        assert fails
+    assert {t.name for t in set(threading.enumerate()) - before if t.name.startswith("jaxcache")} == set()

@@ -30,15 +30,20 @@ REPLAY_ROUNDS = 5
 REPLAY_TURN = 100
 
 
-def microseconds(function: Callable[[], object], repeats: int) -> tuple[float, float]:
+def elapsed_us(function: Callable[[], object]) -> float:
+    start = time.perf_counter_ns()
+    function()
+    return (time.perf_counter_ns() - start) / 1000
+
+
+def median_and_noise(values: list[float]) -> tuple[float, float]:
     """(median, distance between the quartiles)."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter_ns()
-        function()
-        times.append((time.perf_counter_ns() - start) / 1000)
-    quartiles = statistics.quantiles(times, n=4)
+    quartiles = statistics.quantiles(values, n=4)
     return quartiles[1], quartiles[2] - quartiles[0]
+
+
+def microseconds(function: Callable[[], object], repeats: int) -> tuple[float, float]:
+    return median_and_noise([elapsed_us(function) for _ in range(repeats)])
 
 
 def new_core(page_tokens: int, num_pages: int) -> PrefixCache:
@@ -57,17 +62,21 @@ def serve(core: PrefixCache, namespace, tokens: np.ndarray) -> int:
 
 
 def match_long_prompt() -> dict:
-    """Matching a cached prompt of 128k tokens, against one comparison of the same bytes."""
+    """Matching a cached prompt of 128k tokens, against one comparison of the same bytes; both are freshly made."""
     core = new_core(PAGE_TOKENS, PROMPT_TOKENS // PAGE_TOKENS + 8)
     namespace = core.new_namespace(model="bench")
     tokens = np.random.default_rng(0).integers(0, 2**31 - 1, PROMPT_TOKENS + 1).astype(np.int32)
     serve(core, namespace, tokens)
-    data, edge = bytearray(tokens.tobytes()), tokens.tobytes()[: PROMPT_TOKENS * 4]
-    sequences = [core.sequence(tokens, namespace) for _ in range(50)]
-    floor, floor_noise = microseconds(lambda: data.startswith(edge), 200)
-    queue = iter(sequences)
-    match, noise = microseconds(lambda: core.match(next(queue)), len(sequences))
-    rematch, rematch_noise = microseconds(lambda: core.match(sequences[0]), 200)
+    edge = tokens.tobytes()[: PROMPT_TOKENS * 4]
+    sequence, matches, floors = core.sequence(tokens, namespace), [], []
+    for _ in range(200):
+        sequence = core.sequence(tokens, namespace)
+        matches.append(elapsed_us(lambda: core.match(sequence)))  # noqa: B023
+        data = bytearray(tokens)
+        floors.append(elapsed_us(lambda: data.startswith(edge)))  # noqa: B023
+    match, noise = median_and_noise(matches)
+    floor, floor_noise = median_and_noise(floors)
+    rematch, rematch_noise = microseconds(lambda: core.match(sequence), 200)
     return {
         "match_128k_us": match,
         "match_128k_noise_us": noise,
@@ -104,10 +113,10 @@ def replay() -> dict:
         core, reference, core_found, reference_found = (
             statistics.median(column) for column in zip(*rounds, strict=True)
         )
-        quartiles = statistics.quantiles([floor / seconds for seconds, floor, _, _ in rounds], n=4)
+        ratio, noise = median_and_noise([floor / seconds for seconds, floor, _, _ in rounds])
         figures |= {
-            f"replay_page{page_tokens}_ratio": quartiles[1],
-            f"replay_page{page_tokens}_ratio_noise": quartiles[2] - quartiles[0],
+            f"replay_page{page_tokens}_ratio": ratio,
+            f"replay_page{page_tokens}_ratio_noise": noise,
             f"replay_page{page_tokens}_requests_per_cpu_s": len(prompts) / core,
             f"reference_page{page_tokens}_requests_per_cpu_s": len(prompts) / reference,
             f"replay_page{page_tokens}_hit_rate": core_found / sum(map(len, prompts)),

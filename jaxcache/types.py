@@ -117,8 +117,7 @@ class Outcome:
     largest_end: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Match:
+class Match(NamedTuple):
     """The longest resumable prefix; looking changes nothing.
 
     num_tokens:      where a request could resume

@@ -39,12 +39,14 @@ class FieldSpec:
     shape: of one page (of one state for recurrent components), e.g. (layers, 2, page_tokens, kv_heads, head_dim)
     dtype: a numpy or ml_dtypes name, e.g. "bfloat16"
     axes:  for each dimension "layers" (sharded over pp), "slots" (token slots, over cp), "heads" (over tp), or None
+    tokens_per_slot: how many tokens share a slot (compressed caches); slots times this is page_tokens
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     axes: tuple[str | None, ...]
+    tokens_per_slot: int = 1
 
     def __post_init__(self):
         if len(self.shape) != len(self.axes):
@@ -55,6 +57,11 @@ class FieldSpec:
         if any(axis not in AXES for axis in named) or len(set(named)) != len(named):
             raise ValueError(f"field {self.name!r}: {self.axes=} must be distinct names of {AXES[:-1]}, or None")
         np_dtype(self.dtype)
+
+    @property
+    def page_tokens(self) -> int | None:
+        """How many tokens this field takes a page to be; None if it has no token slots."""
+        return self.shape[self.axes.index("slots")] * self.tokens_per_slot if "slots" in self.axes else None
 
 
 def np_dtype(name: str) -> np.dtype:

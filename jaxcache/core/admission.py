@@ -220,16 +220,17 @@ class Admission:
             lease.write_slot = int(allocator.allocate(1)[0])
             lease.read_slot = None if states is None else int(states[0])
             return
-        at = node.end // tiers.page_tokens
-        table = np.empty(at + num_own, np.int32)
-        allocator.allocate_into(table, at)
-        while at and node.end > low:
-            cached = node.pages[c]
-            assert cached is not None and node.parent is not None, f"{node=} is not on the device"
-            table[at - len(cached) : at] = cached
-            at -= len(cached)
-            node = node.parent
-        if at:
+        table = own = allocator.allocate(num_own)
+        if node.parent is not None:
+            at = node.end // tiers.page_tokens
+            table = np.empty(at + num_own, np.int32)
+            table[at:] = own
+            while node.parent is not None and node.end > low:
+                cached = node.pages[c]
+                assert cached is not None, f"{node=} is not on the device"
+                table[at - len(cached) : at] = cached
+                at -= len(cached)
+                node = node.parent
             table[:at] = allocator.num_pages
         lease._tables[c] = read_only(table)
 

@@ -19,17 +19,11 @@ class PageAllocator:
 
     def allocate(self, n: int) -> PageIds:
         """n free ids; the caller has made sure that they are there."""
-        page_ids = np.empty(n, np.int32)
-        self.allocate_into(page_ids, 0)
-        return page_ids
-
-    def allocate_into(self, table: PageIds, start: int) -> None:
-        """Free ids for table[start:]."""
         high = self.num_free
-        low = high - len(table) + start
-        assert low >= 0, f"I1: {high - low} pages of {high} free"
-        table[start:] = self.stack[low:high]
+        low = high - n
+        assert low >= 0, f"I1: {n=} pages of {high} free"
         self.num_free = low
+        return self.stack[low:high].copy()
 
     def free(self, page_ids: PageIds) -> None:
         low = self.num_free

@@ -63,14 +63,24 @@ class Stores:
                 self.counters["empty_stores"] += 1
                 continue
             store = self.planner.add(TransferKind.STORE, moves)
-            holds = [held for node, c, start in waiting for held in self.tiers.hold(self.tiers.host[c], node, start)]
-            self.live[store] = LiveStore(holds, {move.component: move.page_keys for move in moves})
+            self.live[store] = LiveStore(self._hold(waiting), {move.component: move.page_keys for move in moves})
             self.counters["store_pages"] += sum(len(move.src_page_ids) for move in moves)
 
     def _may_be_held(self, node: Node) -> bool:
         """Holding an entry relies on the node's full pages in the same tier."""
         full = self.tiers.full
         return node.parent is not None and (full is None or node.pages[self.tiers.host[full].index] is not None)
+
+    def _hold(self, waiting: list[Waiting]) -> list[Hold]:
+        """Pins the entries that are there: a node that holds nothing may leave, and pins above it would be lost."""
+        tiers = self.tiers
+        holds = []
+        for entry in waiting:
+            host = tiers.host[entry.c]
+            for node in self._nodes(entry):
+                if node.pages[host.index] is not None:
+                    holds += tiers.hold(host, node, node.end - 1 if entry.c == tiers.point else node.start)
+        return holds
 
     def _move(self, c: int, waiting: list[Waiting]) -> Move | None:
         """The host pages of component c that are still there and not believed stored."""

@@ -233,6 +233,12 @@ def _validate(components: tuple[Component, ...], config: CacheConfig) -> None:
         same = [component.name for component in components if component.reach is reach]
         if len(same) > 1:
             raise ValueError(f"{same} live and move together: declare one {reach.value} component with several fields")
+    for component in components:
+        for spec in component.fields:
+            if spec.page_tokens not in (None, config.page_tokens):
+                raise ValueError(
+                    f"{component.name}.{spec.name} has pages of {spec.page_tokens} tokens, but {config.page_tokens=}"
+                )
     for pages in (config.device_pages, config.host_pages):
         if not isinstance(pages, int):
             unknown = sorted(set(pages) - set(names))

@@ -66,6 +66,7 @@ def test_tokens_equal_those_without_a_cache(rig, policy):
     with rig.cache(jaxcache.MemoryStorage(), write_policy=policy, host_pages=SMALL_HOST) as cache:
         server = rig.server(cache)
         assert serve(server, requests) == uncached(rig.mesh)
+        server.pools = cache.drain(server.pools)
         stats = cache.stats()
     assert stats["pages"]["device"]["full"]["evicted"] > 0
     assert stats["hit_tokens"]["device"] > 0
@@ -256,13 +257,16 @@ def test_nothing_compiles_after_warmup(rig):
     """Over a run with backups, evictions, load-backs, stores, fetches and retractions."""
     storage = jaxcache.MemoryStorage()
     with rig.cache(storage) as cache:
-        serve(rig.server(cache), conversations()[:6])
+        server = rig.server(cache)
+        serve(server, conversations()[:6])
+        server.pools = cache.drain(server.pools)
     with rig.cache(storage, host_pages=SMALL_HOST) as cache:
         server = rig.server(cache)
         server.warmup()
         before = jaxcache.compile_count()
         serve(server, conversations() + long_requests())
         assert jaxcache.compile_count() == before
+        server.pools = cache.drain(server.pools)
         transfers = cache.stats()["transfers"]
     assert min(transfers[f"{kind}_pages"] for kind in ("backup", "load_back", "store", "fetch")) > 0
 
@@ -351,6 +355,19 @@ def _pretend_to_serve(self, title, caching, storage, requests) -> demo.Run:
 def test_demo_says_what_is_wrong(small_demo, capsys, options, reason):
     assert demo.main([*SMALL_DEMO, *options]) == 1
     assert reason in " ".join(capsys.readouterr().out.split())
+
+
+def test_demo_refuses_a_folder_of_somebody_else(small_demo, capsys, monkeypatch, tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    monkeypatch.setattr(demo.Demo, "serve", _pretend_to_serve)
+    assert demo.main([*SMALL_DEMO, "--storage", str(tmp_path)]) == 1
+    assert "belongs to something else" in " ".join(capsys.readouterr().out.split())
+
+
+def test_demo_says_that_a_request_does_not_fit(small_demo, capsys, monkeypatch):
+    monkeypatch.setattr(Server, "warmup", lambda self: None)  # it does not come to running the model
+    assert demo.main([*SMALL_DEMO, "--device-pages", "2"]) == 1
+    assert "tokens does not fit the device" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(

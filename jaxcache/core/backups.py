@@ -89,7 +89,7 @@ class Backups:
         if not tiers.writes_back:
             return tiers.make_room(device, num_pages)
         while device.allocator.num_free < num_pages:
-            victim = tiers.victim(device)
+            victim = next(iter(device.order), None)
             if victim is None:
                 return False
             self.spill(c, tiers.trim(device, victim, num_pages - device.allocator.num_free))

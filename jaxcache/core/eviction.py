@@ -39,18 +39,32 @@ class EvictionOrder(ABC):
     def __len__(self) -> int: ...
 
 
-class Lru(OrderedDict, EvictionOrder):
-    """Least recently used first. An OrderedDict: every operation is O(1)."""
+class Lru(EvictionOrder):
+    """Least recently used first. Over an OrderedDict, where every operation is O(1) also after many evictions."""
+
+    __slots__ = ("_nodes",)
+
+    def __init__(self):
+        self._nodes: OrderedDict[Node, None] = OrderedDict()
 
     def add(self, node: Node) -> None:
-        self[node] = None
+        self._nodes[node] = None
 
     def add_oldest(self, node: Node) -> None:
-        self[node] = None
-        self.move_to_end(node, last=False)
+        self._nodes[node] = None
+        self._nodes.move_to_end(node, last=False)
 
     def discard(self, node: Node) -> None:
-        self.pop(node, None)
+        self._nodes.pop(node, None)
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter(self._nodes)
+
+    def __contains__(self, node: Node) -> bool:
+        return node in self._nodes
+
+    def __len__(self) -> int:
+        return len(self._nodes)
 
 
 POLICIES: dict[str, type[EvictionOrder]] = {"lru": Lru}

@@ -286,7 +286,7 @@ class Prefetches:
         while at < end:
             child = node.children.get(bytes(data[at * 4 : at * 4 + tree.page_bytes]))
             if child is None:
-                child = tree.add(node, bytes(data[at * 4 : end * 4]), end)
+                child = tree.add(node, ticket.sequence.edge(at, end), end)
             else:
                 stop = at + tree.common_bytes(child.edge, data, at * 4, end * 4) // 4
                 child = child if stop == child.end else tiers.split(child, stop)

@@ -132,7 +132,7 @@ class Publishing:
             for _, live in lives:
                 if at < live < stop:
                     stop = live
-            child = tree.add(node, bytes(memoryview(data)[at * 4 : stop * 4]), stop)
+            child = tree.add(node, lease.sequence.edge(at, stop), stop)
             child.is_output = self.output_first and at >= prompt_end
             return child
         if child.ready_step > tiers.step:

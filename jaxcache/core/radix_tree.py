@@ -160,7 +160,7 @@ class RadixTree:
         fresh.reverse()
         return fresh, node, node.end * 4
 
-    def common_bytes(self, edge: Any, data: bytearray, offset: int, stop: int) -> int:
+    def common_bytes(self, edge: Any, data: bytes | bytearray, offset: int, stop: int) -> int:
         """How many bytes of whole pages of `edge` agree with data[offset:stop]. Compares in growing blocks."""
         num_tokens = min(len(edge), stop - offset) // 4
         ours = np.frombuffer(edge, np.int32, num_tokens)
@@ -176,9 +176,10 @@ class RadixTree:
             block *= 4
         return num_tokens // self.page_tokens * self.page_bytes
 
-    def add(self, parent: Node, edge: bytes, end: int) -> Node:
-        first_page = edge[: self.page_bytes]
-        node = parent.children[first_page] = self._node(parent, edge, first_page, end)
+    def add(self, parent: Node, edge: bytes | memoryview, end: int) -> Node:
+        first_page = bytes(edge[: self.page_bytes])
+        self._last_id += 1
+        node = parent.children[first_page] = Node(self._last_id, parent, edge, first_page, end, self.num_residencies)
         self.version += 1
         self.num_nodes += 1
         return node

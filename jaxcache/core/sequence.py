@@ -42,7 +42,7 @@ class Sequence:
     def __init__(self, namespace: page_hash.Namespace, root: Node, tokens: Any, page_tokens: int):
         self.namespace = namespace
         self.root = root
-        self.data = token_bytes(tokens)
+        self.data: bytes | bytearray = token_bytes(tokens)  # a bytearray from the first extend on
         self.num_tokens = self.prompt_tokens = len(self.data) // 4
         if not self.num_tokens:
             raise ValueError("a sequence needs at least one token")
@@ -56,8 +56,19 @@ class Sequence:
 
     def extend(self, tokens: Any) -> None:
         """Appends generated tokens (list, numpy int array, or jax array on the host)."""
+        if isinstance(self.data, bytes):
+            self.data = bytearray(self.data)
         self.data += token_bytes(tokens)
         self.num_tokens = len(self.data) // 4
+
+    def edge(self, start: int, stop: int) -> bytes | memoryview:
+        """Token bytes of [start, stop) for a node to keep: a view of the prompt where that wastes no memory, or a copy.
+
+        Never a view of a bytearray, which could not grow any more.
+        """
+        if isinstance(self.data, bytes) and 2 * (stop - start) >= self.num_tokens:
+            return memoryview(self.data)[start * 4 : stop * 4]
+        return bytes(self.data[start * 4 : stop * 4])
 
     @property
     def tokens(self) -> np.ndarray:
@@ -75,7 +86,7 @@ class Sequence:
         return self.keys[:num_pages]
 
 
-def token_bytes(tokens: Any) -> bytearray:
+def token_bytes(tokens: Any) -> bytes:
     """Token ids as int32 bytes. TypeError for what is not a flat row of ints, ValueError for an id out of range."""
     if isinstance(tokens, (list, tuple)):
         try:
@@ -87,7 +98,7 @@ def token_bytes(tokens: Any) -> bytearray:
         values = np.frombuffer(ids, np.int32) if len(ids) > 64 else ids
         if len(ids) and (values.min() if isinstance(values, np.ndarray) else min(values)) < 0:
             raise ValueError(f"token ids must be in [0, {INT32_MAX}], not {_out_of_range(tokens)}")
-        return bytearray(ids)
+        return ids.tobytes()
     values = np.asarray(tokens)
     if values.ndim != 1 or values.dtype.kind not in "iu":
         raise TypeError(
@@ -96,7 +107,7 @@ def token_bytes(tokens: Any) -> bytearray:
     is_int32 = values.dtype == INT32
     if len(values) and (np.minimum.reduce(values) < 0 or (not is_int32 and values.max() > INT32_MAX)):
         raise ValueError(f"token ids must be in [0, {INT32_MAX}], not {_out_of_range(values.tolist())}")
-    return bytearray(values if is_int32 else values.astype(INT32))
+    return (values if is_int32 else values.astype(INT32)).tobytes()
 
 
 def _out_of_range(tokens) -> int:

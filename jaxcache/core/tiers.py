@@ -178,11 +178,11 @@ class Tiers:
 
     # ---- room
 
-    def make_room(self, residency: Residency, num_pages: int, protect: Node | None = None) -> bool:
-        """Evicts until `num_pages` are free, sparing `protect`; False if there is nothing left to evict."""
+    def make_room(self, residency: Residency, num_pages: int) -> bool:
+        """Evicts until `num_pages` are free; False if there is nothing left to evict."""
         allocator = residency.allocator
         while (missing := num_pages - allocator.num_free) > 0:
-            victim = self.victim(residency, protect)
+            victim = next(iter(residency.order), None)
             if victim is None:
                 return False
             pages = victim.pages[residency.index]
@@ -209,12 +209,6 @@ class Tiers:
         residency.allocator.free(page_ids)
         self.num_evicted_pages[residency.index] += len(page_ids)
         self._remember((node.id, self.tree.shorten(node, num_pages)), residency)
-
-    def victim(self, residency: Residency, protect: Node | None = None) -> Node | None:
-        for node in residency.order:
-            if node is not protect:
-                return node
-        return None
 
     def trim(self, residency: Residency, victim: Node, num_pages: int) -> Node:
         """The part of a victim that has to leave: full attention from the end, only as many pages as needed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 
 import jax
@@ -27,7 +28,7 @@ from tests.models.serving import (
     uncached,
 )
 
-POLICIES = tuple(jaxcache.WritePolicy)
+USUAL_POLICIES = (jaxcache.WritePolicy.WRITE_THROUGH, jaxcache.WritePolicy.WRITE_BACK)
 SMALL_HOST = 64  # pages: less than the requests make
 
 
@@ -59,7 +60,16 @@ def hits(requests: list[Request]) -> Counter[str]:
 # ---- tokens
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.value)
+def cases() -> Iterator:
+    """Every policy on one device, the two that differ most on eight; everything else is slow."""
+    for shape in ((1, 1, 1), (2, 2, 2), (2, 1, 1), (1, 2, 1), (1, 1, 2)):
+        for policy in jaxcache.WritePolicy:
+            usual = policy in USUAL_POLICIES and shape == (2, 2, 2)
+            marks = () if usual or shape == (1, 1, 1) else pytest.mark.slow
+            yield pytest.param(shape, policy, marks=marks, id=f"{shape}-{policy.value}")
+
+
+@pytest.mark.parametrize(("rig", "policy"), list(cases()), indirect=["rig"])
 def test_tokens_equal_those_without_a_cache(rig, policy):
     """Under every write policy, with tiers that are too small for what is served."""
     requests = conversations()
@@ -170,7 +180,7 @@ def corrupt(server: Server, tier: str, page: int) -> None:
 # ---- no room
 
 
-@pytest.mark.parametrize("policy", [jaxcache.WritePolicy.WRITE_THROUGH, jaxcache.WritePolicy.WRITE_BACK])
+@pytest.mark.parametrize("policy", USUAL_POLICIES, ids=lambda policy: policy.value)
 def test_retracted_requests_answer_the_same(rig, policy):
     """Four requests run whose outputs together do not fit the device."""
     requests = long_requests()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -18,8 +19,9 @@ from benchmarks import core, host_copies
 GOALS = {
     "match_128k_ratio": ("<=", 2.0, "match of a cached 128k prompt / one startswith"),
     "evict_one_us": ("<=", 20.0, "microseconds to evict one of 100,000 nodes"),
-    "replay_ratio": (">=", 0.35, "requests per CPU second of the whole trace / stripped tree"),
-    "host_copies_ratio": ("<=", 2.0, "backup + load-back / memcpy of the same bytes"),
+    "replay_page16_ratio": (">=", 0.35, "requests per CPU second of the trace / stripped tree, page 16"),
+    "replay_page64_ratio": (">=", 0.35, "the same, page 64"),
+    "host_copies_ratio": ("<=", 2.0, "backup + load-back / memcpy of the same bytes, 64 KiB a page and rank"),
 }
 
 
@@ -43,11 +45,12 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--json", metavar="FILE", help="write the figures there; - is standard output")
     args = parser.parse_args(argv)
+    os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")  # for hosts without GPUs
     console = Console(stderr=args.json == "-")
     figures: dict[str, float] = {}
-    for module in (core, host_copies):
-        with console.status(f"{module.__name__} ..."):
-            figures |= module.run()
+    for module in (host_copies, core):
+        console.print(f"{module.__name__} ...")  # no spinner: its thread would be measured too
+        figures |= module.run()
     console.print(report(figures))
     text = json.dumps(figures, indent=2) + "\n"
     if args.json == "-":

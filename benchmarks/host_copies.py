@@ -1,120 +1,101 @@
 """Times backup and load-back against numpy's memcpy of the same bytes, in one run: python -m benchmarks.host_copies.
 
-backup     gather dispatched, waited for, copied into host rows
-load-back  host rows copied out, handed to the device, scattered into the pool
-ratio      (backup + load-back) / (memcpy of the bytes, once for each)
+backup     gather of scattered pages dispatched, waited for, copied into host rows by the engine's workers
+load-back  host rows copied out, handed to the devices, scattered into the pools
+ratio      (backup + load-back) / (memcpy of the bytes, once for each), medians of alternating turns
+
+Through the transfer engine, on the largest mesh of 1, 2, 4 or 8 devices that the host has: a serving process has many
+devices, and its workers share the cores. Each direction is two copies in memory, so small pages cannot reach a memcpy.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable
 
 import jax
 import numpy as np
 
-from jaxcache.components import FieldSpec, FullAttention, np_dtype
-from jaxcache.pools.device_pool import PageMover, init_pools
-from jaxcache.pools.host_pool import HostPool
-from jaxcache.pools.page_layout import PageLayout, page_layouts
-from jaxcache.runtime.shard_copies import device_shard, local_shards, pages_from_rows, rows_from_pages, to_host
+from jaxcache.components import FieldSpec, FullAttention
+from jaxcache.pools.device_pool import init_pools
+from jaxcache.pools.page_layout import page_layouts
+from jaxcache.runtime.transfer_engine import TransferEngine
+from jaxcache.types import Move, Transfer, TransferKind
 
+MESHES = {8: (2, 2, 2), 4: (2, 2, 1), 2: (1, 2, 1), 1: (1, 1, 1)}
 NUM_MOVED = 64
 NUM_PAGES = 256
-REPEATS = 40
+REPEATS = 30
 WARMUPS = 3
+GOAL_KIB = 64
 
 
 class Copies:
-    """One component on one device, with pages scattered over device and host pools."""
+    """One component whose page takes `row_kib` KiB on each rank."""
 
-    def __init__(self, row_kib: int, dtype: str):
-        spec = FieldSpec("kv", (row_kib * 1024 // np_dtype(dtype).itemsize // 128, 128), dtype, ("layers", None))
-        mesh = jax.make_mesh((1, 1, 1), ("cp", "tp", "pp"), (jax.sharding.AxisType.Auto,) * 3)
-        self.layouts = page_layouts([FullAttention("full", (spec,))], mesh)
-        self.layout: PageLayout = self.layouts["full"]
-        self.device = mesh.devices.flat[0]
-        self.mover = PageMover(self.layouts, mesh, {"full": NUM_PAGES}, NUM_MOVED)
-        self.pool = init_pools(self.layouts, {"full": NUM_PAGES}, mesh)["full"]
-        self.rows = HostPool(self.layout, NUM_PAGES, mesh).rows[self.device]
+    def __init__(self, row_kib: int):
+        num_devices = max(n for n in MESHES if n <= len(jax.devices()))
+        cp, tp, pp = MESHES[num_devices]
+        axis_types = (jax.sharding.AxisType.Auto,) * 3
+        devices = jax.devices()[:num_devices]
+        mesh = jax.make_mesh((cp, tp, pp), ("cp", "tp", "pp"), axis_types=axis_types, devices=devices)
+        shape = (pp, 2, 8 * cp, 2 * tp, row_kib * 1024 // 4 // 32)
+        spec = FieldSpec("kv", shape, "float32", ("layers", None, "slots", "heads", None))
+        layouts = page_layouts([FullAttention("full", (spec,))], mesh)
+        pages = {"full": NUM_PAGES}
+        self.engine = TransferEngine(layouts, mesh, pages, pages, None, deadline_s=60, num_threads=4, max_bucket=64)
+        self.pools = self.engine.warmup(init_pools(layouts, pages, mesh))
+        self.num_bytes = NUM_MOVED * layouts["full"].row_bytes * num_devices
+        self.flat = np.zeros(self.num_bytes, np.uint8), np.ones(self.num_bytes, np.uint8)
         order = np.random.default_rng(0).permutation(NUM_PAGES).astype(np.int32)
         self.device_ids, self.host_ids = order[:NUM_MOVED], order[-NUM_MOVED:]
-        self.gather()
-        num_bytes = NUM_MOVED * self.layout.row_bytes
-        self.flat = np.zeros(num_bytes, np.uint8), np.ones(num_bytes, np.uint8)
+        self.step = 0
 
     def memcpy(self) -> None:
         np.copyto(*self.flat)
 
-    def gather(self) -> None:
-        self.staging: dict[str, jax.Array] = jax.block_until_ready(
-            self.mover.gather("full", self.pool, self.device_ids)
-        )
-
-    def to_host(self) -> None:
-        shard = to_host(local_shards(self.staging["kv"], (self.device,))[0], self.device)
-        rows_from_pages(self.rows, self.host_ids, np.asarray(shard))
-
-    def to_device(self) -> None:
-        field = self.layout.fields[0]
-        pages = pages_from_rows(self.rows, self.host_ids, NUM_MOVED)
-        pages = pages.view(field.dtype).reshape(NUM_MOVED, *field.local_shape)
-        shard = device_shard(pages, self.device).block_until_ready()
-        shape, sharding = self.staging["kv"].shape, self.layout.shardings()["kv"]
-        self.staging = {"kv": jax.make_array_from_single_device_arrays(shape, sharding, [shard])}
-
-    def scatter(self) -> None:
-        self.pool = jax.block_until_ready(self.mover.scatter("full", self.pool, self.device_ids, self.staging))
-
     def backup(self) -> None:
-        self.gather()
-        self.to_host()
+        self._apply(TransferKind.BACKUP, Move("full", self.device_ids, self.host_ids))
+        self.engine.drain()
 
     def load_back(self) -> None:
-        self.to_device()
-        self.scatter()
+        self._apply(TransferKind.LOAD_BACK, Move("full", self.host_ids, self.device_ids))
+        self.pools = jax.block_until_ready(self.engine.apply(self.pools, (), self.step))
+
+    def _apply(self, kind: TransferKind, move: Move) -> None:
+        self.pools = self.engine.apply(self.pools, (Transfer(self.step + 1, kind, self.step, (move,)),), self.step)
+        self.step += 1
 
 
-def seconds(action: Callable[[], None]) -> float:
+def measure(row_kib: int) -> dict[str, float]:
+    """GB/s and ratios for pages of `row_kib` KiB on each rank."""
+    copies = Copies(row_kib)
+    actions = (copies.memcpy, copies.backup, copies.load_back)
+    rounds = [[seconds(action) for action in actions] for _ in range(WARMUPS + REPEATS)][WARMUPS:]
+    memcpy_s, backup_s, load_back_s = (statistics.median(times) for times in zip(*rounds, strict=True))
+    copies.engine.close()
+    name = f"host_copies_{row_kib}kib"
+    return {
+        f"{name}_memcpy_gb_per_s": copies.num_bytes / memcpy_s / 1e9,
+        f"{name}_backup_ratio": backup_s / memcpy_s,
+        f"{name}_load_back_ratio": load_back_s / memcpy_s,
+        f"{name}_ratio": (backup_s + load_back_s) / (2 * memcpy_s),
+    }
+
+
+def seconds(action) -> float:
     start = time.perf_counter()
     action()
     return time.perf_counter() - start
 
 
-def fastest(actions: tuple[Callable[[], None], ...]) -> list[float]:
-    """Seconds of each action at its best; they take turns, so that a noisy neighbour slows all of them."""
-    rounds = [[seconds(action) for action in actions] for _ in range(WARMUPS + REPEATS)]
-    return [min(times) for times in zip(*rounds[WARMUPS:], strict=True)]
-
-
-def measure(row_kib: int, dtype: str) -> dict[str, float]:
-    """GB/s of each part, and the ratio."""
-    copies = Copies(row_kib, dtype)
-    gigabytes = NUM_MOVED * row_kib * 1024 / 1e9
-    parts = (copies.memcpy, copies.gather, copies.to_host, copies.to_device, copies.scatter)
-    result = {part.__name__: gigabytes / s for part, s in zip(parts, fastest(parts), strict=True)}
-    memcpy_s, backup_s, load_back_s = fastest((copies.memcpy, copies.backup, copies.load_back))
-    result |= {"backup_ratio": backup_s / memcpy_s, "load_back_ratio": load_back_s / memcpy_s}
-    return result | {"ratio": (backup_s + load_back_s) / (2 * memcpy_s)}
-
-
-def run() -> dict[str, dict[str, float]]:
-    """Results by "dtype, KiB per page and rank"."""
-    return {
-        f"{dtype} {row_kib} KiB": measure(row_kib, dtype)
-        for dtype in ("float32", "bfloat16")
-        for row_kib in (4, 16, 64, 256, 1024)
-    }
-
-
-def main() -> None:
-    results = run()
-    columns = list(next(iter(results.values())))
-    print(f"{NUM_MOVED} pages; GB/s, and ratios of seconds to memcpy's")
-    print(f"{'':<18}" + "".join(f"{column:>16}" for column in columns))
-    for name, row in results.items():
-        print(f"{name:<18}" + "".join(f"{row[column]:>16.2f}" for column in columns))
+def run() -> dict[str, float]:
+    figures: dict[str, float] = {}
+    for row_kib in (16, GOAL_KIB, 256):
+        figures |= measure(row_kib)
+    return figures | {"host_copies_ratio": figures[f"host_copies_{GOAL_KIB}kib_ratio"]}
 
 
 if __name__ == "__main__":
-    main()
+    for figure, value in run().items():
+        print(f"{figure:36} {value:8.2f}")

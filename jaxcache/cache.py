@@ -98,6 +98,8 @@ class Cache:
             raise ValueError(f"pools must be what init_pools returned or a later value of it, with arrays {wanted}")
         for name, fields in pools.items():
             for field, array in fields.items():
+                if array.shape[0] != self.device_pages[name]:
+                    raise ValueError(f"{name}.{field} has {array.shape[0]} pages, this cache {self.device_pages[name]}")
                 if array.is_deleted():
                     raise ValueError(f"stale pools: {name}.{field} was donated; pass what the last call returned")
 

@@ -202,10 +202,11 @@ class Demo:
         return {"requests": len(run.requests), "ttft_ms": percentiles(run.requests), **throughput(run)}
 
     def compare(self) -> dict[str, Any]:
-        uncached = self.serve("without a cache", False, None, self.requests())
         folder = self.args.storage or Path(tempfile.mkdtemp(prefix="jaxcache-demo-"))
         try:
-            cached = self.serve("with the cache", True, jaxcache.FileStorage(folder), self.requests())
+            storage = jaxcache.FileStorage(folder)  # refuses what it cannot use before anybody waits
+            uncached = self.serve("without a cache", False, None, self.requests())
+            cached = self.serve("with the cache", True, storage, self.requests())
             again = self.serve("after a restart", True, jaxcache.FileStorage(folder), self.requests())
         finally:
             if self.args.storage is None:

@@ -231,7 +231,8 @@ class Admission:
                 table[at - len(cached) : at] = cached
                 at -= len(cached)
                 node = node.parent
-            table[:at] = allocator.num_pages
+            if at:
+                table[:at] = allocator.num_pages
         lease._tables[c] = read_only(table)
 
     # ---- checkpoints of states

@@ -130,7 +130,11 @@ class Tiers:
         residency.allocator.free(page_ids)
         self.num_evicted_pages[residency.index] += len(page_ids)
         if self.only_full:
-            self._remove(node, residency)
+            parent = node.parent
+            assert parent is not None
+            key = (parent.id, node.first_page)
+            self.evictions.append((key, residency, self.step, self.reason, self.lease_id))
+            self.tree.remove(node)
             return
         self.tree.version += 1
         if self.full is None:

@@ -10,6 +10,7 @@ A padding id is `num_pages`, which a scatter drops. Never -1: that wraps around 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping
 
@@ -117,6 +118,7 @@ class PageMover:
         return padded
 
 
+@functools.cache  # caches of equal layout on one mesh share their programs
 def _gather_program(layout: PageLayout):
     """jit (pools, ids) -> staging."""
     specs = {f.spec.name: f.pool_spec for f in layout.fields}
@@ -129,6 +131,7 @@ def _gather_program(layout: PageLayout):
     return jax.jit(local, in_shardings=(shardings, replicated), out_shardings=shardings)
 
 
+@functools.cache
 def _scatter_program(layout: PageLayout):
     """jit (pools, ids, staging) -> pools, in place."""
     specs = {f.spec.name: f.pool_spec for f in layout.fields}

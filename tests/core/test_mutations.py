@@ -112,9 +112,9 @@ MUTATIONS = (
     Mutation(
         "a store does not pin",
         Stores,
-        "start",
-        "for held in self.tiers.hold(self.tiers.host[c], node, start)",
-        "for held in ()",
+        "_hold",
+        "holds += tiers.hold(host, node, node.end - 1 if entry.c == tiers.point else node.start)",
+        "pass",
         {"mixture": ("full",), "host_pages": 12, **THROUGH},
     ),
     Mutation(

@@ -10,6 +10,7 @@ devices, and its workers share the cores. Each direction is two copies in memory
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 
@@ -97,5 +98,4 @@ def run() -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    for figure, value in run().items():
-        print(f"{figure:36} {value:8.2f}")
+    print(json.dumps(run(), indent=2))

@@ -1,1 +1,1 @@
-"""Page transfers as Pallas kernels for GPUs, each with a reference. None yet: `jaxcache.pools.device_pool` uses XLA's."""
+"""Page transfers as Pallas kernels for GPUs. None yet: `jaxcache.pools.device_pool` uses XLA's."""

@@ -5,7 +5,6 @@ Everything is checked before anything changes: `available = free + resident - pi
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -13,9 +12,9 @@ import numpy as np
 
 from jaxcache.core import matching
 from jaxcache.core.backups import Backups
-from jaxcache.core.lease import Lease, read_only
+from jaxcache.core.lease import Lease
 from jaxcache.core.matching import Prefix
-from jaxcache.core.planner import Planner
+from jaxcache.core.planner import Counters, Planner
 from jaxcache.core.radix_tree import Node
 from jaxcache.core.sequence import Sequence
 from jaxcache.core.tiers import Hold, Tiers
@@ -42,7 +41,7 @@ class Loading(NamedTuple):
 class Admission:
     """loading: load-backs that are not scattered yet."""
 
-    def __init__(self, tiers: Tiers, planner: Planner, backups: Backups, counters: Counter[str]):
+    def __init__(self, tiers: Tiers, planner: Planner, backups: Backups, counters: Counters):
         self.tiers = tiers
         self.planner = planner
         self.backups = backups
@@ -220,11 +219,12 @@ class Admission:
             lease.write_slot = int(allocator.allocate(1)[0])
             lease.read_slot = None if states is None else int(states[0])
             return
-        table = own = allocator.allocate(num_own)
-        if node.parent is not None:
+        if node.parent is None:
+            table = allocator.allocate(num_own)
+        else:
             at = node.end // tiers.page_tokens
             table = np.empty(at + num_own, np.int32)
-            table[at:] = own
+            table[at:] = allocator.allocate_view(num_own)
             while node.parent is not None and node.end > low:
                 cached = node.pages[c]
                 assert cached is not None, f"{node=} is not on the device"
@@ -233,7 +233,8 @@ class Admission:
                 node = node.parent
             if at:
                 table[:at] = allocator.num_pages
-        lease._tables[c] = read_only(table)
+        table.flags.writeable = False
+        lease._tables[c] = table
 
     # ---- checkpoints of states
 
@@ -245,7 +246,7 @@ class Admission:
         stops = {branch: None}
         if self.tiers.point is not None:
             stops[sequence.prompt_tokens // grid * grid] = None
-        lease._stops = [stop for stop in sorted(stops) if stop > prefix.num_tokens]
+        lease._stops = tuple(stop for stop in sorted(stops) if stop > prefix.num_tokens)
 
     def checkpoints(self, lease: Lease, low: int, high: int) -> None:
         """Slots for the states to keep in (low, high]; a missing slot only costs a later hit."""

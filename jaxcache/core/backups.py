@@ -10,12 +10,11 @@ after its full pages. A backup counts as done when it is planned (snapshot seman
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
 
-from jaxcache.core.planner import Planner
+from jaxcache.core.planner import Counters, Planner
 from jaxcache.core.radix_tree import Node
 from jaxcache.core.stores import Stores
 from jaxcache.core.tiers import Tiers
@@ -35,7 +34,7 @@ class Copy(NamedTuple):
 class Backups:
     """Plans BACKUP, and tells `stores` what there is to store."""
 
-    def __init__(self, tiers: Tiers, planner: Planner, stores: Stores, counters: Counter[str]):
+    def __init__(self, tiers: Tiers, planner: Planner, stores: Stores, counters: Counters):
         self.tiers = tiers
         self.planner = planner
         self.stores = stores
@@ -89,7 +88,7 @@ class Backups:
         if not tiers.writes_back:
             return tiers.make_room(device, num_pages)
         while device.allocator.num_free < num_pages:
-            victim = next(iter(device.order), None)
+            victim = device.order.first()
             if victim is None:
                 return False
             self.spill(c, tiers.trim(device, victim, num_pages - device.allocator.num_free))

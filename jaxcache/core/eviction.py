@@ -29,6 +29,10 @@ class EvictionOrder(ABC):
         """No candidate any more, or never one."""
 
     @abstractmethod
+    def first(self) -> Node | None:
+        """The best victim."""
+
+    @abstractmethod
     def __iter__(self) -> Iterator[Node]:
         """Best victim first."""
 
@@ -56,6 +60,9 @@ class Lru(EvictionOrder):
 
     def discard(self, node: Node) -> None:
         self._nodes.pop(node, None)
+
+    def first(self) -> Node | None:
+        return next(iter(self._nodes), None)
 
     def __iter__(self) -> Iterator[Node]:
         return iter(self._nodes)

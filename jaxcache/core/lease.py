@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,6 +14,8 @@ from jaxcache.types import PageIds
 
 if TYPE_CHECKING:
     from jaxcache.core.tiers import Tiers
+
+NO_CHECKPOINTS: Any = MappingProxyType({})  # shared by all leases of caches without recurrent states
 
 
 class Lease:
@@ -75,14 +78,16 @@ class Lease:
         self.first_step = tiers.step
         self.read_slot: int | None = None
         self.write_slot: int | None = None
-        self.checkpoints: dict[int, int] = {}
+        self.checkpoints: dict[int, int] = {} if tiers.point is not None else NO_CHECKPOINTS
         self._tiers = tiers
         self._plan_is_applied = plan_is_applied
         self._tables: list[PageIds | None] = [None] * len(tiers.components)
         self._pin_tops = [0] * len(tiers.components)  # start of the topmost pinned node
         self._state_node: Node | None = None  # whose state it still reads
-        self._stops: list[int] = []  # where prefill chunks end
-        self._filled: dict[int, None] = {}  # checkpoints whose position was reported
+        self._stops: tuple[int, ...] = ()  # where prefill chunks end
+        self._filled: dict[int, None] = (
+            {} if tiers.point is not None else NO_CHECKPOINTS
+        )  # checkpoints whose position was reported
         self._last_grid_point: int | None = None
         self._released = False
 

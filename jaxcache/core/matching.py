@@ -32,10 +32,11 @@ NOTHING = Prefix(0, [], 0, 0)
 def match(tiers: Tiers, sequence: Sequence, max_tokens: int | None) -> Match:
     """The public answer; asking again while the tree is the same costs next to nothing."""
     prefix = longest_prefix(tiers, sequence, max_tokens)
-    described = sequence.described
-    if described is None or described[0] is not prefix:
-        described = sequence.described = (prefix, describe(tiers, sequence, prefix))
-    return described[1]
+    if prefix is not sequence.prefix:
+        return describe(tiers, sequence, prefix)
+    if sequence.match is None:
+        sequence.match = describe(tiers, sequence, prefix)
+    return sequence.match
 
 
 def longest_prefix(tiers: Tiers, sequence: Sequence, max_tokens: int | None) -> Prefix:
@@ -43,20 +44,19 @@ def longest_prefix(tiers: Tiers, sequence: Sequence, max_tokens: int | None) -> 
     limit = sequence.num_tokens - 1
     if max_tokens is not None and max_tokens < limit:
         limit = max_tokens
-    cached = sequence.match_cache
-    if cached is not None and cached[0] == tiers.tree.version and cached[1] == limit:
-        return cached[2]
-    if sequence.root.parent is not None or sequence.namespace.retired or not tiers.config.caching:
+    if sequence.namespace.retired or not tiers.config.caching:
         return NOTHING
     path = tiers.tree.walk(sequence, limit)
+    if sequence.prefix is not None:
+        return sequence.prefix
     num_tokens = found = path[-1][1] if path else 0
     if tiers.partial:
         ends = resumable_ends(tiers, path)
         place, num_tokens = ends[-1] if ends else (-1, 0)
         path = path[: place + 1]
-    prefix = Prefix(num_tokens, path, found, _device_tokens(tiers, num_tokens, path) if tiers.has_host else num_tokens)
-    sequence.match_cache = (tiers.tree.version, limit, prefix)
-    return prefix
+    device_tokens = _device_tokens(tiers, num_tokens, path) if tiers.has_host else num_tokens
+    sequence.prefix = Prefix(num_tokens, path, found, device_tokens)
+    return sequence.prefix
 
 
 def resumable_ends(tiers: Tiers, path: list[tuple[Node, int]]) -> list[tuple[int, int]]:

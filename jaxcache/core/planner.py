@@ -6,10 +6,11 @@ PYTHONHASHSEED; equal sequences of calls and agreed outcomes give equal digests.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 
 from jaxcache.types import Move, Plan, Transfer, TransferKind
 
+Counters = defaultdict[str, int]  # what happened, by name, from zero
 RECENT_DECISIONS = 64
 KINDS = {kind: code for code, kind in enumerate(TransferKind)}
 

@@ -10,7 +10,6 @@ its pages is freed, because some rank may still write into them.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +17,7 @@ import numpy as np
 
 from jaxcache.core import matching
 from jaxcache.core.backups import Backups
-from jaxcache.core.planner import Planner
+from jaxcache.core.planner import Counters, Planner
 from jaxcache.core.radix_tree import Node
 from jaxcache.core.sequence import Sequence
 from jaxcache.core.ticket import Ticket, TicketState
@@ -29,7 +28,7 @@ from jaxcache.types import NO_PAGES, Move, Outcome, PageIds, Span, TransferKind
 class Prefetches:
     """live: ticket id (of its QUERY or FETCH) -> ticket."""
 
-    def __init__(self, tiers: Tiers, planner: Planner, backups: Backups, counters: Counter[str]):
+    def __init__(self, tiers: Tiers, planner: Planner, backups: Backups, counters: Counters):
         self.tiers = tiers
         self.planner = planner
         self.backups = backups

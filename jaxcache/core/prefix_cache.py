@@ -11,7 +11,7 @@ same tree: same node ids, same page ids, same evictions, same digest.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,7 +27,7 @@ from jaxcache.core.explain import Explanation, explain
 from jaxcache.core.lease import Lease, read_only
 from jaxcache.core.matching import Prefix
 from jaxcache.core.page_hash import Namespace
-from jaxcache.core.planner import Planner
+from jaxcache.core.planner import Counters, Planner
 from jaxcache.core.prefetches import Prefetches
 from jaxcache.core.publishing import Publishing
 from jaxcache.core.sequence import Sequence
@@ -44,7 +44,7 @@ class PrefixCache:
         self.components = tuple(components)
         self.config = config
         self.tiers = Tiers(self.components, config)
-        self.counters: Counter[str] = Counter()
+        self.counters: Counters = defaultdict(int)
         self.planner = Planner()
         self.stores = Stores(self.tiers, self.planner, self.counters)
         self.backups = Backups(self.tiers, self.planner, self.stores, self.counters)

@@ -7,12 +7,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import numpy as np
 
 from jaxcache.core.lease import Lease, read_only
-from jaxcache.core.planner import Planner
+from jaxcache.core.planner import Counters, Planner
 from jaxcache.core.radix_tree import Node
 from jaxcache.core.tiers import Tiers
 from jaxcache.types import PageIds
@@ -21,7 +19,7 @@ from jaxcache.types import PageIds
 class Publishing:
     """Changes the tables of leases by replacing them: a running program may still read the old ones."""
 
-    def __init__(self, tiers: Tiers, planner: Planner, counters: Counter[str]):
+    def __init__(self, tiers: Tiers, planner: Planner, counters: Counters):
         self.tiers = tiers
         self.planner = planner
         self.counters = counters
@@ -243,10 +241,10 @@ class Publishing:
                 continue
             table = lease._tables[c]
             assert table is not None
-            own = table[lease._published // tiers.page_tokens :]
-            if c != tiers.full:
-                own = own[own != device.allocator.num_pages]
-            device.allocator.free(own)
+            first = lease._published // tiers.page_tokens
+            if first < len(table):
+                own = table[first:]
+                device.allocator.free(own if c == tiers.full else own[own != device.allocator.num_pages])
             device.unpin_up(lease._node, lease._pin_tops[c])
         lease._node.ends_here -= 1
         if tiers.full is None:

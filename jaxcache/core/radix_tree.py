@@ -137,6 +137,7 @@ class RadixTree:
             node = child
             offset = end * 4
         sequence.path = path
+        sequence.prefix = sequence.match = None
         sequence.path_version = self.version
         sequence.path_limit = limit
         return path

@@ -20,21 +20,21 @@ class Sequence:
     """Tokens as int32 bytes in one namespace.
 
     prompt_tokens: how many there were at the start; what `extend` adds later is generated text
-    path, path_version: where the last walk ended, and the version of the tree that it saw (see RadixTree.walk)
-    match_cache, described: the last answer of `longest_prefix`, and of `match` (see core/matching.py)
+    path:           where the last walk went; path_limit, path_version: how far, and the tree's version (RadixTree.walk)
+    prefix, match:  what core/matching.py made of it; None: not asked yet
     """
 
     __slots__ = (
         "data",
-        "described",
         "keys",
-        "match_cache",
+        "match",
         "namespace",
         "num_tokens",
         "page_bytes",
         "path",
         "path_limit",
         "path_version",
+        "prefix",
         "prompt_tokens",
         "root",
     )
@@ -51,8 +51,8 @@ class Sequence:
         self.path: list[tuple[Node, int]] = []
         self.path_version = -1
         self.path_limit = -1
-        self.match_cache: Any = None
-        self.described: Any = None
+        self.prefix: Any = None
+        self.match: Any = None
 
     def extend(self, tokens: Any) -> None:
         """Appends generated tokens (list, numpy int array, or jax array on the host)."""

@@ -6,12 +6,12 @@ the ranks. A STORE pins its host pages until it is quiet.
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict, deque
+from collections import OrderedDict, deque
 from typing import NamedTuple
 
 import numpy as np
 
-from jaxcache.core.planner import Planner
+from jaxcache.core.planner import Counters, Planner
 from jaxcache.core.radix_tree import Node
 from jaxcache.core.tiers import Hold, Tiers
 from jaxcache.types import Move, Outcome, PageIds, TransferKind
@@ -35,7 +35,7 @@ class LiveStore(NamedTuple):
 class Stores:
     """live: STORE id -> what it pins. attached: whether there is a storage at all."""
 
-    def __init__(self, tiers: Tiers, planner: Planner, counters: Counter[str]):
+    def __init__(self, tiers: Tiers, planner: Planner, counters: Counters):
         self.tiers = tiers
         self.planner = planner
         self.counters = counters

@@ -148,8 +148,7 @@ class Cache:
     @property
     def idle(self) -> bool:
         """Nothing runs or is in flight: waiting would change nothing."""
-        core = self.core
-        return not (core.leases or core.live_transfers() or core.admission.loading)
+        return not self.core.is_busy()
 
     # ---- requests
 

@@ -65,6 +65,8 @@ class CacheConfig:
         for name, kind in (("write_policy", WritePolicy), ("prefetch_policy", PrefetchPolicy)):
             if not isinstance(self.__dict__[name], kind):
                 raise ValueError(f"{name} must be a {kind.__name__}, not {self.__dict__[name]!r}")
+        if self.max_stores >= self.max_live_transfers:
+            raise ValueError(f"{self.max_stores=} must leave some of {self.max_live_transfers=} to prefetches")
         if not 0 < self.prefetch_host_share <= 1:
             raise ValueError(f"{self.prefetch_host_share=} must be in (0, 1]")
         if self.storage_deadline_s <= 0:

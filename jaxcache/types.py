@@ -91,10 +91,7 @@ class Transfer:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """What the runtime must do now, in this order.
-
-    discarded: ids of load-backs whose scatter must not happen any more (`drop_device`)
-    """
+    """What the runtime must do now, in this order."""
 
     transfers: tuple[Transfer, ...]
 

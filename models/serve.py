@@ -73,14 +73,25 @@ class Request:
 
 
 class Server:
-    """Serves requests first come, first served. `extend(params, pools, batch) -> (logits, pools)` donates the pools."""
+    """Serves requests first come, first served.
 
-    def __init__(self, cache: jaxcache.Cache, extend: Extend, params: Any, model: str, shape: BatchShape | None = None):
+    extend(params, pools, batch) -> (logits, pools): donates the pools
+    namespace: names model and weights; other weights must never get its pages, so name their version too
+    """
+
+    def __init__(
+        self,
+        cache: jaxcache.Cache,
+        extend: Extend,
+        params: Any,
+        namespace: jaxcache.Namespace,
+        shape: BatchShape | None = None,
+    ):
         self.cache = cache
         self.extend = extend
         self.params = params
         self.shape = shape or BatchShape()
-        self.namespace = cache.new_namespace(model=model)
+        self.namespace = namespace
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.pools = cache.init_pools()
@@ -136,18 +147,22 @@ class Server:
             free -= 1
 
     def _admit_one(self, request: Request) -> bool:
+        """Service starts now, or, if only the prefetch is awaited, with the first attempt: that is no queueing."""
         assert request.sequence is not None
+        start_s = request.service_start_s or time.perf_counter()
         found = self.cache.match(request.sequence).num_tokens
         chunk = min(self.shape.chunk_tokens, request.num_tokens - found)
         lease = self.cache.admit(request.sequence, chunk, ticket=request.ticket)
         if isinstance(lease, jaxcache.Wait):
+            if lease.reason == "prefetch":
+                request.service_start_s = start_s
             if not self.running and lease.reason == "no room" and self.cache.idle:
                 raise self._does_not_fit(request)
             return False
         request.lease, request.ticket = lease, None
         request.num_computed = lease.num_cached_tokens
+        request.service_start_s = start_s
         if request.hit_tokens is None:
-            request.service_start_s = time.perf_counter()
             tiers = {"device": lease.device_tokens, "host": lease.host_tokens, "storage": lease.storage_tokens}
             request.hit_tokens = tiers
         return True

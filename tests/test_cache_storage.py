@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Sequence
 
 import pytest
 
 import jaxcache
 from jaxcache.storage.base import ObjectKey
-from tests.models.serving import Driver, Rig, check_equal, random_tokens, reference, rig_on
+from tests.models.serving import PAGE_TOKENS, Driver, Rig, check_equal, random_tokens, reference, rig_on
 
 PROMPT = random_tokens(1, 45)
 OTHER = random_tokens(2, 45)
@@ -128,3 +129,68 @@ def test_storage_that_fails_at_run_time(rig, mood, counter):
     storage.mood = "good"
     with rig.cache(storage) as cache:
         assert Driver(rig, cache).ask_storage(PROMPT).hits == (0, 0, 44)
+
+
+class Hung(Moody):
+    """Every second batch of questions, and every `put`, takes for ever (until `freed`)."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_questions = 0
+
+    def exists(self, keys: Sequence[ObjectKey]) -> list[bool]:
+        self.num_questions += 1
+        if self.num_questions > 1:
+            self.freed.wait(30)
+        return [True] * len(keys)
+
+    def put(self, key: ObjectKey, buffer: memoryview) -> bool:
+        return self.freed.wait(30)
+
+
+def test_a_question_that_times_out_half_answered_goes_on(rig):
+    """L8: its first batch of keys was answered, the second never: what is agreed is fetched, or is a miss."""
+    storage = Hung()
+    with rig.cache(storage, host_pages=1024, prefetch_host_share=1.0, storage_deadline_s=0.2) as cache:
+        driver = Driver(rig, cache)
+        ticket = cache.prefetch(driver.sequence(random_tokens(5, 300 * PAGE_TOKENS)))
+        assert ticket is not None
+        deadline = time.monotonic() + 20
+        while not ticket.done and time.monotonic() < deadline:
+            driver.step()
+        assert ticket.done
+        storage.freed.set()
+
+
+def test_hung_storage_never_fills_the_lanes(rig):
+    """L8: more stalled stores and prefetches than lanes; every ticket is decided at its deadline all the same."""
+    storage = Hung()
+    storage.num_questions = 1
+    limits = {"max_live_transfers": 4, "max_stores": 2, "storage_deadline_s": 0.2, "prefetch_min_tokens": PAGE_TOKENS}
+    with rig.cache(storage, host_pages=256, prefetch_host_share=1.0, **limits) as cache:
+        driver = Driver(rig, cache)
+        driver.ask(PROMPT)
+        driver.ask(OTHER)
+        tickets = [cache.prefetch(driver.sequence(random_tokens(50 + i, 3 * PAGE_TOKENS))) for i in range(9)]
+        deadline = time.monotonic() + 20
+        while not all(ticket is not None and ticket.done for ticket in tickets) and time.monotonic() < deadline:
+            driver.step()
+        assert all(ticket is not None and ticket.done for ticket in tickets)
+        storage.freed.set()
+
+
+def test_what_storage_lost_is_stored_again(rig):
+    """L1: values that vanished (cleared, evicted by a quota) are stored again once a question has missed them."""
+    storage = Moody()
+    with rig.cache(storage) as cache:
+        driver = Driver(rig, cache)
+        driver.ask(PROMPT)
+        driver.drain()
+        before = set(storage.values)
+        assert before
+        storage.clear()
+        cache.reset()
+        assert driver.ask_storage(PROMPT).hits == (0, 0, 0)
+        driver.drain()
+        assert len(before) == 12
+        assert len(before & set(storage.values)) == 11, "all that was asked for; the last page has generated tokens"

@@ -116,7 +116,6 @@ class Clearing:
                 held.residency.pin_up(held.node, held.top)
         if pages:
             self.limbo.append(Limbo(self.core.live_transfers(), tiers.step + 1, pages))
-        self.core.admission.loading.clear()
         tiers.tree.version += 1
 
     def _holders(self) -> list[list[Hold]]:

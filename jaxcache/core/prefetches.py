@@ -20,6 +20,7 @@ from jaxcache.core.backups import Backups
 from jaxcache.core.planner import Counters, Planner
 from jaxcache.core.radix_tree import Node
 from jaxcache.core.sequence import Sequence
+from jaxcache.core.stores import Stores
 from jaxcache.core.ticket import Ticket, TicketState
 from jaxcache.core.tiers import Tiers
 from jaxcache.types import NO_PAGES, Move, Outcome, PageIds, Span, TransferKind
@@ -28,9 +29,10 @@ from jaxcache.types import NO_PAGES, Move, Outcome, PageIds, Span, TransferKind
 class Prefetches:
     """live: ticket id (of its QUERY or FETCH) -> ticket."""
 
-    def __init__(self, tiers: Tiers, planner: Planner, backups: Backups, counters: Counters):
+    def __init__(self, tiers: Tiers, planner: Planner, stores: Stores, backups: Backups, counters: Counters):
         self.tiers = tiers
         self.planner = planner
+        self.stores = stores
         self.backups = backups
         self.counters = counters
         self.live: dict[int, Ticket] = {}
@@ -124,17 +126,21 @@ class Prefetches:
             move.component: {end for end, found in zip(move.page_ends, exists[move.component], strict=True) if found}
             for move in self._questions(ticket)
         }
-        for end in reversed(self._ends(ticket.matched_end, ticket.bound)):
-            if all(self._servable(ticket, c, end, there[tiers.components[c].name]) for c in tiers.top_first):
+        assert tiers.full is not None
+        covered = ticket.start
+        while covered + tiers.page_tokens in there[tiers.components[tiers.full].name]:
+            covered += tiers.page_tokens
+        for end in reversed(self._ends(ticket.matched_end, min(ticket.bound, covered))):
+            if all(self._servable(c, end, there[tiers.components[c].name]) for c in tiers.partial):
                 return end
         return 0
 
-    def _servable(self, ticket: Ticket, c: int, end: int, there: set[int]) -> bool:
-        tiers = self.tiers
-        if c == tiers.point:
+    def _servable(self, c: int, end: int, there: set[int]) -> bool:
+        """Whether the window or state that resuming at `end` needs is there, whole."""
+        if c == self.tiers.point:
             return end in there
-        low = ticket.start if c == tiers.full else tiers.required_start(c, end)
-        return all(e in there for e in range(low + tiers.page_tokens, end + 1, tiers.page_tokens))
+        page = self.tiers.page_tokens
+        return all(e in there for e in range(self.tiers.required_start(c, end) + page, end + 1, page))
 
     # ---- agreed outcomes
 
@@ -155,6 +161,8 @@ class Prefetches:
             ticket.bound = outcome.smallest_end
             return
         end = outcome.smallest_end
+        if not ticket.cancelled:
+            self._doubt(ticket, end)
         if ticket.cancelled or end <= ticket.matched_end:
             self.counters["prefetch_misses"] += not ticket.cancelled
             ticket.state = TicketState.DRAIN
@@ -166,6 +174,12 @@ class Prefetches:
         ticket.state = TicketState.FETCH
         ticket.id = self.planner.add(TransferKind.FETCH, self._fetches(ticket))
         self.live[ticket.id] = ticket
+
+    def _doubt(self, ticket: Ticket, end: int) -> None:
+        """What storage did not have beyond `end` is not believed stored any more: it will be written again."""
+        for move in self._questions(ticket):
+            pairs = zip(move.page_keys, move.page_ends, strict=True)
+            self.stores.doubt(move.component, tuple(key for key, page_end in pairs if page_end > end))
 
     def _fetches(self, ticket: Ticket) -> tuple[Move, ...]:
         """What to read for the agreed end; reserved pages beyond that are free at once, nobody has seen them."""
@@ -240,6 +254,7 @@ class Prefetches:
         come = ticket.progress.get(tiers.components[tiers.full].name, 0)
         end = min(ticket.agreed_end, ticket.start + come * tiers.page_tokens)
         self.resolve(ticket, "transfer", ticket.agreed_end - max(end, base) if ticket.agreed_end > base else 0)
+        self._doubt(ticket, max(end, base))
         node = self._place(ticket.sequence, base)
         if node is None:
             self.resolve(ticket, "host_capacity", ticket.unresolved_tokens)

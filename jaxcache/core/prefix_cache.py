@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 
@@ -36,6 +37,8 @@ from jaxcache.core.ticket import Ticket, TicketState
 from jaxcache.core.tiers import Tiers
 from jaxcache.types import Match, Outcome, Plan, PrefetchPolicy, TransferKind, Wait
 
+DIGEST_TAIL_BYTES = 256
+
 
 class PrefixCache:
     """Generic over any tuple of components. counters: what `stats` reports, from zero."""
@@ -50,7 +53,7 @@ class PrefixCache:
         self.backups = Backups(self.tiers, self.planner, self.stores, self.counters)
         self.admission = Admission(self.tiers, self.planner, self.backups, self.counters)
         self.publishing = Publishing(self.tiers, self.planner, self.counters)
-        self.prefetches = Prefetches(self.tiers, self.planner, self.backups, self.counters)
+        self.prefetches = Prefetches(self.tiers, self.planner, self.stores, self.backups, self.counters)
         self.leases: dict[int, Lease] = {}
         self.clearing = Clearing(self)
         self._scatter_is_due = False
@@ -125,8 +128,8 @@ class PrefixCache:
         |---- on device ----|---- loaded back ----|---- new pages ----|
         0             device_tokens       num_cached_tokens    + num_new_tokens
 
-        Wait(reason): not now, and nothing has changed. While nothing else runs a shorter hit that fits is taken, so in
-        an empty cache only a chunk that is larger than the device waits for ever.
+        Wait(reason): not now, and nothing has changed (but a running best_effort ticket may have been decided). While
+        nothing else runs a shorter hit that fits is taken, so only a chunk larger than the device waits for ever.
         """
         self._check_sequence(sequence)
         if num_new_tokens < 1:
@@ -139,7 +142,7 @@ class PrefixCache:
         if running and self.config.prefetch_policy is PrefetchPolicy.WAIT_COMPLETE:
             return self._wait("prefetch")
         prefix, need = self.admission.longest(sequence, max_cached_tokens, num_new_tokens)
-        if need is None and not self._busy():
+        if need is None and not self.is_busy():
             prefix, need = self.admission.longest_that_fits(sequence, max_cached_tokens, num_new_tokens)
         if need is None:
             return self._wait("no room")
@@ -147,16 +150,18 @@ class PrefixCache:
             assert ticket is not None
             self._take_what_came(ticket)
             prefix, need = self.admission.longest_that_fits(sequence, max_cached_tokens, num_new_tokens)
-            assert need is not None, "accepting a prefetch takes host memory only: what fitted before still fits"
+            if need is None:  # under write_back the pages that came pin those above them
+                return self._wait("no room")
         return self._admit(sequence, prefix, need, num_new_tokens, ticket)
 
     def _wait(self, reason: str) -> Wait:
         self.counters["waits"] += 1
         return Wait(reason)
 
-    def _busy(self) -> bool:
-        """Whether anything runs whose end could make room."""
-        return bool(self.leases or self.admission.loading or self.prefetches.live or self.stores.live)
+    def is_busy(self) -> bool:
+        """Whether anything runs whose end could make room on the device (storage: only under write_back)."""
+        storage = self.tiers.writes_back and (self.prefetches.live or self.stores.live)
+        return bool(self.leases or self.admission.loading or storage)
 
     def _take_what_came(self, ticket: Ticket) -> None:
         """best_effort: what is agreed so far becomes the tree's, and nothing more is wanted."""
@@ -183,7 +188,8 @@ class PrefixCache:
             lease.host_tokens = num_cached_tokens - device_tokens - lease.storage_tokens
             counters["host_hit_tokens"] += lease.host_tokens
             counters["storage_hit_tokens"] += lease.storage_tokens
-        self.planner.note("admit", 3, id, num_cached_tokens, lease._node.id)
+        tail = sequence.data[-DIGEST_TAIL_BYTES:]  # ranks that were given different prompts should not agree
+        self.planner.note("admit", 3, id, num_cached_tokens, crc32(tail, sequence.num_tokens))
         return lease
 
     def grow(self, lease: Lease, num_computed: int, num_new_tokens: int) -> bool:

@@ -72,6 +72,12 @@ class Node:
         return f"Node({self.id}, [{self.start}, {self.end}))"
 
 
+def compact(edge: memoryview) -> memoryview | bytes:
+    """An edge that does not keep a much larger prompt alive: a view of at least a quarter of it, else a copy."""
+    whole: Any = edge.obj
+    return edge if 4 * len(edge) >= len(whole) else bytes(edge)
+
+
 class RadixTree:
     """One root per namespace.
 
@@ -194,7 +200,7 @@ class RadixTree:
         assert parent is not None and node.start < at < node.end and at % self.page_tokens == 0, f"{node=} {at=}"
         cut = (at - node.start) * 4
         edge = memoryview(node.edge)
-        prefix = self._node(parent, edge[:cut], node.first_page, at)
+        prefix = self._node(parent, compact(edge[:cut]), node.first_page, at)
         prefix.ready_step = node.ready_step
         prefix.hits = node.hits
         prefix.is_output = node.is_output
@@ -202,7 +208,7 @@ class RadixTree:
             pages = cut // self.page_bytes
             prefix.keys, node.keys = node.keys[:pages], node.keys[pages:]
         parent.children[node.first_page] = prefix
-        node.edge = edge[cut:]
+        node.edge = compact(edge[cut:])
         node.first_page = bytes(node.edge[: self.page_bytes])
         node.parent = prefix
         prefix.children[node.first_page] = node
@@ -217,7 +223,7 @@ class RadixTree:
         edge = memoryview(node.edge)
         lost = bytes(edge[cut : cut + self.page_bytes])
         node.end -= (len(edge) - cut) // 4
-        node.edge = edge[:cut]
+        node.edge = compact(edge[:cut])
         if node.keys is not None:
             node.keys = node.keys[:num_pages]
         self.version += 1

@@ -26,7 +26,7 @@ class Waiting(NamedTuple):
 
 
 class LiveStore(NamedTuple):
-    """believed: what may be believed stored when so many leading pages of a component are good"""
+    """What a STORE pins until it is quiet, and the keys of what it writes, by component."""
 
     holds: list[Hold]
     keys: dict[str, tuple[bytes, ...]]

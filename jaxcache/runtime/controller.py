@@ -14,9 +14,9 @@ from typing import Any
 
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.pools.device_pool import DevicePools
-from jaxcache.runtime.agreement import Agreement
+from jaxcache.runtime.agreement import Agreed, Agreement
 from jaxcache.runtime.transfer_engine import Status, TransferEngine
-from jaxcache.types import Outcome
+from jaxcache.types import Outcome, RanksDiverged
 
 
 class Controller:
@@ -29,7 +29,7 @@ class Controller:
 
     def step(self) -> None:
         """Takes what the ranks agreed on, and says what happened here. Raises RanksDiverged, TransferFault."""
-        agreed = self.agreement.read()
+        agreed = self._read()
         before = self.core.live_transfers()
         self.core.commit(agreed.outcomes if agreed is not None else {})
         live = self.core.live_transfers()
@@ -40,14 +40,23 @@ class Controller:
             self.engine.cancel(id)
         self._issue(live)
 
+    def _read(self) -> Agreed | None:
+        try:
+            return self.agreement.read()
+        except RanksDiverged as error:
+            raise RanksDiverged(f"{error}; last decisions: {list(self.core.planner.recent)[-16:]}") from error
+
     def _issue(self, live: list[int]) -> None:
-        """Storage transfers are carried every step, in the order of their ids as far as there are lanes; without any,
-        only the digest is exchanged, every few steps. All ranks know which it is."""
+        """Storage transfers are carried every step, as far as there are lanes: undecided ones first, in the order of
+        their ids, so that those which only await quiet never keep others waiting. Without any, only the digest is
+        exchanged, every few steps. All ranks know which it is."""
         config = self.core.config
         if not live and self.core.step_number % config.agreement_every_steps:
             return
         statuses = self.engine.poll()
-        outcomes = {id: self._outcome(id, statuses) for id in live[: config.max_live_transfers]}
+        unwanted = dict.fromkeys(self.core.unwanted_transfers())
+        carried = sorted(live, key=lambda id: (id in unwanted, id))[: config.max_live_transfers]
+        outcomes = {id: self._outcome(id, statuses) for id in sorted(carried)}
         ok = self.engine.fault is None
         self.agreement.issue(self.core.step_number, self.core.digest, outcomes, _clock_ms(), ok)
 

@@ -88,9 +88,9 @@ class StorageOperation:
         """A consistent view; once done, it stays the same but for `quiet`."""
         with self._lock:
             done, quiet = self._is_done(), self._num_open == 0
-            if self.transfer.kind is TransferKind.QUERY:
+            if self.transfer.kind is TransferKind.QUERY:  # touches no host page, so it is quiet as soon as it is done
                 exists = {name: good.copy() for name, good in self._good.items()}
-                return Status(done, quiet, {}, exists, self._ok)
+                return Status(done, done, {}, exists, self._ok)
             pages = {name: _num_leading(good) for name, good in self._good.items()}
             return Status(done, quiet, pages, None, self._ok)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from jaxcache.types import TransferKind, Wait
-from tests.core.helpers import FULL, PAGE, Server, prompt, state, window
+from tests.core.helpers import FULL, PAGE, Server, prompt, server_with_storage, state, window
 
 
 def everything(server: Server) -> tuple:
@@ -340,4 +340,16 @@ def test_without_caching_nothing_is_ever_found():
         assert server.prefill(prompt(16)) == 0
     assert server.match(prompt(16)).num_tokens == 0
     assert server.core.tiers.tree.num_nodes == 0
+    server.check_empty()
+
+
+def test_a_stalled_store_starves_nobody():
+    """A1, L8: it frees no device page, so a hit that does not fit is shortened although the store is still running."""
+    server = server_with_storage(device_pages=10)
+    server.prefill(prompt(36))
+    server.step(num_storage_pages=0)
+    assert server.core.stores.live
+    lease = server.admit([*prompt(36), *prompt(16, 5000)], chunk=16)
+    assert lease.num_cached_tokens < 36
+    server.release(lease)
     server.check_empty()

@@ -96,6 +96,24 @@ def test_reset_with_a_planned_load_back():
     server.check_empty()
 
 
+def test_no_model_step_between_a_reset_and_the_scatter_that_was_on_its_way():
+    """S1: the pages are free again, but the scatter comes first, so the tables are not to be had before."""
+    server = Server(device_pages=8, host_pages=32)
+    server.prefill(prompt(16))
+    server.flush_device()
+    server.settle()
+    server.release(server.admit(prompt(17)))
+    server.plane.apply()
+    server.core.reset()
+    server.core.commit({})
+    assert server.free() == 8
+    assert not server.core.plan_is_applied()
+    server.plane.apply()
+    assert server.core.plan_is_applied()
+    server.prefill(prompt(16, 1000))
+    server.check_empty()
+
+
 def test_dropping_the_device_keeps_what_host_memory_has():
     """Design: after a failed donated step, requests come back and load what was backed up."""
     server = Server(FULL, window(6), state(), host_pages=32)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxcache.core import matching
 from jaxcache.core.radix_tree import RadixTree
 from jaxcache.types import Match
 from tests.core.helpers import FULL, NEXT, PAGE, Server, prompt, state, window

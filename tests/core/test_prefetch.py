@@ -395,3 +395,29 @@ def test_what_came_and_was_not_taken_is_counted(config, options):
     assert server.admit(ticket.sequence, ticket=ticket, **options).num_cached_tokens == 0
     assert unfulfilled(server) == {"not_taken": 32}
     check_accounts(server)
+
+
+@pytest.mark.parametrize("components", [(FULL,), (FULL, window(6)), (FULL, window(9), state(8))], ids=len)
+def test_the_largest_end_is_what_the_definition_says(components, rng):
+    """L3: the largest end at which all that `required` names is there; whatever storage has."""
+    server = server_with_storage(*components)
+    server.prefill(prompt(8))
+    ticket = server.prefetch(prompt(80))
+    moves = {move.component: move for move in server.planned(TransferKind.QUERY)[0].moves}
+    grid = server.core.tiers.grid_tokens
+    seen = {}
+    for _ in range(100):
+        share = rng.choice([0.5, 0.9, 1.0])
+        exists = {name: rng.random(len(move.page_keys)) < share for name, move in moves.items()}
+        there = {n: {e for e, found in zip(m.page_ends, exists[n], strict=True) if found} for n, m in moves.items()}
+        want = 0
+        for end in range(grid, ticket.end + 1, grid):
+            needed = {c.name: range(c.required(end).start // PAGE * PAGE + PAGE, end + 1, PAGE) for c in components}
+            needed["full"] = range(ticket.start + PAGE, end + 1, PAGE)
+            if "state" in needed:
+                needed["state"] = range(end, end + 1)
+            if end > ticket.matched_end and all(set(ends) <= there[name] for name, ends in needed.items()):
+                want = end
+        assert server.core.largest_end(ticket.id, exists) == want
+        seen[want] = None
+    assert len(seen) > 2

@@ -66,7 +66,7 @@ class Rig:
         return jaxcache.Cache(parts, self.mesh, jaxcache.CacheConfig(**choices), storage=storage)
 
     def server(self, cache: jaxcache.Cache) -> Server:
-        return Server(cache, self.extend, self.params, "tiny", SHAPE)
+        return Server(cache, self.extend, self.params, cache.new_namespace(model="tiny"), SHAPE)
 
 
 @functools.cache

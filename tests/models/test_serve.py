@@ -161,7 +161,15 @@ def test_corrupting_one_page_that_is_hit_changes_the_tokens(rig, tier):
         corrupt(server, tier, int(node.pages[tier == "host"][0]))
         outputs = serve(server, later)
         assert hits(later)[tier] > 0
-    assert outputs != uncached(rig.mesh)[12:24]
+    want = uncached(rig.mesh)[12:24]
+    assert outputs != want
+    runs = [
+        demo.Run([replace(r, output=output) for r, output in zip(later, o, strict=True)], 1.0, {"counters": {}}, 0)
+        for o in (want, outputs, want)
+    ]
+    figures = demo.compare_runs(*runs)
+    assert not figures["tokens_identical"]
+    assert figures["restart"]["tokens_identical"]
 
 
 def corrupt(server: Server, tier: str, page: int) -> None:

@@ -246,7 +246,11 @@ def compare_runs(uncached: Run, cached: Run, again: Run) -> dict[str, Any]:
         "distinct_tokens": len({token for output in cached.outputs for token in output}),
         "retractions": sum(request.num_retractions for request in cached.requests),
         "drops": {name: n for name, n in cached.stats["counters"].items() if name.startswith(DROPS)},
-        "restart": {"hit_tokens": again.hit_tokens(), "tokens_identical": again.outputs == uncached.outputs},
+        "restart": {
+            "hit_tokens": again.hit_tokens(),
+            "tokens_identical": again.outputs == uncached.outputs,
+            **throughput(again),
+        },
         "compiles_after_warmup": uncached.compiles + cached.compiles + again.compiles,
     }
 
@@ -290,6 +294,7 @@ def report(figures: dict[str, Any], uncached: Run, cached: Run) -> Table:
     row("every token as without a cache", "yes" if figures["tokens_identical"] else "NO")
     restart = figures["restart"]
     row("after a restart, prompt tokens from storage", f"{restart['hit_tokens']['storage']:,}")
+    row("after a restart, tokens per second", f"{restart['tokens_per_s']:,}")
     row("after a restart, every token the same", "yes" if restart["tokens_identical"] else "NO")
     row("programs compiled while serving", str(figures["compiles_after_warmup"]))
     return table

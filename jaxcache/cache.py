@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -89,6 +90,7 @@ class Cache:
 
     def warmup(self, pools: DevicePools) -> DevicePools:
         """Compiles every transfer program, so that nothing compiles while serving; pools come back unchanged."""
+        self._check_open()
         self._check_pools(pools)
         return self.engine.warmup(pools)
 
@@ -178,6 +180,7 @@ class Cache:
 
     def prefetch(self, sequence: TokenSequence) -> Ticket | None:
         """Asks storage for what follows the match, while the request waits; None where that cannot pay."""
+        self._check_open()
         return self.core.prefetch(sequence)
 
     def cancel(self, ticket: Ticket) -> None:
@@ -219,6 +222,7 @@ class Cache:
 
     def drop_device(self) -> DevicePools:
         """After a failed donated step: forgets the device tier, keeps host memory, returns fresh pools."""
+        self._check_open()
         self.core.drop_device()
         self.engine.discard_load_backs()
         return self.init_pools()
@@ -251,17 +255,23 @@ class Cache:
             "transfers": self.engine.stats(),
         }
 
-    def drain(self, pools: DevicePools) -> DevicePools:
-        """Steps until every transfer is over, so that all that can be stored is stored (for orderly ends and tests)."""
+    def drain(self, pools: DevicePools, timeout_s: float = 300.0) -> DevicePools:
+        """Steps until every transfer is over, so that all that can be stored is stored (for orderly ends and tests).
+
+        Raises TimeoutError, naming what is left, when a storage hangs for longer; the cache stays usable.
+        """
+        deadline = time.monotonic() + timeout_s
         pools = self.apply(pools)
         while True:
             pools = self.apply(self.step(pools))
-            self.engine.drain()
-            if not (self.core.live_transfers() or self.core.stores.queue or self.core.admission.loading):
+            core = self.core
+            if not (core.live_transfers() or core.stores.queue or core.admission.loading):
                 return pools
+            if not self.engine.drain(deadline - time.monotonic()):
+                raise TimeoutError(f"storage transfers {core.live_transfers()} were still running after {timeout_s} s")
 
     def close(self) -> None:
-        """Stops the workers; what is stored stays stored. A closed cache raises RuntimeError."""
+        """Stops the workers; what is stored stays stored. Afterwards whatever would move pages raises RuntimeError."""
         if not self._closed:
             self._closed = True
             self.engine.close()

@@ -194,3 +194,15 @@ def test_what_storage_lost_is_stored_again(rig):
         driver.drain()
         assert len(before) == 12
         assert len(before & set(storage.values)) == 11, "all that was asked for; the last page has generated tokens"
+
+
+def test_draining_a_hung_storage_gives_up(rig):
+    """It names what is left, and the cache goes on serving."""
+    storage = Hung()
+    with rig.cache(storage, storage_deadline_s=0.1) as cache:
+        driver = Driver(rig, cache)
+        driver.ask(PROMPT)
+        with pytest.raises(TimeoutError, match=r"storage transfers \[\d+\] were still running after 0.3 s"):
+            cache.drain(driver.pools, timeout_s=0.3)
+        assert sum(driver.ask(PROMPT).hits) == 44
+        storage.freed.set()

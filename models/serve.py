@@ -24,6 +24,7 @@ import numpy as np
 import jaxcache
 from models.paged_attention import ExtendBatch
 
+WAIT_S = 0.0005
 Extend = Callable[[Any, Any, ExtendBatch], tuple[jax.Array, Any]]
 
 
@@ -112,6 +113,8 @@ class Server:
         """Serves until nobody is left; yields requests as they finish."""
         while self.waiting or self.running:
             yield from self.step()
+            if not self.running:
+                time.sleep(WAIT_S)  # everybody waits for storage: leave the processor to its threads
 
     def step(self) -> list[Request]:
         """One iteration: decode, then prefill, each a step of the cache. Returns the requests that finished in it.

@@ -52,7 +52,7 @@ class Admission:
     def longest(self, sequence: Sequence, max_tokens: int | None, num_new_tokens: int) -> tuple[Prefix, Need | None]:
         """The longest prefix whose load-back is worth it, and what it takes; (prefix, None) if that does not fit."""
         prefix = matching.longest_prefix(self.tiers, sequence, max_tokens)
-        if not self._worth_loading(prefix):
+        if prefix.device_tokens < prefix.num_tokens and not self._worth_loading(prefix):
             prefix = next(self._shorter(prefix))
         return prefix, self._need(prefix, num_new_tokens)
 

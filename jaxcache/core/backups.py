@@ -43,9 +43,10 @@ class Backups:
         self.on_insert = self.policy in ON_INSERT
 
     def after_insert(self, node: Node, old_end: int) -> None:
-        """Backs up what is new on the path of `node`, and what could not be backed up before, top first."""
-        if not self.on_insert:
-            return
+        """Backs up what is new on the path of `node`, and what could not be backed up before, top first.
+
+        Called if the policy is to copy `on_insert`.
+        """
         num = len(self.tiers.components)
         chain = []
         while node.parent is not None:

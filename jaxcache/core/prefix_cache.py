@@ -37,7 +37,7 @@ from jaxcache.core.ticket import Ticket, TicketState
 from jaxcache.core.tiers import Tiers
 from jaxcache.types import Match, Outcome, Plan, PrefetchPolicy, TransferKind, Wait
 
-DIGEST_TAIL_BYTES = 256
+DIGEST_TAIL_BYTES = 64
 
 
 class PrefixCache:
@@ -233,7 +233,8 @@ class PrefixCache:
         self.tiers.lease_id = lease.id
         self.publishing.insert(lease, num_computed)
         self.planner.note("insert", 5, lease.id, lease._published, lease._node.id)
-        self.backups.after_insert(lease._node, old_end)
+        if self.backups.on_insert:
+            self.backups.after_insert(lease._node, old_end)
 
     def release(self, lease: Lease) -> None:
         """Gives back what the lease holds. Raises ValueError the second time."""

@@ -83,7 +83,7 @@ class Publishing:
         end = num_computed // page * page
         at, node = lease._published, lease._node
         if at < end:
-            lives = [(c, self.live_start(c, num_computed)) for c in tiers.suffixes]
+            lives = [(c, self.live_start(c, num_computed)) for c in tiers.suffixes] if tiers.suffixes else ()
             fresh: dict[int, PageIds] = {}
             while at < end:
                 child = self._child(lease, node, at, end, lives)

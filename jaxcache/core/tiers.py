@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from math import lcm
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxcache.components.base import Component, Reach
 from jaxcache.config import CacheConfig
@@ -74,7 +74,8 @@ class Tiers:
         self.step = 0
         self.reason = "room"  # why, and for which lease, evictions happen now
         self.lease_id = 0
-        self.evictions: deque[tuple[tuple, Residency, int, str, int]] = deque(maxlen=MAX_EVICTIONS_REMEMBERED)
+        # node id; residency index or first page; and what `Eviction` says: flat, since one is made for every eviction
+        self.evictions: deque[tuple[Any, ...]] = deque(maxlen=MAX_EVICTIONS_REMEMBERED)
         self.num_evicted_pages = [0] * (2 * num)
 
     # ---- what must be there
@@ -132,8 +133,7 @@ class Tiers:
         if self.only_full:
             parent = node.parent
             assert parent is not None
-            key = (parent.id, node.first_page)
-            self.evictions.append((key, residency, self.step, self.reason, self.lease_id))
+            self.evictions.append((parent.id, node.first_page, residency, self.step, self.reason, self.lease_id))
             self.tree.remove(node)
             return
         self.tree.version += 1
@@ -171,12 +171,12 @@ class Tiers:
         self.tree.remove(node)
 
     def _remember(self, key: tuple, residency: Residency) -> None:
-        self.evictions.append((key, residency, self.step, self.reason, self.lease_id))
+        self.evictions.append((*key, residency, self.step, self.reason, self.lease_id))
 
     def eviction(self, key: tuple) -> Eviction | None:
         """What is remembered about an entry (node id, residency index) or a node (parent's id, first page)."""
-        for evicted, residency, step, reason, lease in reversed(self.evictions):
-            if evicted == key:
+        for node_id, what, residency, step, reason, lease in reversed(self.evictions):
+            if (node_id, what) == key:
                 return Eviction(residency.component.name, residency.tier, step, reason, lease)
         return None
 
@@ -212,7 +212,8 @@ class Tiers:
         page_ids = residency.shorten(node, num_pages)
         residency.allocator.free(page_ids)
         self.num_evicted_pages[residency.index] += len(page_ids)
-        self._remember((node.id, self.tree.shorten(node, num_pages)), residency)
+        lost = self.tree.shorten(node, num_pages)
+        self.evictions.append((node.id, lost, residency, self.step, self.reason, self.lease_id))
 
     def trim(self, residency: Residency, victim: Node, num_pages: int) -> Node:
         """The part of a victim that has to leave: full attention from the end, only as many pages as needed."""

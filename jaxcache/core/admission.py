@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxcache.core import matching
+from jaxcache.core.backbone import Backbone
 from jaxcache.core.backups import Backups
 from jaxcache.core.lease import Lease
 from jaxcache.core.matching import Prefix
@@ -41,7 +42,10 @@ class Loading(NamedTuple):
 class Admission:
     """loading: load-backs that are not scattered yet."""
 
-    def __init__(self, tiers: Tiers, planner: Planner, backups: Backups, counters: Counters):
+    def __init__(
+        self, tiers: Tiers, planner: Planner, backups: Backups, backbone: Backbone | None, counters: Counters
+    ):
+        self.backbone = backbone
         self.tiers = tiers
         self.planner = planner
         self.backups = backups
@@ -119,9 +123,12 @@ class Admission:
             prefix, need = self._cut(prefix, need)
             path = prefix.path
         last = path[-1][0] if path else sequence.root
+        id = self.next_lease_id
+        self.next_lease_id = id + 1
+        if self.backbone is not None:
+            return self.backbone.admit(id, sequence, last, num_new_tokens, plan_is_applied)
         last.ends_here += 1
-        lease = Lease(self.next_lease_id, sequence, last, num_new_tokens, tiers, plan_is_applied)
-        self.next_lease_id += 1
+        lease = Lease(id, sequence, last, num_new_tokens, tiers, plan_is_applied)
         for node, _ in path:
             node.hits += 1
             if node.ready_step > lease.first_step:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxcache.core.backbone import Backbone
 from jaxcache.core.planner import Counters, Planner
 from jaxcache.core.radix_tree import Node
 from jaxcache.core.stores import Stores
@@ -34,7 +35,10 @@ class Copy(NamedTuple):
 class Backups:
     """Plans BACKUP, and tells `stores` what there is to store."""
 
-    def __init__(self, tiers: Tiers, planner: Planner, stores: Stores, counters: Counters):
+    def __init__(
+        self, tiers: Tiers, planner: Planner, stores: Stores, backbone: Backbone | None, counters: Counters
+    ):
+        self.backbone = backbone
         self.tiers = tiers
         self.planner = planner
         self.stores = stores
@@ -84,6 +88,8 @@ class Backups:
 
     def make_room_on_device(self, c: int, num_pages: int) -> bool:
         """Evicts device pages of component c until `num_pages` are free."""
+        if self.backbone is not None:
+            return self.backbone.make_room(num_pages)
         tiers = self.tiers
         device = tiers.device[c]
         if not tiers.writes_back:

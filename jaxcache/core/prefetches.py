@@ -298,9 +298,10 @@ class Prefetches:
         duplicate = np.ones(len(fetched), bool)
         at = node.end
         while at < end:
-            child = node.children.get(bytes(data[at * 4 : at * 4 + tree.page_bytes]))
+            first_page = bytes(data[at * 4 : at * 4 + tree.page_bytes])
+            child = node.children.get(first_page)
             if child is None:
-                child = tree.add(node, ticket.sequence.edge(at, end), end)
+                child = tree.add(node, first_page, ticket.sequence.edge(at, end), end)
             else:
                 stop = at + tree.common_bytes(child.edge, data, at * 4, end * 4) // 4
                 child = child if stop == child.end else tiers.split(child, stop)

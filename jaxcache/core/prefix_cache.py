@@ -22,6 +22,7 @@ from jaxcache.components.base import Component
 from jaxcache.config import CacheConfig
 from jaxcache.core import matching
 from jaxcache.core.admission import Admission, Need
+from jaxcache.core.backbone import Backbone
 from jaxcache.core.backups import Backups
 from jaxcache.core.clearing import Clearing
 from jaxcache.core.explain import Explanation, explain
@@ -50,9 +51,10 @@ class PrefixCache:
         self.counters: Counters = defaultdict(int)
         self.planner = Planner()
         self.stores = Stores(self.tiers, self.planner, self.counters)
-        self.backups = Backups(self.tiers, self.planner, self.stores, self.counters)
-        self.admission = Admission(self.tiers, self.planner, self.backups, self.counters)
-        self.publishing = Publishing(self.tiers, self.planner, self.counters)
+        self.backbone = Backbone(self.tiers) if Backbone.suffices(self.tiers) else None
+        self.backups = Backups(self.tiers, self.planner, self.stores, self.backbone, self.counters)
+        self.admission = Admission(self.tiers, self.planner, self.backups, self.backbone, self.counters)
+        self.publishing = Publishing(self.tiers, self.planner, self.backbone, self.counters)
         self.prefetches = Prefetches(self.tiers, self.planner, self.stores, self.backups, self.counters)
         self.leases: dict[int, Lease] = {}
         self.clearing = Clearing(self)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from jaxcache.core.backbone import Backbone
 from jaxcache.core.lease import Lease, read_only
 from jaxcache.core.planner import Counters, Planner
 from jaxcache.core.radix_tree import Node
@@ -19,7 +20,8 @@ from jaxcache.types import PageIds
 class Publishing:
     """Changes the tables of leases by replacing them: a running program may still read the old ones."""
 
-    def __init__(self, tiers: Tiers, planner: Planner, counters: Counters):
+    def __init__(self, tiers: Tiers, planner: Planner, backbone: Backbone | None, counters: Counters):
+        self.backbone = backbone
         self.tiers = tiers
         self.planner = planner
         self.counters = counters
@@ -82,7 +84,7 @@ class Publishing:
             lease._state_node = None
         end = num_computed // page * page
         at, node = lease._published, lease._node
-        if at < end:
+        if at < end and (self.backbone is None or not self.backbone.insert(lease, end)):
             lives = [(c, self.live_start(c, num_computed)) for c in tiers.suffixes] if tiers.suffixes else ()
             fresh: dict[int, PageIds] = {}
             while at < end:
@@ -103,6 +105,7 @@ class Publishing:
             lease._published = at
         if not lease.checkpoints:
             return
+        at = lease._published
         for position in [position for position in lease.checkpoints if position <= min(at, num_computed)]:
             self._publish_state(lease, position, lease.checkpoints.pop(position))
 
@@ -124,13 +127,14 @@ class Publishing:
         tree = tiers.tree
         data = lease.sequence.data
         prompt_end = lease.sequence.prompt_tokens // tiers.page_tokens * tiers.page_tokens
-        child = node.children.get(bytes(data[at * 4 : at * 4 + tree.page_bytes]))
+        first_page = bytes(data[at * 4 : at * 4 + tree.page_bytes])
+        child = node.children.get(first_page)
         if child is None:
             stop = prompt_end if self.output_first and at < prompt_end < end else end
             for _, live in lives:
                 if at < live < stop:
                     stop = live
-            child = tree.add(node, lease.sequence.edge(at, stop), stop)
+            child = tree.add(node, first_page, lease.sequence.edge(at, stop), stop)
             child.is_output = self.output_first and at >= prompt_end
             return child
         if child.ready_step > tiers.step:
@@ -231,6 +235,9 @@ class Publishing:
 
     def release(self, lease: Lease) -> None:
         """Gives back own pages and pins; nothing that another lease or the tree holds."""
+        if self.backbone is not None:
+            self.backbone.release(lease)
+            return
         tiers = self.tiers
         for c, device in enumerate(tiers.device):
             if c == tiers.point:

@@ -183,8 +183,7 @@ class RadixTree:
             block *= 4
         return num_tokens // self.page_tokens * self.page_bytes
 
-    def add(self, parent: Node, edge: bytes | memoryview, end: int) -> Node:
-        first_page = bytes(edge[: self.page_bytes])
+    def add(self, parent: Node, first_page: bytes, edge: bytes | memoryview, end: int) -> Node:
         self._last_id += 1
         node = parent.children[first_page] = Node(self._last_id, parent, edge, first_page, end, self.num_residencies)
         self.version += 1

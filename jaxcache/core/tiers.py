@@ -130,12 +130,6 @@ class Tiers:
         page_ids = residency.take(node)
         residency.allocator.free(page_ids)
         self.num_evicted_pages[residency.index] += len(page_ids)
-        if self.only_full:
-            parent = node.parent
-            assert parent is not None
-            self.evictions.append((parent.id, node.first_page, residency, self.step, self.reason, self.lease_id))
-            self.tree.remove(node)
-            return
         self.tree.version += 1
         if self.full is None:
             self._remember((node.id, residency.index), residency)
@@ -194,7 +188,7 @@ class Tiers:
             surplus = len(pages) - missing
             if surplus <= 0:
                 self.drop(residency, victim)
-            elif self.only_full or self._alone(residency, victim):
+            elif self._alone(residency, victim):
                 self._shorten(residency, victim, surplus)
             else:
                 self.drop(residency, self.trim(residency, victim, missing))

@@ -101,7 +101,7 @@ def evict_one() -> dict:
     device = core.tiers.device[0]
     assert core.tiers.tree.num_nodes == num_nodes and not device.allocator.num_free
     wanted = iter(range(1, 2001))
-    evict, noise = microseconds(lambda: core.tiers.make_room(device, next(wanted)), 2000)
+    evict, noise = microseconds(lambda: core.backups.make_room_on_device(0, next(wanted)), 2000)
     return {"evict_one_us": evict, "evict_one_noise_us": noise, "evict_one_nodes": num_nodes}
 
 

@@ -42,11 +42,9 @@ class Loading(NamedTuple):
 class Admission:
     """loading: load-backs that are not scattered yet."""
 
-    def __init__(
-        self, tiers: Tiers, planner: Planner, backups: Backups, backbone: Backbone | None, counters: Counters
-    ):
-        self.backbone = backbone
+    def __init__(self, tiers: Tiers, planner: Planner, backups: Backups, backbone: Backbone | None, counters: Counters):
         self.tiers = tiers
+        self.backbone = backbone
         self.planner = planner
         self.backups = backups
         self.counters = counters

@@ -113,7 +113,10 @@ class Backbone:
             return False
         child = self.tree.add(node, first_page, sequence.edge(at, end), end)
         child.is_output = self.output_first and at >= prompt_end
-        pages = child.pages[0] = lease._tables[0][at // page : end // page].copy()  # pyright: ignore[reportOptionalSubscript]
+        table = lease._tables[0]
+        assert table is not None
+        pages = table[at // page : end // page]  # tables never change: a view, unless it kept a much larger one alive
+        child.pages[0] = pages if 2 * len(pages) >= len(table) else pages.copy()
         child.pins[0] = child.ends_here = 1
         device = self.device
         device.num_resident += len(pages)

@@ -35,11 +35,9 @@ class Copy(NamedTuple):
 class Backups:
     """Plans BACKUP, and tells `stores` what there is to store."""
 
-    def __init__(
-        self, tiers: Tiers, planner: Planner, stores: Stores, backbone: Backbone | None, counters: Counters
-    ):
-        self.backbone = backbone
+    def __init__(self, tiers: Tiers, planner: Planner, stores: Stores, backbone: Backbone | None, counters: Counters):
         self.tiers = tiers
+        self.backbone = backbone
         self.planner = planner
         self.stores = stores
         self.counters = counters

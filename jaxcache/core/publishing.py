@@ -21,8 +21,8 @@ class Publishing:
     """Changes the tables of leases by replacing them: a running program may still read the old ones."""
 
     def __init__(self, tiers: Tiers, planner: Planner, backbone: Backbone | None, counters: Counters):
-        self.backbone = backbone
         self.tiers = tiers
+        self.backbone = backbone
         self.planner = planner
         self.counters = counters
         self.output_first = tiers.config.evict_output_first

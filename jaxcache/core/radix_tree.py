@@ -219,10 +219,10 @@ class RadixTree:
         """Cuts off what follows the first pages of a childless node; returns the first page of that."""
         assert not node.children, f"{node=} has children"
         cut = num_pages * self.page_bytes
-        edge = memoryview(node.edge)
+        edge = node.edge
         lost = bytes(edge[cut : cut + self.page_bytes])
         node.end -= (len(edge) - cut) // 4
-        node.edge = compact(edge[:cut])
+        node.edge = compact(memoryview(edge)[:cut])
         if node.keys is not None:
             node.keys = node.keys[:num_pages]
         self.version += 1

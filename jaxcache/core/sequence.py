@@ -99,7 +99,7 @@ def token_bytes(tokens: Any) -> bytes:
         if len(ids) and (values.min() if isinstance(values, np.ndarray) else min(values)) < 0:
             raise ValueError(f"token ids must be in [0, {INT32_MAX}], not {_out_of_range(tokens)}")
         return ids.tobytes()
-    values = np.asarray(tokens)
+    values = tokens if type(tokens) is np.ndarray else np.asarray(tokens)
     if values.ndim != 1 or values.dtype.kind not in "iu":
         raise TypeError(
             f"token ids must be a flat row of ints, not {type(tokens).__name__} {values.shape} {values.dtype}"

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from jaxcache.core.admission import Admission
+from jaxcache.core.backbone import Backbone
 from jaxcache.core.backups import Backups
 from jaxcache.core.clearing import Clearing
 from jaxcache.core.prefetches import Prefetches
@@ -27,6 +28,7 @@ from tests.core.driver import drive
 
 NUM_STEPS = 100
 MAX_SEEDS = 80
+BY_HAND = {"mixture": ("full",), "host_pages": 0}
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,20 @@ MUTATIONS = (
         "False",
         {"mixture": ("full",), "host_pages": 60, "accident_chance": 0.3, **THROUGH},
     ),
+    Mutation("by hand: a hit is not pinned", Backbone, "admit", "pins[0] += 1", "pass", BY_HAND),
+    Mutation(
+        "by hand: pinned pages are not counted", Backbone, "admit", "device.num_pinned += len(pages)", "pass", BY_HAND
+    ),
+    Mutation(
+        "by hand: a victim's parent never leaves", Backbone, "make_room", "order.add_oldest(parent)", "pass", BY_HAND
+    ),
+    Mutation(
+        "by hand: the wrong end is trimmed", Backbone, "make_room", "pages[surplus:]", "pages[:-surplus]", BY_HAND
+    ),
+    Mutation(
+        "by hand: what is there is inserted again", Backbone, "insert", "first_page in node.children", "False", BY_HAND
+    ),
+    Mutation("by hand: own pages are not given back", Backbone, "release", "first < len(table)", "False", BY_HAND),
 )
 
 

@@ -1,6 +1,8 @@
 """Request traces in the Mooncake schema, expanded to tokens: equal block ids give equal tokens.
 
-{"timestamp": ms, "input_length": tokens, "output_length": tokens, "hash_ids": [one per 512 tokens, ...]}
+{"timestamp": ms, "input_length": tokens, "output_length": tokens, "hash_ids": [one per block, ...]}
+
+A block is 512 tokens in the traces that Mooncake published; other sizes are found from the lengths.
 """
 
 from __future__ import annotations
@@ -8,7 +10,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -19,22 +21,23 @@ TRACE_BLOCK_TOKENS = 512
 
 @dataclass(frozen=True)
 class TraceRequest:
-    """One line: lengths in tokens of the trace, block ids of the prompt."""
+    """One line: lengths in tokens of the trace, block ids of the prompt, and how many tokens of the trace a block has."""
 
     input_length: int
     output_length: int
     block_ids: tuple[int, ...]
+    block_tokens: int = TRACE_BLOCK_TOKENS
 
     def prompt(self, block_tokens: int, vocab_size: int) -> np.ndarray:
-        """int32 tokens of the prompt when a block of the trace is `block_tokens` long; at least one token."""
-        num_tokens = max(1, self.input_length * block_tokens // TRACE_BLOCK_TOKENS)
-        blocks = [block_of_tokens(id, block_tokens, vocab_size) for id in self.block_ids]
-        return np.concatenate(blocks)[:num_tokens]
+        """int32 tokens of the prompt when a block of the trace is made `block_tokens` long; at least one token."""
+        num_tokens = max(1, self.input_length * block_tokens // self.block_tokens)
+        ids = np.array(self.block_ids, np.uint64)[:, None]
+        return tokens_of_blocks(ids, block_tokens, vocab_size).ravel()[:num_tokens]
 
 
-def block_of_tokens(block_id: int, block_tokens: int, vocab_size: int) -> np.ndarray:
-    """Deterministic int32 tokens of one block. Mixes id and position (splitmix64), so that blocks differ early."""
-    x = np.arange(block_tokens, dtype=np.uint64) + np.uint64(block_id) * np.uint64(block_tokens) + np.uint64(1)
+def tokens_of_blocks(block_ids: np.ndarray, block_tokens: int, vocab_size: int) -> np.ndarray:
+    """Deterministic int32[blocks, block_tokens]. Mixes id and position (splitmix64), so that blocks differ early."""
+    x = np.arange(block_tokens, dtype=np.uint64) + block_ids * np.uint64(block_tokens) + np.uint64(1)
     with np.errstate(over="ignore"):
         x = x * np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -43,19 +46,51 @@ def block_of_tokens(block_id: int, block_tokens: int, vocab_size: int) -> np.nda
     return (x % np.uint64(vocab_size)).astype(np.int32)
 
 
-def read_trace(path: Path, num_requests: int | None = None) -> list[TraceRequest]:
-    """The first requests of a JSONL file (also gzipped). ValueError names the line that is malformed."""
-    return list(islice(_lines(path), num_requests))
+def read_trace(path: Path, num_requests: int | None = None, skipped: list[str] | None = None) -> list[TraceRequest]:
+    """The first requests of a JSONL file (also gzipped).
+
+    A malformed line is named by its number: in a ValueError, or, if `skipped` is given, there, and left out.
+    """
+    lines = list(islice(_lines(path, skipped), num_requests))
+    if not lines:
+        raise ValueError(f"{path}: no request in it" + (f"; {skipped[0]}" if skipped else ""))
+    size = _block_tokens([request for _, request in lines])
+    requests = []
+    for number, request in lines:
+        if len(request.block_ids) * size < request.input_length:
+            message = f"{path}:{number}: {len(request.block_ids)} blocks of {size} for {request.input_length} tokens"
+            _malformed(message, skipped)
+        else:
+            requests.append(replace(request, block_tokens=size))
+    return requests
 
 
-def _lines(path: Path) -> Iterator[TraceRequest]:
+def _block_tokens(requests: list[TraceRequest]) -> int:
+    """The power of two that explains the lengths of most lines, or else the smallest size that does."""
+    smallest = sorted(-(-request.input_length // len(request.block_ids)) for request in requests)
+    typical = max(1, smallest[len(smallest) * 99 // 100])
+    power = 1 << (typical - 1).bit_length()
+    fits = [(len(r.block_ids) - 1) * power < r.input_length <= len(r.block_ids) * power for r in requests]
+    return power if 2 * sum(fits) >= len(fits) else typical
+
+
+def _lines(path: Path, skipped: list[str] | None) -> Iterator[tuple[int, TraceRequest]]:
     with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
         for number, line in enumerate(file, 1):
             try:
-                row = json.loads(line)
-                request = TraceRequest(int(row["input_length"]), int(row["output_length"]), tuple(row["hash_ids"]))
+                yield number, _request(json.loads(line))
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}:{number}: not a trace request: {error!r}") from None
-            if request.input_length < 1 or len(request.block_ids) * TRACE_BLOCK_TOKENS < request.input_length:
-                raise ValueError(f"{path}:{number}: {len(request.block_ids)} blocks for {request.input_length} tokens")
-            yield request
+                _malformed(f"{path}:{number}: not a trace request: {error!r}", skipped)
+
+
+def _request(row) -> TraceRequest:
+    request = TraceRequest(int(row["input_length"]), int(row["output_length"]), tuple(map(int, row["hash_ids"])))
+    if request.input_length < 1 or request.output_length < 0 or not request.block_ids or min(request.block_ids) < 0:
+        raise ValueError("it needs at least one token and one block, and nothing negative")
+    return request
+
+
+def _malformed(message: str, skipped: list[str] | None) -> None:
+    if skipped is None:
+        raise ValueError(message)
+    skipped.append(message)

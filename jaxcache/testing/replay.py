@@ -1,0 +1,216 @@
+"""Replays a trace through the real core, without a model and without moving a byte: what would be found, and how fast.
+
+Device and host copies are taken as done at once; storage is a bounded set of page keys that answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxcache.components import FullAttention, RecurrentState, SlidingWindow
+from jaxcache.components.base import Component
+from jaxcache.config import CacheConfig
+from jaxcache.core.lease import Lease
+from jaxcache.core.page_hash import Namespace
+from jaxcache.core.prefix_cache import PrefixCache
+from jaxcache.testing.optimum import offline
+from jaxcache.testing.traces import TraceRequest
+from jaxcache.types import Move, Outcome, PrefetchPolicy, Transfer, TransferKind, Wait
+
+VOCAB_SIZE = 50_000
+WINDOW_TOKENS = 1024
+KINDS: dict[str, Callable[[int], Component]] = {
+    "full": lambda page: FullAttention("full", ()),
+    "window": lambda page: SlidingWindow("window", (), window_tokens=WINDOW_TOKENS),
+    "state": lambda page: RecurrentState("state", (), chunk_tokens=page),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What to replay with; sizes of tiers in tokens. components: of KINDS; tenants: requests take turns among them."""
+
+    page_tokens: int
+    device_tokens: int
+    host_tokens: int = 0
+    storage_tokens: int = 0
+    policy: str = "lru"
+    components: tuple[str, ...] = ("full",)
+    num_namespaces: int = 1
+    include_outputs: bool = False
+
+    def config(self) -> CacheConfig:
+        return CacheConfig(
+            page_tokens=self.page_tokens,
+            device_pages=self.device_tokens // self.page_tokens,
+            host_pages=self.host_tokens // self.page_tokens,
+            eviction_policy=self.policy,
+            prefetch_policy=PrefetchPolicy.WAIT_COMPLETE,
+            prefetch_min_tokens=self.page_tokens,
+        )
+
+
+class StorageOfKeys:
+    """Which page keys are stored: the least recently stored or fetched leave first."""
+
+    def __init__(self, core: PrefixCache, num_pages: int):
+        self.core = core
+        self.num_pages = num_pages
+        self.keys: OrderedDict[tuple[str, bytes], None] = OrderedDict()
+
+    def answer(self, transfer: Transfer) -> Outcome:
+        if transfer.kind is TransferKind.QUERY:
+            exists = {
+                move.component: [(move.component, key) in self.keys for key in move.page_keys]
+                for move in transfer.moves
+            }
+            end = self.core.largest_end(transfer.id, exists)
+            return Outcome(True, True, smallest_end=end, largest_end=end)
+        if transfer.kind is TransferKind.STORE:
+            for move in transfer.moves:
+                self._store(move)
+            return Outcome(True, True, {move.component: len(move.page_keys) for move in transfer.moves})
+        return Outcome(True, True, {move.component: self._leading(move) for move in transfer.moves})
+
+    def _store(self, move: Move) -> None:
+        for key in move.page_keys:
+            self.keys[move.component, key] = None
+            self.keys.move_to_end((move.component, key))
+        while len(self.keys) > self.num_pages:
+            self.keys.popitem(last=False)
+
+    def _leading(self, move: Move) -> int:
+        for count, key in enumerate(move.page_keys):
+            if (move.component, key) not in self.keys:
+                return count
+            self.keys.move_to_end((move.component, key))
+        return len(move.page_keys)
+
+
+class Replay:
+    """core: the cache. us: CPU microseconds of every request, for all that the core does for it."""
+
+    def __init__(self, setting: Setting):
+        self.setting = setting
+        components = tuple(KINDS[kind](setting.page_tokens) for kind in setting.components)
+        self.core = PrefixCache(components, setting.config())
+        self.storage = StorageOfKeys(self.core, setting.storage_tokens // setting.page_tokens)
+        self.core.stores.attached = bool(setting.storage_tokens)
+        self.namespaces = [
+            self.core.new_namespace(model="replay", tenant=str(i)) for i in range(setting.num_namespaces)
+        ]
+        self.moves_pages = bool(setting.host_tokens)
+        self.us: list[float] = []
+        self.cpu_s = 0.0
+        self.num_prompt_tokens = 0
+        self.num_too_long = 0
+
+    def request(self, request: TraceRequest) -> None:
+        """Serves one request. One that is larger than the device is computed without the cache, and counted."""
+        tokens = request.prompt(request.block_tokens, VOCAB_SIZE)
+        outputs = None
+        if self.setting.include_outputs and request.output_length:
+            seed = len(self.us)  # generated text is nobody else's
+            outputs = np.random.default_rng(seed).integers(0, VOCAB_SIZE, request.output_length, np.int32)
+        namespace = self.namespaces[len(self.us) % len(self.namespaces)]
+        self.num_prompt_tokens += len(tokens)
+        start = time.thread_time_ns()
+        self._serve(tokens, outputs, namespace)
+        spent = time.thread_time_ns() - start
+        self.us.append(spent / 1000)
+        self.cpu_s += spent / 1e9
+
+    def _serve(self, tokens: np.ndarray, outputs: np.ndarray | None, namespace: Namespace) -> None:
+        core = self.core
+        sequence = core.sequence(tokens, namespace)
+        ticket = core.prefetch(sequence) if core.stores.attached else None
+        while ticket is not None and not ticket.done:
+            self._step()
+        lease = core.admit(sequence, len(tokens) - core.match(sequence).num_tokens, ticket)
+        if isinstance(lease, Wait):
+            self.num_too_long += 1
+            if ticket is not None:
+                core.cancel(ticket)
+            return
+        if self.moves_pages:
+            self._step()  # what was planned to be loaded back is there
+        self._compute(lease, len(tokens))
+        core.insert(lease, len(tokens))
+        if outputs is not None and core.grow(lease, len(tokens), len(outputs)):
+            sequence.extend(outputs)
+            self._compute(lease, len(tokens) + len(outputs))
+            core.insert(lease, len(tokens) + len(outputs))
+        core.release(lease)
+        if self.moves_pages:
+            self._step()
+
+    def _compute(self, lease: Lease, end: int) -> None:
+        """Prefill stops where a state is to be kept."""
+        for stop in sorted(lease.checkpoints):
+            if lease.num_computed < stop < end:
+                self.core.insert(lease, stop)
+
+    def _step(self) -> None:
+        """Everything that was planned is done, and the next step begins with its outcomes."""
+        core = self.core
+        transfers = core.take_plan().transfers
+        live = set(core.live_transfers())
+        core.commit({t.id: self.storage.answer(t) for t in transfers if t.id in live})
+
+    # ---- what came of it
+
+    def report(self) -> dict[str, Any]:
+        """JSON: tokens by tier, CPU time of the core alone, evictions in pages."""
+        counters = self.core.counters
+        hits = {tier: counters[f"{tier}_hit_tokens"] for tier in ("device", "host", "storage")}
+        us = np.array(self.us)
+        return {
+            "requests": len(self.us),
+            "prompt_tokens": self.num_prompt_tokens,
+            "hit_rate": sum(hits.values()) / self.num_prompt_tokens,
+            "hit_tokens": hits,
+            "requests_per_cpu_second": len(us) / self.cpu_s,
+            "us_per_request": {
+                "p50": float(np.percentile(us, 50)),
+                "p99": float(np.percentile(us, 99)),
+                "max": float(us.max()),
+            },
+            "evictions": sum(self.core.tiers.num_evicted_pages),
+            "bytes_per_cached_token": bytes_per_cached_token(self.core),
+            "too_long": self.num_too_long,
+        }
+
+
+def add_optimum(report: dict[str, Any], setting: Setting, requests: Sequence[TraceRequest]) -> None:
+    """What no cache can beat: knowing the future with the largest tier's capacity, and a cache without end."""
+    capacity = max(setting.device_tokens, setting.host_tokens, setting.storage_tokens)
+    found = offline(requests, setting.page_tokens, capacity, setting.num_namespaces)
+    num_tokens = sum(request.input_length for request in requests)
+    report["optimum_hit_rate"] = found.optimum / num_tokens
+    report["infinite_hit_rate"] = found.infinite / num_tokens
+
+
+def bytes_per_cached_token(core: PrefixCache) -> float:
+    """Host memory of the tree (nodes, edges, page ids), per token that it holds. What is shared counts once."""
+    seen: dict[int, int] = {}
+    num_tokens = 0
+    stack = core.tiers.tree.all_roots()
+    while stack:
+        node = stack.pop()
+        stack += node.children.values()
+        num_tokens += len(node.edge) // 4
+        edge = node.edge.obj if isinstance(node.edge, memoryview) else node.edge
+        parts: list[Any] = [node, node.children, node.edge, edge, node.first_page, node.pins, node.pages]
+        for pages in node.pages:
+            parts += [pages, pages.base if pages is not None else None]
+        for part in [*parts, node.resident_children, node.keys, *(node.keys or ())]:
+            if part is not None:
+                seen[id(part)] = sys.getsizeof(part)
+    return sum(seen.values()) / max(1, num_tokens)

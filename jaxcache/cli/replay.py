@@ -7,6 +7,7 @@ moved: the real core decides everything, and the table says what it found on eac
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -58,6 +59,9 @@ def natural(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
+    if importlib.util.find_spec("rich") is None:
+        print("replay: rich is missing: pip install 'jaxcache[cli]'", file=sys.stderr)
+        return 1
     try:
         settings = make_settings(args)
         requests = read_all(args)

@@ -91,7 +91,7 @@ class Backbone:
                 victim.pages[0] = None
                 siblings = parent.resident_children[0] = parent.resident_children[0] - 1
                 if not siblings and not parent.pins[0] and parent.pages[0] is not None:
-                    order.add_oldest(parent)
+                    order.add_back(parent)
                 id, first_page = parent.id, victim.first_page
                 tree.remove(victim)
             top = free + len(pages)

@@ -9,8 +9,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterator
+from heapq import heappop, heappush, merge
+from typing import Any
 
 from jaxcache.core.radix_tree import Node
+
+MISSING: Any = object()
 
 
 class EvictionOrder(ABC):
@@ -22,7 +26,11 @@ class EvictionOrder(ABC):
 
     @abstractmethod
     def add_oldest(self, node: Node) -> None:
-        """A candidate that should leave before all others (a parent whose last child has left; generated text)."""
+        """A candidate that should leave before all others (generated text)."""
+
+    @abstractmethod
+    def add_back(self, node: Node) -> None:
+        """A parent whose last child has left: its place is by `node.last_used`."""
 
     @abstractmethod
     def discard(self, node: Node) -> None:
@@ -44,12 +52,18 @@ class EvictionOrder(ABC):
 
 
 class Lru(EvictionOrder):
-    """Least recently used first. Over an OrderedDict, where every operation is O(1) also after many evictions."""
+    """Least recently used first.
 
-    __slots__ = ("_nodes",)
+    Over an OrderedDict, where every operation is O(1) also after many evictions. A parent that was used after its last
+    child belongs somewhere in the middle: it waits in a heap, O(log n), which is rare.
+    """
+
+    __slots__ = ("_back", "_heap", "_nodes")
 
     def __init__(self):
         self._nodes: OrderedDict[Node, None] = OrderedDict()
+        self._back: dict[Node, int] = {}  # parents in the heap, by last use; other entries of the heap are out of date
+        self._heap: list[tuple[int, int, Node]] = []
 
     def add(self, node: Node) -> None:
         self._nodes[node] = None
@@ -58,20 +72,37 @@ class Lru(EvictionOrder):
         self._nodes[node] = None
         self._nodes.move_to_end(node, last=False)
 
+    def add_back(self, node: Node) -> None:
+        oldest = next(iter(self._nodes), None)
+        if oldest is None or node.last_used <= oldest.last_used:
+            self.add_oldest(node)
+        else:
+            self._back[node] = node.last_used
+            heappush(self._heap, (node.last_used, node.id, node))
+
     def discard(self, node: Node) -> None:
-        self._nodes.pop(node, None)
+        if self._nodes.pop(node, MISSING) is MISSING and self._back:
+            self._back.pop(node, None)
 
     def first(self) -> Node | None:
-        return next(iter(self._nodes), None)
+        oldest = next(iter(self._nodes), None)
+        heap = self._heap
+        while heap:
+            last_used, _, node = heap[0]
+            if self._back.get(node) == last_used:
+                return node if oldest is None or last_used <= oldest.last_used else oldest
+            heappop(heap)
+        return oldest
 
     def __iter__(self) -> Iterator[Node]:
-        return iter(self._nodes)
+        back = sorted(self._back, key=lambda node: (node.last_used, node.id))
+        return merge(back, self._nodes, key=lambda node: node.last_used)
 
     def __contains__(self, node: Node) -> bool:
-        return node in self._nodes
+        return node in self._nodes or node in self._back
 
     def __len__(self) -> int:
-        return len(self._nodes)
+        return len(self._nodes) + len(self._back)
 
 
 POLICIES: dict[str, type[EvictionOrder]] = {"lru": Lru}

@@ -27,6 +27,7 @@ class Node:
     ready_step:  the step from which loaded-back pages may be read
     ends_here:   leases and load-backs that end at this node
     hits:        admits that found it
+    last_used:   order of uses (-1: generated text, the first to leave)
     is_output:   generated text, not (yet) part of a prompt
     keys:        page keys, once somebody needed them
     """
@@ -41,6 +42,7 @@ class Node:
         "id",
         "is_output",
         "keys",
+        "last_used",
         "pages",
         "parent",
         "pins",
@@ -61,6 +63,7 @@ class Node:
         self.ready_step = 0
         self.ends_here = 0
         self.hits = 0
+        self.last_used = 0
         self.is_output = False
         self.keys: list[bytes] | None = None
 
@@ -202,6 +205,7 @@ class RadixTree:
         prefix = self._node(parent, compact(edge[:cut]), node.first_page, at)
         prefix.ready_step = node.ready_step
         prefix.hits = node.hits
+        prefix.last_used = node.last_used
         prefix.is_output = node.is_output
         if node.keys is not None:
             pages = cut // self.page_bytes

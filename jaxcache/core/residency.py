@@ -10,6 +10,7 @@ prefix components, without a resident child (closure: pages leave from the outsi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 
 from jaxcache.components.base import Component, Reach
 from jaxcache.core.eviction import EvictionOrder
@@ -21,14 +22,17 @@ from jaxcache.types import PageIds, Tier
 class Residency(ABC):
     """The entries of one (component, tier). `index` is its place in the nodes' arrays."""
 
-    __slots__ = ("allocator", "component", "index", "num_pinned", "num_resident", "order", "tier")
+    __slots__ = ("allocator", "clock", "component", "index", "num_pinned", "num_resident", "order", "tier")
 
-    def __init__(self, component: Component, tier: Tier, index: int, num_pages: int, order: EvictionOrder):
+    def __init__(
+        self, component: Component, tier: Tier, index: int, num_pages: int, order: EvictionOrder, clock: Iterator[int]
+    ):
         self.component = component
         self.tier = tier
         self.index = index
         self.allocator = PageAllocator(num_pages)
         self.order = order
+        self.clock = clock  # uses, counted over all residencies
         self.num_resident = 0
         self.num_pinned = 0
 
@@ -99,12 +103,14 @@ class Residency(ABC):
         """Takes back what `pin_up` did, the deepest node first: it is the first to leave."""
         index = self.index
         parent = node.parent
+        now = next(self.clock)
         while parent is not None and node.end > top:
             left = node.pins[index] - 1
             node.pins[index] = left
             if left <= 0:
                 assert not left, f"I2: {node=} {self.component.name} {self.tier.name}"
                 pages = node.pages[index]
+                node.last_used = -1 if node.is_output else now
                 if pages is not None:
                     self.num_pinned -= len(pages)
                     if not node.resident_children[index]:
@@ -158,7 +164,7 @@ class PrefixResidency(Residency):
         siblings = parent.resident_children[index] - 1
         parent.resident_children[index] = siblings
         if not siblings and self.evictable(parent):
-            self.order.add_oldest(parent)
+            self.order.add_back(parent)
         return page_ids
 
     def split(self, node: Node, prefix: Node, num_pages: int) -> None:

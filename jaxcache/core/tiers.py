@@ -6,6 +6,7 @@ full-attention entry, room is made in the order of eviction. Decides nothing abo
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from math import lcm
 from typing import Any, NamedTuple
@@ -50,6 +51,7 @@ class Tiers:
         self.tree = RadixTree(config.page_tokens, 2 * num)
         self.device: list[Residency] = []
         self.host: list[Residency] = []
+        clock = itertools.count()
         for tier, pages, residencies in (
             (Tier.DEVICE, config.device_pages, self.device),
             (Tier.HOST, config.host_pages, self.host),
@@ -58,7 +60,7 @@ class Tiers:
                 count = config.num_pages(pages, component.name, at_least=1 if tier is Tier.DEVICE else 0)
                 order = make_order(config.eviction_policy)
                 index = c + tier * num
-                residencies.append(RESIDENCIES[component.reach](component, tier, index, count, order))
+                residencies.append(RESIDENCIES[component.reach](component, tier, index, count, order, clock))
         self.residencies = [*self.device, *self.host]
         self.has_host = any(host.allocator.num_pages for host in self.host)
         self.writes_back = self.has_host and config.write_policy is WritePolicy.WRITE_BACK

@@ -42,7 +42,7 @@ def offline(requests: Sequence[TraceRequest], page_tokens: int, capacity_tokens:
 
 
 class Optimum:
-    """free: tokens of capacity left. A heap holds (-next use, id) of leaves; entries that are out of date are skipped."""
+    """free: tokens of capacity left. heap: (-next use, id) of leaves; what is out of date is skipped."""
 
     def __init__(self, requests: Sequence[TraceRequest], page_tokens: int, capacity_tokens: int, num_namespaces: int):
         self.requests = requests
@@ -51,9 +51,7 @@ class Optimum:
         self.blocks: list[Block] = []
         self.heap: list[tuple[int, int]] = []
         self._by_place: dict[tuple[int, int], Block] = {}  # (parent's id, or -1 - namespace; block id)
-        self.paths = [
-            self._path(index, request, -1 - index % num_namespaces) for index, request in enumerate(requests)
-        ]
+        self.paths = [self._path(index, request, -1 - index % num_namespaces) for index, request in enumerate(requests)]
 
     def _path(self, index: int, request: TraceRequest, root_id: int) -> list[tuple[Block, int]]:
         """The blocks of a prompt with the whole pages of each, in tokens."""

@@ -21,7 +21,7 @@ TRACE_BLOCK_TOKENS = 512
 
 @dataclass(frozen=True)
 class TraceRequest:
-    """One line: lengths in tokens of the trace, block ids of the prompt, and how many tokens of the trace a block has."""
+    """One line: lengths in tokens, block ids of the prompt, and how many tokens a block of the trace has."""
 
     input_length: int
     output_length: int
@@ -66,12 +66,16 @@ def read_trace(path: Path, num_requests: int | None = None, skipped: list[str] |
 
 
 def _block_tokens(requests: list[TraceRequest]) -> int:
-    """The power of two that explains the lengths of most lines, or else the smallest size that does."""
-    smallest = sorted(-(-request.input_length // len(request.block_ids)) for request in requests)
-    typical = max(1, smallest[len(smallest) * 99 // 100])
-    power = 1 << (typical - 1).bit_length()
-    fits = [(len(r.block_ids) - 1) * power < r.input_length <= len(r.block_ids) * power for r in requests]
-    return power if 2 * sum(fits) >= len(fits) else typical
+    """The power of two that explains most lengths (512 if in doubt), or else the smallest size that does."""
+
+    def num_fitting(size: int) -> int:
+        return sum((len(r.block_ids) - 1) * size < r.input_length <= len(r.block_ids) * size for r in requests)
+
+    best = max((TRACE_BLOCK_TOKENS, *(1 << power for power in range(17))), key=num_fitting)
+    if 2 * num_fitting(best) >= len(requests):
+        return best
+    sizes = sorted(-(-request.input_length // len(request.block_ids)) for request in requests)
+    return sizes[len(sizes) * 99 // 100]
 
 
 def _lines(path: Path, skipped: list[str] | None) -> Iterator[tuple[int, TraceRequest]]:

@@ -148,7 +148,7 @@ MUTATIONS = (
         "by hand: pinned pages are not counted", Backbone, "admit", "device.num_pinned += len(pages)", "pass", BY_HAND
     ),
     Mutation(
-        "by hand: a victim's parent never leaves", Backbone, "make_room", "order.add_oldest(parent)", "pass", BY_HAND
+        "by hand: a victim's parent never leaves", Backbone, "make_room", "order.add_back(parent)", "pass", BY_HAND
     ),
     Mutation(
         "by hand: the wrong end is trimmed", Backbone, "make_room", "pages[surplus:]", "pages[:-surplus]", BY_HAND

@@ -8,7 +8,6 @@ from itertools import count
 import pytest
 
 from benchmarks.core import TRACE
-from jaxcache.testing.optimum import offline
 from jaxcache.testing.replay import Replay, Setting
 from jaxcache.testing.traces import TraceRequest, read_trace
 
@@ -33,10 +32,10 @@ def lru_by_pages(requests: list[TraceRequest], page_tokens: int, num_pages: int)
         while hit < min(num, (request.input_length - 1) // page_tokens) and path[hit] in last_use:
             hit += 1
         found += hit * page_tokens
-        used = set(path)
+        used = set(path[:hit])
         now = next(clock)
-        need = len([key for key in path if key not in last_use])
-        while len(last_use) + need > num_pages:
+        own_pages = -(-request.input_length // page_tokens) - hit  # the tail shorter than a page takes one, too
+        while len(last_use) + own_pages > num_pages:
             leaves = [key for key in last_use if not num_children.get(key) and key not in used]
             victim = min(leaves, key=lambda key: (last_use[key][0], -last_use[key][1]))
             del last_use[victim]
@@ -69,7 +68,9 @@ def random_trace(seed: int, num_requests: int, length: int) -> list[TraceRequest
     for _ in range(num_requests):
         start = rng.choice(known[-30:])
         start = start[: rng.randint(1, len(start))]
-        ids = start + tuple(rng.randrange(10**6) for _ in range(rng.randint(0, length - len(start)) if len(start) < length else 0))
+        ids = start + tuple(
+            rng.randrange(10**6) for _ in range(rng.randint(0, length - len(start)) if len(start) < length else 0)
+        )
         known.append(ids)
         requests.append(TraceRequest(len(ids) * 8 - rng.randrange(8), 1, ids, 8))
     return requests

@@ -148,9 +148,9 @@ class Demo:
         else:
             self.cfg, self.params = load_model(Path(args.model), mesh, jnp.float32)
         self.extend = make_extend(self.cfg, mesh, args.page_tokens)
+        if args.requests < 1:
+            raise ValueError(f"--requests must be at least 1, not {args.requests}")
         self.trace = read_trace(args.trace, args.requests)
-        if not self.trace:
-            raise ValueError(f"{args.trace} has no requests")
         longest = max(len(r.prompt) + r.max_new_tokens for r in self.requests())
         self.shape = BatchShape(table_pages=1 << (longest // args.page_tokens).bit_length())
 

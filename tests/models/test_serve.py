@@ -365,7 +365,7 @@ def _pretend_to_serve(self, title, caching, storage, requests) -> demo.Run:
         (["--mesh", "1,3,1"], "must be multiples of tp=3"),
         (["--page-tokens", "7", "--mesh", "2,1,1"], "page_tokens=7 must be a multiple of cp=2"),
         (["--trace", "nowhere.jsonl"], "nowhere.jsonl"),
-        (["--requests", "0"], "no requests"),
+        (["--requests", "0"], "--requests must be at least 1, not 0"),
         (["--model", "nowhere"], "nowhere"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -393,7 +393,8 @@ def test_demo_says_that_a_request_does_not_fit(small_demo, capsys, monkeypatch):
 )
 def test_demo_names_the_unreadable_line_of_a_trace(small_demo, capsys, tmp_path, line):
     trace = tmp_path / "trace.jsonl"
-    trace.write_text('{"timestamp": 0, "input_length": 9, "output_length": 1, "hash_ids": [1]}\n' + line + "\n")
+    good = '{"timestamp": 0, "input_length": 1000, "output_length": 1, "hash_ids": [1, 2]}'
+    trace.write_text(f"{good}\n{line}\n")
     assert demo.main([*SMALL_DEMO, "--trace", str(trace)]) == 1
     assert "trace.jsonl:2" in "".join(capsys.readouterr().out.split())
 

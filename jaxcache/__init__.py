@@ -20,7 +20,17 @@ if TYPE_CHECKING:
     from jaxcache.storage.base import Storage, StorageError
     from jaxcache.storage.file import FileStorage
     from jaxcache.storage.memory import MemoryStorage
-    from jaxcache.types import Match, PrefetchPolicy, RanksDiverged, TransferFault, Wait, WritePolicy
+    from jaxcache.types import (
+        AllCleared,
+        BlockRemoved,
+        BlockStored,
+        Match,
+        PrefetchPolicy,
+        RanksDiverged,
+        TransferFault,
+        Wait,
+        WritePolicy,
+    )
 
 _HOMES = {
     "jaxcache.cache": ("Cache", "one_device_mesh"),
@@ -34,11 +44,24 @@ _HOMES = {
     "jaxcache.storage.base": ("Storage", "StorageError"),
     "jaxcache.storage.file": ("FileStorage",),
     "jaxcache.storage.memory": ("MemoryStorage",),
-    "jaxcache.types": ("Match", "PrefetchPolicy", "RanksDiverged", "TransferFault", "Wait", "WritePolicy"),
+    "jaxcache.types": (
+        "AllCleared",
+        "BlockRemoved",
+        "BlockStored",
+        "Match",
+        "PrefetchPolicy",
+        "RanksDiverged",
+        "TransferFault",
+        "Wait",
+        "WritePolicy",
+    ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "AllCleared",
+    "BlockRemoved",
+    "BlockStored",
     "Cache",
     "CacheConfig",
     "Component",

@@ -24,9 +24,10 @@ from jaxcache.pools.page_layout import page_layouts
 from jaxcache.runtime.agreement import Agreement
 from jaxcache.runtime.batch_tables import BatchTables
 from jaxcache.runtime.controller import Controller
+from jaxcache.runtime.events import EventStream
 from jaxcache.runtime.transfer_engine import TransferEngine
 from jaxcache.storage.base import Storage
-from jaxcache.types import Match, Tier, Wait
+from jaxcache.types import Event, Match, Tier, Wait
 
 
 class Cache:
@@ -56,6 +57,7 @@ class Cache:
         self.layouts = page_layouts(tuple(components), mesh)
         self.core = PrefixCache(tuple(components), config)
         self.core.stores.attached = storage is not None and any(self._host_pages().values())
+        self._events = EventStream(self.core.tiers) if config.events else None
         self.storage = storage
         self.device_pages = {r.component.name: r.allocator.num_pages for r in self.core.tiers.device}
         self._tables = BatchTables(self.device_pages)
@@ -227,9 +229,21 @@ class Cache:
         self.engine.discard_load_backs()
         return self.init_pools()
 
+    def take_events(self) -> list[Event]:
+        """What has come and gone on device and host since the last time, for a router that sends requests to prefixes.
+
+        May be called from any thread; the page keys are computed here. Every process of the replica has the same
+        events: ask one. If nobody asks for long, AllCleared and then what is there now stands for what was missed.
+        Raises RuntimeError unless the cache was made with `events=True`.
+        """
+        if self._events is None:
+            raise RuntimeError("events are off: make the cache with CacheConfig(events=True)")
+        return self._events.take()
+
     def stats(self) -> dict[str, Any]:
         """Counters from zero: hits by tier in tokens, pages by tier and component, transfers, drops with reasons."""
         counters = self.core.counters
+        taken = self._events.counts() if self._events is not None else {}
         pages = {
             tier.name.lower(): {
                 r.component.name: {
@@ -251,7 +265,7 @@ class Cache:
             "pages": pages,
             "nodes": self.core.tiers.tree.num_nodes,
             "leases": len(self.core.leases),
-            "counters": dict(sorted(counters.items())),
+            "counters": dict(sorted({**counters, **taken}.items())),
             "transfers": self.engine.stats(),
         }
 

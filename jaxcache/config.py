@@ -32,6 +32,8 @@ class CacheConfig:
     max_transfer_pages:     pages of the largest transfer program; longer transfers are cut
     storage_threads:        workers for storage
     storage_deadline_s:     a storage transfer that takes longer is a miss
+    events:                 what comes and goes is noted for `Cache.take_events`
+    max_logged_changes:     changes that wait for it; then what is there now takes their place
     caching:                False: same interface, nothing is ever found (for comparison)
     """
 
@@ -55,6 +57,8 @@ class CacheConfig:
     max_transfer_pages: int = 256
     storage_threads: int = 4
     storage_deadline_s: float = 5.0
+    events: bool = False
+    max_logged_changes: int = 1 << 16
     caching: bool = True
 
     def __post_init__(self):
@@ -91,6 +95,7 @@ _POSITIVE = (
     "max_stored_beliefs",
     "max_live_transfers",
     "agreement_every_steps",
+    "max_logged_changes",
     "max_transfer_pages",
     "storage_threads",
 )

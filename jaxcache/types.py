@@ -141,6 +141,42 @@ class Wait:
         return False
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class BlockStored:
+    """Consecutive pages of one component are there now; a request in this namespace may find them.
+
+    Key i is sha256(key i - 1, tokens of page i), and `parent_key` stands before the first: the key of the page before
+    it, or the namespace digest. A recurrent state is one page: the one at whose end it was made.
+
+    token_ids: int32[len(page_keys) * page_tokens], read-only
+    """
+
+    namespace_digest: bytes
+    tier: Tier
+    component: str
+    page_keys: tuple[bytes, ...]
+    parent_key: bytes
+    token_ids: np.ndarray
+    page_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRemoved:
+    """These pages of one component have left this tier, or can no longer be found."""
+
+    tier: Tier
+    component: str
+    page_keys: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AllCleared:
+    """Nothing is there, whatever was stored before; what is still there is stored again after this."""
+
+
+Event = BlockStored | BlockRemoved | AllCleared
+
+
 class RanksDiverged(RuntimeError):
     """Ranks hold different caches; serving must stop."""
 

@@ -22,6 +22,8 @@ ROWS = {
     "evictions": "pages evicted",
     "bytes_per_cached_token": "bytes per cached token",
     "too_long": "requests longer than the device",
+    "block_stored_events": "events of pages stored",
+    "block_removed_events": "events of pages removed",
 }
 SHOWN_SKIPPED = 5
 
@@ -37,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--components", default="full", metavar="full,window,state")
     parser.add_argument("--namespaces", type=positive, default=1, metavar="N", help="tenants that take turns")
     parser.add_argument("--include-outputs", action="store_true", help="also insert generated text")
+    parser.add_argument("--events", action="store_true", help="note what comes and goes, as for a router")
     parser.add_argument("--requests", type=positive, metavar="N", help="only the first N of every trace")
     parser.add_argument("--strict", action="store_true", help="refuse malformed lines instead of skipping them")
     parser.add_argument("--json", metavar="FILE", help="the figures as JSON; - is standard output")
@@ -96,7 +99,8 @@ def make_settings(args: argparse.Namespace) -> list[Any]:
     if args.device_tokens < args.page_tokens:
         raise ValueError(f"--device-tokens {args.device_tokens} is less than one page of {args.page_tokens} tokens")
     sizes = (args.page_tokens, args.device_tokens, args.host_tokens, args.storage_tokens)
-    return [Setting(*sizes, policy, components, args.namespaces, args.include_outputs) for policy in policies]
+    rest = (components, args.namespaces, args.include_outputs, args.events)
+    return [Setting(*sizes, policy, *rest) for policy in policies]
 
 
 def read_all(args: argparse.Namespace) -> list[Any]:
@@ -143,7 +147,8 @@ def show(reports: list[dict[str, Any]]) -> None:
     for report in reports:
         table.add_column(report["policy"], justify="right")
     for name, label in ROWS.items():
-        table.add_row(label, *(cell(name, report[name]) for report in reports))
+        if name in first:
+            table.add_row(label, *(cell(name, report[name]) for report in reports))
     for tier in ("device", "host", "storage"):
         table.add_row(f"prompt tokens from {tier}", *(f"{report['hit_tokens'][tier]:,}" for report in reports))
     for percentile in ("p50", "p99", "max"):

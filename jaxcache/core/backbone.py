@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from jaxcache.core.change_log import PUT
 from jaxcache.core.lease import Lease
 from jaxcache.core.radix_tree import Node
 from jaxcache.core.residency import Residency
@@ -113,12 +114,13 @@ class Backbone:
             return False
         child = self.tree.add(node, first_page, sequence.edge(at, end), end)
         child.is_output = self.output_first and at >= prompt_end
-        table = lease._tables[0]
+        device, table = self.device, lease._tables[0]
         assert table is not None
         pages = table[at // page : end // page]  # tables never change: a view, unless it kept a much larger one alive
         child.pages[0] = pages if 2 * len(pages) >= len(table) else pages.copy()
+        if device.log is not None:
+            device.log.append((PUT, child.id, 0))
         child.pins[0] = child.ends_here = 1
-        device = self.device
         device.num_resident += len(pages)
         device.num_pinned += len(pages)
         node.resident_children[0] += 1  # the lease pins `node`, or it is a root: it is no candidate

@@ -43,6 +43,8 @@ class Clearing:
         self._keep({}, {})
         core.tiers.tree.retired_roots.clear()
         core.tiers.evictions.clear()
+        if core.tiers.log is not None:
+            core.tiers.log.restart(core.tiers.tree)
 
     def keep_host(self) -> None:
         """drop_device: nodes stay that host memory holds down from the root; undispatched backups are lost."""

@@ -308,6 +308,10 @@ class PrefixCache:
                 self.prefetches.commit(self.prefetches.live[id], agreed[id])
         self.clearing.settle()
         self.stores.start()
+        log = self.tiers.log
+        if log is not None and log.overflows():
+            log.restart(self.tiers.tree)
+            self.counters["event_overflows"] += 1
 
     def take_plan(self) -> Plan:
         """What has been planned since the last time; whoever takes it applies it."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxcache.core.change_log import REMOVED, RETIRED, ROOT, SHORTENED, SPLIT, ChangeLog
 from jaxcache.core.page_hash import Namespace, chain
 
 if TYPE_CHECKING:
@@ -85,12 +86,14 @@ class RadixTree:
     """One root per namespace.
 
     version: changes with whatever could change the answer to a match
+    log:     where every change is noted, if events are on
     """
 
-    def __init__(self, page_tokens: int, num_residencies: int):
+    def __init__(self, page_tokens: int, num_residencies: int, log: ChangeLog | None):
         self.page_tokens = page_tokens
         self.page_bytes = page_tokens * 4
         self.num_residencies = num_residencies
+        self.log = log
         self.roots: dict[bytes, Node] = {}
         self.namespaces: dict[bytes, Namespace] = {}
         self.retired_roots: list[Node] = []
@@ -108,6 +111,8 @@ class RadixTree:
             root = self.roots[namespace.digest] = self._node(None, b"", b"", 0)
             root.keys = [namespace.digest]
             self.namespaces[namespace.digest] = namespace
+            if self.log is not None:
+                self.log.append((ROOT, root.id, namespace.digest, False))
         return root
 
     def retire(self, namespace: Namespace) -> None:
@@ -118,6 +123,8 @@ class RadixTree:
         self.retired_roots = [r for r in self.retired_roots if r.children]
         if root is not None:
             self.retired_roots.append(root)
+            if self.log is not None:
+                self.log.append((RETIRED, root.id))
         self.version += 1
 
     def all_roots(self) -> list[Node]:
@@ -191,6 +198,8 @@ class RadixTree:
         node = parent.children[first_page] = Node(self._last_id, parent, edge, first_page, end, self.num_residencies)
         self.version += 1
         self.num_nodes += 1
+        if self.log is not None:
+            self.log.added(node.id, parent.id, edge)
         return node
 
     def split(self, node: Node, at: int) -> Node:
@@ -217,6 +226,8 @@ class RadixTree:
         prefix.children[node.first_page] = node
         self.version += 1
         self.num_nodes += 1
+        if self.log is not None:
+            self.log.append((SPLIT, node.id, prefix.id, cut // self.page_bytes))
         return prefix
 
     def shorten(self, node: Node, num_pages: int) -> bytes:
@@ -230,6 +241,8 @@ class RadixTree:
         if node.keys is not None:
             node.keys = node.keys[:num_pages]
         self.version += 1
+        if self.log is not None:
+            self.log.append((SHORTENED, node.id, num_pages))
         return lost
 
     def remove(self, node: Node) -> None:
@@ -240,6 +253,8 @@ class RadixTree:
         node.parent = None
         self.version += 1
         self.num_nodes -= 1
+        if self.log is not None:
+            self.log.append((REMOVED, node.id))
 
     def keys(self, node: Node) -> list[bytes]:
         """Page keys of a node's pages, chained from the namespace; computed once per node."""

@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 from jaxcache.components.base import Component, Reach
+from jaxcache.core.change_log import PUT, TAKEN, ChangeLog
 from jaxcache.core.eviction import EvictionOrder
 from jaxcache.core.page_allocator import PageAllocator
 from jaxcache.core.radix_tree import Node
@@ -22,10 +23,17 @@ from jaxcache.types import PageIds, Tier
 class Residency(ABC):
     """The entries of one (component, tier). `index` is its place in the nodes' arrays."""
 
-    __slots__ = ("allocator", "clock", "component", "index", "num_pinned", "num_resident", "order", "tier")
+    __slots__ = ("allocator", "clock", "component", "index", "log", "num_pinned", "num_resident", "order", "tier")
 
     def __init__(
-        self, component: Component, tier: Tier, index: int, num_pages: int, order: EvictionOrder, clock: Iterator[int]
+        self,
+        component: Component,
+        tier: Tier,
+        index: int,
+        num_pages: int,
+        order: EvictionOrder,
+        clock: Iterator[int],
+        log: ChangeLog | None,
     ):
         self.component = component
         self.tier = tier
@@ -33,6 +41,7 @@ class Residency(ABC):
         self.allocator = PageAllocator(num_pages)
         self.order = order
         self.clock = clock  # uses, counted over all residencies
+        self.log = log  # as the tree's
         self.num_resident = 0
         self.num_pinned = 0
 
@@ -138,6 +147,8 @@ class PrefixResidency(Residency):
         index = self.index
         assert node.pages[index] is None, f"I1: {node=} has pages already"
         node.pages[index] = page_ids
+        if self.log is not None:
+            self.log.append((PUT, node.id, index))
         num_pages = len(page_ids)
         self.num_resident += num_pages
         parent = node.parent
@@ -159,6 +170,8 @@ class PrefixResidency(Residency):
         assert not node.pins[index], f"I3: {node=} is pinned"
         assert not node.resident_children[index], f"I6: {node=} has resident children"
         node.pages[index] = None
+        if self.log is not None:
+            self.log.append((TAKEN, node.id, index))
         self.num_resident -= len(page_ids)
         self.order.discard(node)
         siblings = parent.resident_children[index] - 1
@@ -187,6 +200,8 @@ class FreeResidency(Residency):
     def put(self, node: Node, page_ids: PageIds) -> None:
         assert node.pages[self.index] is None, f"I1: {node=} has pages already"
         node.pages[self.index] = page_ids
+        if self.log is not None:
+            self.log.append((PUT, node.id, self.index))
         self.num_resident += len(page_ids)
         if node.pins[self.index]:
             self.num_pinned += len(page_ids)
@@ -198,6 +213,8 @@ class FreeResidency(Residency):
         assert page_ids is not None
         assert not node.pins[self.index], f"I3: {node=} is pinned"
         node.pages[self.index] = None
+        if self.log is not None:
+            self.log.append((TAKEN, node.id, self.index))
         self.num_resident -= len(page_ids)
         self.order.discard(node)
         return page_ids

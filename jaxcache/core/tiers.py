@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from jaxcache.components.base import Component, Reach
 from jaxcache.config import CacheConfig
+from jaxcache.core.change_log import ChangeLog
 from jaxcache.core.eviction import make_order
 from jaxcache.core.radix_tree import Node, RadixTree
 from jaxcache.core.residency import RESIDENCIES, Residency
@@ -40,7 +41,10 @@ class Hold(NamedTuple):
 
 
 class Tiers:
-    """device[c] and host[c] are the residencies of component c; `full` and `point` are component indices or None."""
+    """device[c] and host[c] are the residencies of component c; `full` and `point` are component indices or None.
+
+    log: every change of the tree and the residencies, if events are on
+    """
 
     def __init__(self, components: tuple[Component, ...], config: CacheConfig):
         _validate(components, config)
@@ -48,7 +52,8 @@ class Tiers:
         self.config = config
         self.page_tokens = config.page_tokens
         num = len(components)
-        self.tree = RadixTree(config.page_tokens, 2 * num)
+        self.log = ChangeLog(config.max_logged_changes) if config.events else None
+        self.tree = RadixTree(config.page_tokens, 2 * num, self.log)
         self.device: list[Residency] = []
         self.host: list[Residency] = []
         clock = itertools.count()
@@ -60,7 +65,8 @@ class Tiers:
                 count = config.num_pages(pages, component.name, at_least=1 if tier is Tier.DEVICE else 0)
                 order = make_order(config.eviction_policy)
                 index = c + tier * num
-                residencies.append(RESIDENCIES[component.reach](component, tier, index, count, order, clock))
+                make = RESIDENCIES[component.reach]
+                residencies.append(make(component, tier, index, count, order, clock, self.log))
         self.residencies = [*self.device, *self.host]
         self.has_host = any(host.allocator.num_pages for host in self.host)
         self.writes_back = self.has_host and config.write_policy is WritePolicy.WRITE_BACK

@@ -20,12 +20,14 @@ from jaxcache.config import CacheConfig
 from jaxcache.core.lease import Lease
 from jaxcache.core.page_hash import Namespace
 from jaxcache.core.prefix_cache import PrefixCache
+from jaxcache.runtime.events import EventStream
 from jaxcache.testing.optimum import offline
 from jaxcache.testing.traces import TraceRequest
 from jaxcache.types import Move, Outcome, PrefetchPolicy, Transfer, TransferKind, Wait
 
 VOCAB_SIZE = 50_000
 WINDOW_TOKENS = 1024
+TAKE_EVERY = 100  # requests between two takes of events
 KINDS: dict[str, Callable[[int], Component]] = {
     "full": lambda page: FullAttention("full", ()),
     "window": lambda page: SlidingWindow("window", (), window_tokens=WINDOW_TOKENS),
@@ -35,7 +37,10 @@ KINDS: dict[str, Callable[[int], Component]] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What to replay with; sizes of tiers in tokens. components: of KINDS; tenants: requests take turns among them."""
+    """What to replay with; sizes of tiers in tokens. components: of KINDS; tenants: requests take turns among them.
+
+    events: the core notes changes, in the timed part; what is made of them is not timed
+    """
 
     page_tokens: int
     device_tokens: int
@@ -45,6 +50,7 @@ class Setting:
     components: tuple[str, ...] = ("full",)
     num_namespaces: int = 1
     include_outputs: bool = False
+    events: bool = False
 
     def config(self) -> CacheConfig:
         return CacheConfig(
@@ -54,6 +60,7 @@ class Setting:
             eviction_policy=self.policy,
             prefetch_policy=PrefetchPolicy.WAIT_COMPLETE,
             prefetch_min_tokens=self.page_tokens,
+            events=self.events,
         )
 
 
@@ -107,6 +114,7 @@ class Replay:
             self.core.new_namespace(model="replay", tenant=str(i)) for i in range(setting.num_namespaces)
         ]
         self.moves_pages = bool(setting.host_tokens)
+        self.events = EventStream(self.core.tiers) if setting.events else None
         self.us: list[float] = []
         self.cpu_s = 0.0
         self.num_prompt_tokens = 0
@@ -126,6 +134,8 @@ class Replay:
         spent = time.thread_time_ns() - start
         self.us.append(spent / 1000)
         self.cpu_s += spent / 1e9
+        if self.events is not None and not len(self.us) % TAKE_EVERY:
+            self.events.take()
 
     def _serve(self, tokens: np.ndarray, outputs: np.ndarray | None, namespace: Namespace) -> None:
         core = self.core
@@ -171,6 +181,8 @@ class Replay:
         counters = self.core.counters
         hits = {tier: counters[f"{tier}_hit_tokens"] for tier in ("device", "host", "storage")}
         us = np.array(self.us)
+        if self.events is not None:
+            self.events.take()
         return {
             "requests": len(self.us),
             "prompt_tokens": self.num_prompt_tokens,
@@ -185,6 +197,7 @@ class Replay:
             "evictions": sum(self.core.tiers.num_evicted_pages),
             "bytes_per_cached_token": bytes_per_cached_token(self.core),
             "too_long": self.num_too_long,
+            **(self.events.counts() if self.events is not None else {}),
         }
 
 

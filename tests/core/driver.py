@@ -1,7 +1,8 @@
 """A serving loop that is driven at random: the same seed gives the same run on every machine and under every hash seed.
 
 drive(seed, num_steps)   draws components, sizes and policies, unless they are given, and checks all along:
-                         equal digests, the content of every page read, the invariants, and that nothing is left
+                         equal digests, the content of every page read, the invariants, that nothing is left, and,
+                         with events=True, after every step that a consumer of events knows what the tree holds
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from jaxcache.config import CacheConfig
 from jaxcache.core import invariants
 from jaxcache.testing.scenario import Request, Scenario
 from jaxcache.types import PrefetchPolicy, TransferKind, WritePolicy
+from tests.core.consumer import Consumer
 
 MIXTURES = (
     ("full",),
@@ -59,12 +61,15 @@ def drive(
     config = draw_config(rng, components, page_tokens, max_pages, **overrides)
     scenario = Scenario(components, config, seed, num_ranks)
     scenario.cap_chance = cap_chance
+    consumers = [Consumer(core) for core in scenario.cores if config.events]
     for plane in scenario.planes:
         plane.faults = rng.choice([0.0, 0.02, 0.2])
     for step in range(num_steps):
         iterate(scenario, rng, max_pages * page_tokens, abort_chance)
         if rng.random() < accident_chance:
             _accident(scenario, rng)
+        for consumer in consumers:
+            consumer.check()
         if step % check_every == 0:
             for core in scenario.cores:
                 invariants.check(core)
@@ -75,6 +80,8 @@ def drive(
     counters["evicted_pages"] = sum(scenario.core.tiers.num_evicted_pages)
     for core in scenario.cores:
         invariants.check_empty(core)
+    for consumer in consumers:
+        consumer.check()
     return Run(counters, scenario.core.digest)
 
 

@@ -18,17 +18,22 @@ import pytest
 from jaxcache.core.admission import Admission
 from jaxcache.core.backbone import Backbone
 from jaxcache.core.backups import Backups
+from jaxcache.core.change_log import ChangeLog
 from jaxcache.core.clearing import Clearing
 from jaxcache.core.prefetches import Prefetches
 from jaxcache.core.publishing import Publishing
-from jaxcache.core.residency import PointResidency, PrefixResidency
+from jaxcache.core.radix_tree import RadixTree
+from jaxcache.core.residency import FreeResidency, PointResidency, PrefixResidency
 from jaxcache.core.stores import Stores
+from jaxcache.runtime.events import EventStream
 from jaxcache.types import PrefetchPolicy, WritePolicy
 from tests.core.driver import drive
 
 NUM_STEPS = 100
 MAX_SEEDS = 80
 BY_HAND = {"mixture": ("full",), "host_pages": 0}
+EVENTS = {"events": True}
+OVERFLOW = {**EVENTS, "max_logged_changes": 1, "accident_chance": 0.1}
 
 
 @dataclass(frozen=True)
@@ -157,6 +162,47 @@ MUTATIONS = (
         "by hand: what is there is inserted again", Backbone, "insert", "first_page in node.children", "False", BY_HAND
     ),
     Mutation("by hand: own pages are not given back", Backbone, "release", "first < len(table)", "False", BY_HAND),
+    Mutation(
+        "events by hand: nothing is said of what leaves for room",
+        Backbone,
+        "make_room",
+        "tree.remove(victim)",
+        "log, tree.log = tree.log, None; tree.remove(victim); tree.log = log",
+        {**BY_HAND, **EVENTS},
+    ),
+    Mutation(
+        "events by hand: nothing is said of a victim that is trimmed",
+        Backbone,
+        "make_room",
+        "id, first_page = victim.id, tree.shorten(victim, surplus)",
+        "log, tree.log = tree.log, None; id, first_page = victim.id, tree.shorten(victim, surplus); tree.log = log",
+        {**BY_HAND, **EVENTS},
+    ),
+    Mutation(
+        "events by hand: nothing is said of an insert",
+        Backbone,
+        "insert",
+        "device.log is not None",
+        "False",
+        {**BY_HAND, **EVENTS},
+    ),
+    Mutation("events: a new namespace", RadixTree, "root", "self.log is not None", "False", EVENTS),
+    Mutation("events: a new node", RadixTree, "add", "self.log is not None", "False", EVENTS),
+    Mutation("events: a split", RadixTree, "split", "self.log is not None", "False", EVENTS),
+    Mutation("events: the pages of a prefix", RadixTree, "split", "cut // self.page_bytes))", "1))", EVENTS),
+    Mutation("events: a node that is trimmed", RadixTree, "shorten", "self.log is not None", "False", EVENTS),
+    Mutation("events: a node that leaves", RadixTree, "remove", "self.log is not None", "False", EVENTS),
+    Mutation("events: a retired namespace", RadixTree, "retire", "self.log is not None", "False", EVENTS),
+    Mutation("events: full attention comes", PrefixResidency, "put", "self.log is not None", "False", EVENTS),
+    Mutation("events: full attention leaves", PrefixResidency, "take", "self.log is not None", "False", EVENTS),
+    Mutation("events: a window or state comes", FreeResidency, "put", "self.log is not None", "False", EVENTS),
+    Mutation("events: a window or state leaves", FreeResidency, "take", "self.log is not None", "False", EVENTS),
+    Mutation("events: a split takes the state along", EventStream, "_split", "held and not is_point", "held", EVENTS),
+    Mutation("events: a state is all pages of its node", EventStream, "_say_stored", "if is_point", "if False", EVENTS),
+    Mutation("events: a retired namespace goes on", EventStream, "_retired", "space.retired = True", "pass", EVENTS),
+    Mutation(
+        "events: a restart forgets what is there", ChangeLog, "restart", "if pages is not None", "if False", OVERFLOW
+    ),
 )
 
 

@@ -26,6 +26,7 @@ from hypothesis.stateful import (
 from jaxcache.core import invariants
 from jaxcache.testing.scenario import Request, Scenario
 from jaxcache.types import PrefetchPolicy, TransferKind, WritePolicy
+from tests.core.consumer import Consumer
 from tests.core.driver import draw_components, draw_config
 
 MIXTURES = (("full",), ("full", "window"), ("full", "window", "state"))
@@ -46,10 +47,15 @@ place = st.integers(0, 5)
 
 
 class CoreMachine(RuleBasedStateMachine):
-    """One rank: two would only repeat what the fuzz shows. `happened` collects the counters of all runs."""
+    """One rank: two would only repeat what the fuzz shows. `happened` collects the counters of all runs.
 
-    def __init__(self, mixture: tuple[str, ...], page_tokens: int, happened: Counter[str]):
+    fixed: fields of CacheConfig that are not drawn; events: checked after every rule
+    """
+
+    def __init__(self, mixture: tuple[str, ...], page_tokens: int, happened: Counter[str], fixed: dict[str, Any]):
         super().__init__()
+        self.fixed = fixed
+        self.consumer: Consumer | None = None
         self.mixture = mixture
         self.page_tokens = page_tokens
         self.happened = happened
@@ -64,8 +70,10 @@ class CoreMachine(RuleBasedStateMachine):
     def start(self, seed: int, write_policy: WritePolicy, prefetch_policy: PrefetchPolicy, host_pages: int):
         components = draw_components(Random(seed), self.mixture, self.page_tokens)
         overrides: dict[str, Any] = {"write_policy": write_policy, "prefetch_policy": prefetch_policy}
-        config = draw_config(Random(seed), components, self.page_tokens, MAX_PAGES, **overrides, host_pages=host_pages)
+        overrides |= {"host_pages": host_pages, **self.fixed}
+        config = draw_config(Random(seed), components, self.page_tokens, MAX_PAGES, **overrides)
         self.scenario = Scenario(components, config, seed)
+        self.consumer = Consumer(self.core) if config.events else None
 
     def teardown(self):
         if self.scenario is None:
@@ -85,6 +93,11 @@ class CoreMachine(RuleBasedStateMachine):
     def everything_adds_up(self):
         if self.scenario is not None:
             invariants.check(self.core)
+
+    @invariant()
+    def the_events_tell_it_all(self):
+        if self.consumer is not None:
+            self.consumer.check()
 
     # ---- the loop
 
@@ -159,10 +172,12 @@ class CoreMachine(RuleBasedStateMachine):
             self.scenario.retire(int(which[-1]))
 
 
-def run_machine(mixture: tuple[str, ...], page_tokens: int, max_examples: int, num_rules: int) -> Counter[str]:
+def run_machine(
+    mixture: tuple[str, ...], page_tokens: int, max_examples: int, num_rules: int, **fixed: Any
+) -> Counter[str]:
     happened: Counter[str] = Counter()
     run_state_machine_as_test(
-        partial(CoreMachine, mixture, page_tokens, happened),
+        partial(CoreMachine, mixture, page_tokens, happened, fixed),
         settings=settings(
             max_examples=max_examples, stateful_step_count=num_rules, suppress_health_check=list(HealthCheck)
         ),

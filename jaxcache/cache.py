@@ -232,9 +232,9 @@ class Cache:
     def take_events(self) -> list[Event]:
         """What has come and gone on device and host since the last time, for a router that sends requests to prefixes.
 
-        May be called from any thread; the page keys are computed here. Every process of the replica has the same
-        events: ask one. If nobody asks for long, AllCleared and then what is there now stands for what was missed.
-        Raises RuntimeError unless the cache was made with `events=True`.
+        May be called from any thread: the page keys are computed here (1 us a page), not in the serving thread. Every
+        process of a replica has the same events, so ask one. If nobody asks for long, what was missed is replaced by
+        AllCleared and all that is there now. Raises RuntimeError unless the cache was made with `events=True`.
         """
         if self._events is None:
             raise RuntimeError("events are off: make the cache with CacheConfig(events=True)")

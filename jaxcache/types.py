@@ -145,8 +145,8 @@ class Wait:
 class BlockStored:
     """Consecutive pages of one component are there now; a request in this namespace may find them.
 
-    Key i is sha256(key i - 1, tokens of page i), and `parent_key` stands before the first: the key of the page before
-    it, or the namespace digest. A recurrent state is one page: the one at whose end it was made.
+    Key i is sha256(key i - 1, token ids of page i as int32 bytes). `parent_key` stands before the first: the key of the
+    page before it, or the namespace digest. A recurrent state is one page: the one at whose end it was made.
 
     token_ids: int32[len(page_keys) * page_tokens], read-only
     """

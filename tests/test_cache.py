@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
 import pytest
 
 import jaxcache
-from jaxcache.types import Span, Tier
+from jaxcache.types import AllCleared, BlockRemoved, BlockStored, Span, Tier
 from models import qwen3
 from tests.models.serving import (
     DEVICE_PAGES,
@@ -348,6 +349,35 @@ def test_stats_count_from_zero(one):
         assert stats["prompt_tokens"] == 3 * 45 + 1
         assert stats["transfers"]["load_back_pages"] == 11
         assert stats["pages"]["host"]["full"]["resident"] == stats["transfers"]["backup_pages"]
+
+
+def test_events_tell_a_router_what_is_where(one):
+    """S3: from another thread, and counted."""
+    with one.cache(events=True) as cache, ThreadPoolExecutor(1) as router:
+        driver = Driver(one, cache)
+        answer = driver.ask(PROMPT)
+        keys = driver.sequence([*PROMPT, *answer.tokens]).page_keys(12)
+        events = router.submit(cache.take_events).result()
+        assert all(isinstance(event, BlockStored) and event.component == "full" for event in events)
+        for tier in (Tier.DEVICE, Tier.HOST):
+            assert [key for event in events if event.tier is tier for key in event.page_keys] == keys
+        driver.fill_device()
+        removed = [event for event in router.submit(cache.take_events).result() if isinstance(event, BlockRemoved)]
+        assert {event.tier for event in removed} == {Tier.DEVICE}
+        assert sorted(key for event in removed for key in event.page_keys) == sorted(keys)
+        cache.reset()
+        assert cache.take_events()[-1] == AllCleared()
+        assert cache.take_events() == []
+        counters = cache.stats()["counters"]
+        assert counters["block_removed_events"] == len(removed)
+        assert counters["all_cleared_events"] == 1
+
+
+def test_events_that_were_not_asked_for(one):
+    with one.cache() as cache:
+        with pytest.raises(RuntimeError, match="events=True"):
+            cache.take_events()
+        assert "block_stored_events" not in cache.stats()["counters"]
 
 
 def test_idle(one):

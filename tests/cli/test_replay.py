@@ -63,12 +63,22 @@ def test_components_and_outputs(capsys):
     assert 0 < report["hit_rate"] < report["infinite_hit_rate"]
 
 
+def test_events_change_nothing_else(capsys):
+    sizes = ("--device-tokens", "200k", "--host-tokens", "1M")
+    without, report = replay(capsys, *sizes), replay(capsys, *sizes, "--events")
+    assert "block_stored_events" not in without
+    assert report["block_stored_events"] > 300
+    assert report["block_removed_events"] > 0
+    assert (report["hit_tokens"], report["evictions"]) == (without["hit_tokens"], without["evictions"])
+
+
 def test_a_table_and_a_file(capsys, tmp_path):
     file = tmp_path / "new" / "replay.json"
-    assert main([*SHORT, "--all-policies", "--json", str(file)]) == 0
+    assert main([*SHORT, "--all-policies", "--events", "--json", str(file)]) == 0
     out = capsys.readouterr().out
     assert "lru" in out
     assert "offline optimum" in out
+    assert "events of pages stored" in out
     assert json.loads(file.read_text())["policy"] == "lru"
 
 

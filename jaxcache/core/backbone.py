@@ -112,6 +112,8 @@ class Backbone:
         prompt_end = sequence.prompt_tokens // page * page
         if first_page in node.children or (self.output_first and at < prompt_end < end):
             return False
+        if sequence.cuts and any(at < cut < end for cut in sequence.cuts):
+            return False
         child = self.tree.add(node, first_page, sequence.edge(at, end), end)
         child.is_output = self.output_first and at >= prompt_end
         device, table = self.device, lease._tables[0]

@@ -302,6 +302,8 @@ class Prefetches:
             child = node.children.get(first_page)
             if child is None:
                 child = tree.add(node, first_page, ticket.sequence.edge(at, end), end)
+                if tiers.profile is not None:
+                    tiers.profile.arrived(child)
             else:
                 stop = at + tree.common_bytes(child.edge, data, at * 4, end * 4) // 4
                 child = child if stop == child.end else tiers.split(child, stop)

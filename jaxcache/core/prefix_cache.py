@@ -179,6 +179,8 @@ class PrefixCache:
         self.tiers.lease_id = id = self.admission.next_lease_id
         lease = self.admission.admit(sequence, prefix, need, num_new_tokens, self.plan_is_applied)
         self.leases[id] = lease
+        if self.tiers.profile is not None:
+            self.tiers.profile.admitted(sequence, lease._node)
         counters = self.counters
         counters["admits"] += 1
         counters["prompt_tokens"] += sequence.num_tokens

@@ -83,7 +83,8 @@ class Publishing:
             tiers.device[tiers.point].unpin(lease._state_node)
             lease._state_node = None
         end = num_computed // page * page
-        at, node = lease._published, lease._node
+        start = at = lease._published
+        node = lease._node
         if at < end and (self.backbone is None or not self.backbone.insert(lease, end)):
             lives = [(c, self.live_start(c, num_computed)) for c in tiers.suffixes] if tiers.suffixes else ()
             fresh: dict[int, PageIds] = {}
@@ -103,6 +104,8 @@ class Publishing:
                 lease._node.ends_here -= 1
                 lease._node = node
             lease._published = at
+        if tiers.profile is not None:
+            tiers.profile.inserted(lease.sequence, lease._node, start)
         if not lease.checkpoints:
             return
         at = lease._published
@@ -134,6 +137,9 @@ class Publishing:
             for _, live in lives:
                 if at < live < stop:
                     stop = live
+            for cut in lease.sequence.cuts:
+                if at < cut < stop:
+                    stop = cut
             child = tree.add(node, first_page, lease.sequence.edge(at, stop), stop)
             child.is_output = self.output_first and at >= prompt_end
             return child

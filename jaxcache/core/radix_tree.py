@@ -30,6 +30,8 @@ class Node:
     hits:        admits that found it
     last_used:   order of uses (-1: generated text, the first to leave)
     is_output:   generated text, not (yet) part of a prompt
+    priority:    of whoever inserted it with the highest
+    use:         what the profile of reuse says of it, if there is one
     keys:        page keys, once somebody needed them
     """
 
@@ -47,8 +49,10 @@ class Node:
         "pages",
         "parent",
         "pins",
+        "priority",
         "ready_step",
         "resident_children",
+        "use",
     )
 
     def __init__(self, id: int, parent: Node | None, edge: Any, first_page: bytes, end: int, num_residencies: int):
@@ -66,6 +70,8 @@ class Node:
         self.hits = 0
         self.last_used = 0
         self.is_output = False
+        self.priority = 0
+        self.use: Any = None
         self.keys: list[bytes] | None = None
 
     @property
@@ -216,6 +222,8 @@ class RadixTree:
         prefix.hits = node.hits
         prefix.last_used = node.last_used
         prefix.is_output = node.is_output
+        prefix.priority = node.priority
+        prefix.use = node.use
         if node.keys is not None:
             pages = cut // self.page_bytes
             prefix.keys, node.keys = node.keys[:pages], node.keys[pages:]

@@ -22,9 +22,11 @@ class Sequence:
     prompt_tokens: how many there were at the start; what `extend` adds later is generated text
     path:           where the last walk went; path_limit, path_version: how far, and the tree's version (RadixTree.walk)
     prefix, match:  what core/matching.py made of it; None: not asked yet
+    uses, cuts:     what the profile of reuse says of its points; where nodes should end because it changes
     """
 
     __slots__ = (
+        "cuts",
         "data",
         "keys",
         "match",
@@ -37,6 +39,7 @@ class Sequence:
         "prefix",
         "prompt_tokens",
         "root",
+        "uses",
     )
 
     def __init__(self, namespace: page_hash.Namespace, root: Node, tokens: Any, page_tokens: int):
@@ -53,6 +56,8 @@ class Sequence:
         self.path_limit = -1
         self.prefix: Any = None
         self.match: Any = None
+        self.uses: list[tuple[int, int, int, int]] = []
+        self.cuts: list[int] = []
 
     def extend(self, tokens: Any) -> None:
         """Appends generated tokens (list, numpy int array, or jax array on the host)."""

@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 from jaxcache.components.base import Component, Reach
 from jaxcache.config import CacheConfig
 from jaxcache.core.change_log import ChangeLog
-from jaxcache.core.eviction import make_order
+from jaxcache.core.eviction import policy
+from jaxcache.core.eviction.order import Place
 from jaxcache.core.radix_tree import Node, RadixTree
 from jaxcache.core.residency import RESIDENCIES, Residency
+from jaxcache.core.reuse_profile import ReuseProfile
 from jaxcache.types import Tier, WritePolicy
 
 MAX_EVICTIONS_REMEMBERED = 4096
@@ -44,6 +46,7 @@ class Tiers:
     """device[c] and host[c] are the residencies of component c; `full` and `point` are component indices or None.
 
     log: every change of the tree and the residencies, if events are on
+    profile: what is known about reuse, if the policy of eviction remembers
     """
 
     def __init__(self, components: tuple[Component, ...], config: CacheConfig):
@@ -54,19 +57,9 @@ class Tiers:
         num = len(components)
         self.log = ChangeLog(config.max_logged_changes) if config.events else None
         self.tree = RadixTree(config.page_tokens, 2 * num, self.log)
-        self.device: list[Residency] = []
-        self.host: list[Residency] = []
-        clock = itertools.count()
-        for tier, pages, residencies in (
-            (Tier.DEVICE, config.device_pages, self.device),
-            (Tier.HOST, config.host_pages, self.host),
-        ):
-            for c, component in enumerate(components):
-                count = config.num_pages(pages, component.name, at_least=1 if tier is Tier.DEVICE else 0)
-                order = make_order(config.eviction_policy)
-                index = c + tier * num
-                make = RESIDENCIES[component.reach]
-                residencies.append(make(component, tier, index, count, order, clock, self.log))
+        self.clock = itertools.count()
+        self.profile = make_profile(components, config)
+        self.device, self.host = self._residencies(Tier.DEVICE), self._residencies(Tier.HOST)
         self.residencies = [*self.device, *self.host]
         self.has_host = any(host.allocator.num_pages for host in self.host)
         self.writes_back = self.has_host and config.write_policy is WritePolicy.WRITE_BACK
@@ -85,6 +78,17 @@ class Tiers:
         # node id; residency index or first page; and what `Eviction` says: flat, since one is made for every eviction
         self.evictions: deque[tuple[Any, ...]] = deque(maxlen=MAX_EVICTIONS_REMEMBERED)
         self.num_evicted_pages = [0] * (2 * num)
+
+    def _residencies(self, tier: Tier) -> list[Residency]:
+        order = policy(self.config.eviction_policy)
+        residencies = []
+        for c, component in enumerate(self.components):
+            num_pages = num_pages_of(component, tier, self.config)
+            index = c + tier * len(self.components)
+            place = Place(index, num_pages, component.reach is not Reach.PREFIX, self.profile)
+            make = RESIDENCIES[component.reach]
+            residencies.append(make(component, tier, index, num_pages, order(place), self.clock, self.log))
+        return residencies
 
     # ---- what must be there
 
@@ -224,6 +228,20 @@ class Tiers:
         if residency.component.reach is Reach.PREFIX and len(pages) > num_pages:
             self.split(victim, victim.end - num_pages * self.page_tokens)
         return victim
+
+
+def num_pages_of(component: Component, tier: Tier, config: CacheConfig) -> int:
+    pages = config.device_pages if tier is Tier.DEVICE else config.host_pages
+    return config.num_pages(pages, component.name, at_least=1 if tier is Tier.DEVICE else 0)
+
+
+def make_profile(components: tuple[Component, ...], config: CacheConfig) -> ReuseProfile | None:
+    """Sized by full attention, or by what there is instead."""
+    if not policy(config.eviction_policy).remembers:
+        return None
+    spine = next((c for c in components if c.reach is Reach.PREFIX), components[0])
+    device, host = (num_pages_of(spine, tier, config) * config.page_tokens for tier in (Tier.DEVICE, Tier.HOST))
+    return ReuseProfile(config.page_tokens, device, max(device, host))
 
 
 def _validate(components: tuple[Component, ...], config: CacheConfig) -> None:

@@ -1,54 +1,16 @@
-"""Orders of eviction: which unpinned entry leaves next. One class each, found by name.
-
-An order holds exactly the entries that may leave now (unpinned, and for full attention without resident children), so
-that the victim is found in O(1). It knows nothing of tiers and pages.
-"""
+"""Least recently used first."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterator
 from heapq import heappop, heappush, merge
 from typing import Any
 
+from jaxcache.core.eviction.order import EvictionOrder, Place
 from jaxcache.core.radix_tree import Node
 
 MISSING: Any = object()
-
-
-class EvictionOrder(ABC):
-    """The candidates of one (component, tier), best victim first."""
-
-    @abstractmethod
-    def add(self, node: Node) -> None:
-        """A candidate that has just been used."""
-
-    @abstractmethod
-    def add_oldest(self, node: Node) -> None:
-        """A candidate that should leave before all others (generated text)."""
-
-    @abstractmethod
-    def add_back(self, node: Node) -> None:
-        """A parent whose last child has left: its place is by `node.last_used`."""
-
-    @abstractmethod
-    def discard(self, node: Node) -> None:
-        """No candidate any more, or never one."""
-
-    @abstractmethod
-    def first(self) -> Node | None:
-        """The best victim."""
-
-    @abstractmethod
-    def __iter__(self) -> Iterator[Node]:
-        """Best victim first."""
-
-    @abstractmethod
-    def __contains__(self, node: Node) -> bool: ...
-
-    @abstractmethod
-    def __len__(self) -> int: ...
 
 
 class Lru(EvictionOrder):
@@ -58,9 +20,8 @@ class Lru(EvictionOrder):
     child belongs somewhere in the middle: it waits in a heap, O(log n), which is rare.
     """
 
-    __slots__ = ("_back", "_heap", "_nodes")
-
-    def __init__(self):
+    def __init__(self, place: Place):
+        super().__init__(place)
         self._nodes: OrderedDict[Node, None] = OrderedDict()
         self._back: dict[Node, int] = {}  # parents in the heap, by last use; other entries of the heap are out of date
         self._heap: list[tuple[int, int, Node]] = []
@@ -103,12 +64,3 @@ class Lru(EvictionOrder):
 
     def __len__(self) -> int:
         return len(self._nodes) + len(self._back)
-
-
-POLICIES: dict[str, type[EvictionOrder]] = {"lru": Lru}
-
-
-def make_order(policy: str) -> EvictionOrder:
-    if policy not in POLICIES:
-        raise ValueError(f"eviction_policy must be one of {sorted(POLICIES)}, not {policy!r}")
-    return POLICIES[policy]()

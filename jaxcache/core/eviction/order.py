@@ -1,0 +1,66 @@
+"""What an order of eviction is, and what it may know.
+
+An order holds exactly the entries that may leave now (unpinned, and for full attention without resident children), so
+that the victim is found without a search. It never decides whether something may leave.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import ClassVar, NamedTuple
+
+from jaxcache.core.radix_tree import Node
+from jaxcache.core.reuse_profile import ReuseProfile
+
+
+class Place(NamedTuple):
+    """Where an order stands: its residency's place in the nodes' arrays and its pages; whether entries have a size.
+
+    profile: what is known about the reuse of pages, also of those that left (None unless the policy remembers)
+    is_partial: entries are windows or states, which spare the tokens up to the entry above
+    """
+
+    index: int
+    num_pages: int
+    is_partial: bool
+    profile: ReuseProfile | None
+
+
+class EvictionOrder(ABC):
+    """The candidates of one (component, tier), best victim first. remembers: needs a profile, and `node.use`."""
+
+    remembers: ClassVar[bool] = False
+
+    def __init__(self, place: Place):
+        self.place = place
+
+    @abstractmethod
+    def add(self, node: Node) -> None:
+        """A candidate that has just been used."""
+
+    @abstractmethod
+    def add_oldest(self, node: Node) -> None:
+        """A candidate that should leave before all others (generated text)."""
+
+    @abstractmethod
+    def add_back(self, node: Node) -> None:
+        """A parent whose last child has left: its place is by its own last use."""
+
+    @abstractmethod
+    def discard(self, node: Node) -> None:
+        """No candidate any more, or never one."""
+
+    @abstractmethod
+    def first(self) -> Node | None:
+        """The best victim."""
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[Node]:
+        """Best victim first."""
+
+    @abstractmethod
+    def __contains__(self, node: Node) -> bool: ...
+
+    @abstractmethod
+    def __len__(self) -> int: ...

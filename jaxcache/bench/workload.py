@@ -53,7 +53,7 @@ class Workload:
     context_tokens: tuple[int, int] = (1000, 6000)
     step_capacity: int = 2_000_000
     warmup_steps: int = 200
-    num_steps: int = 400
+    num_steps: int = 800
 
 
 def short(count: int) -> str:

@@ -48,8 +48,9 @@ lint: setup ## formatting, lint and types
 	$(BIN)/ruff check
 	$(BIN)/pyright
 
-bench: setup ## the benchmarks; writes build/bench.json
+bench: setup ## the benchmarks: ratios that must not get worse, then every figure; writes build/bench.json
 	@mkdir -p build
+	$(BIN)/python -m pytest benchmarks
 	$(BIN)/python -m benchmarks --json build/bench.json $(ARGS)
 
 gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),setup) ## the tests that use devices, and the benchmarks, on the GPUs of this host; writes build/bench-gpu.json

@@ -18,7 +18,6 @@ from jaxcache.components import FullAttention, RecurrentState, SlidingWindow
 from jaxcache.components.base import Component
 from jaxcache.config import CacheConfig
 from jaxcache.core.lease import Lease
-from jaxcache.core.page_hash import Namespace
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.runtime.events import EventStream
 from jaxcache.testing.optimum import offline
@@ -116,29 +115,34 @@ class Replay:
         self.moves_pages = bool(setting.host_tokens)
         self.events = EventStream(self.core.tiers) if setting.events else None
         self.us: list[float] = []
-        self.cpu_s = 0.0
+        self.num_requests = 0
         self.num_prompt_tokens = 0
         self.num_too_long = 0
 
     def request(self, request: TraceRequest) -> None:
-        """Serves one request. One that is larger than the device is computed without the cache, and counted."""
+        """Makes one request's tokens, serves it, and notes the time of the latter."""
         tokens = request.prompt(request.block_tokens, VOCAB_SIZE)
         outputs = None
         if self.setting.include_outputs and request.output_length:
-            seed = len(self.us)  # generated text is nobody else's
+            seed = self.num_requests  # generated text is nobody else's
             outputs = np.random.default_rng(seed).integers(0, VOCAB_SIZE, request.output_length, np.int32)
-        namespace = self.namespaces[len(self.us) % len(self.namespaces)]
-        self.num_prompt_tokens += len(tokens)
         start = time.thread_time_ns()
-        self._serve(tokens, outputs, namespace)
-        spent = time.thread_time_ns() - start
-        self.us.append(spent / 1000)
-        self.cpu_s += spent / 1e9
-        if self.events is not None and not len(self.us) % TAKE_EVERY:
+        self.serve(tokens, outputs)
+        self.us.append((time.thread_time_ns() - start) / 1000)
+        if not len(self.us) % TAKE_EVERY:
+            self.take_events()
+
+    def take_events(self) -> None:
+        """Makes events of what has changed; elsewhere another thread does that."""
+        if self.events is not None:
             self.events.take()
 
-    def _serve(self, tokens: np.ndarray, outputs: np.ndarray | None, namespace: Namespace) -> None:
+    def serve(self, tokens: np.ndarray, outputs: np.ndarray | None = None) -> None:
+        """Serves one request. One that is larger than the device is computed without the cache, and counted."""
         core = self.core
+        namespace = self.namespaces[self.num_requests % len(self.namespaces)]
+        self.num_requests += 1
+        self.num_prompt_tokens += len(tokens)
         sequence = core.sequence(tokens, namespace)
         ticket = core.prefetch(sequence) if core.stores.attached else None
         while ticket is not None and not ticket.done:
@@ -176,19 +180,23 @@ class Replay:
 
     # ---- what came of it
 
+    def hit_tokens(self) -> dict[str, int]:
+        """Prompt tokens found, by tier."""
+        return {tier: self.core.counters[f"{tier}_hit_tokens"] for tier in ("device", "host", "storage")}
+
+    def hit_rate(self) -> float:
+        return sum(self.hit_tokens().values()) / self.num_prompt_tokens
+
     def report(self) -> dict[str, Any]:
-        """JSON: tokens by tier, CPU time of the core alone, evictions in pages."""
-        counters = self.core.counters
-        hits = {tier: counters[f"{tier}_hit_tokens"] for tier in ("device", "host", "storage")}
+        """JSON: tokens by tier, CPU time of the core alone, evictions in pages. Of what `request` has served."""
         us = np.array(self.us)
-        if self.events is not None:
-            self.events.take()
+        self.take_events()
         return {
-            "requests": len(self.us),
+            "requests": self.num_requests,
             "prompt_tokens": self.num_prompt_tokens,
-            "hit_rate": sum(hits.values()) / self.num_prompt_tokens,
-            "hit_tokens": hits,
-            "requests_per_cpu_second": len(us) / self.cpu_s,
+            "hit_rate": self.hit_rate(),
+            "hit_tokens": self.hit_tokens(),
+            "requests_per_cpu_second": float(len(us) / us.sum() * 1e6),
             "us_per_request": {
                 "p50": float(np.percentile(us, 50)),
                 "p99": float(np.percentile(us, 99)),

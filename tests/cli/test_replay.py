@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks.core import TRACE
+from jaxcache.bench.workload import TRACE
 from jaxcache.cli import main
 
 KEYS = {

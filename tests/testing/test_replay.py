@@ -7,7 +7,7 @@ from itertools import count
 
 import pytest
 
-from benchmarks.core import TRACE
+from jaxcache.bench.workload import TRACE
 from jaxcache.testing.replay import Replay, Setting
 from jaxcache.testing.traces import TraceRequest, read_trace
 

@@ -93,8 +93,7 @@ class ReferenceTree:
         if at >= stop:
             return node
         count = (stop - at) // self.page_bytes
-        while self.num_free < count:
-            self._evict_one()
+        self.make_room(count)
         self.num_free -= count
         child = Run(node, tokens[at:stop], self.free[self.num_free : self.num_free + count].copy())
         child.first = child.edge[: self.page_bytes]
@@ -102,7 +101,11 @@ class ReferenceTree:
         child.pins = 1
         return child
 
-    def _evict_one(self) -> None:
+    def make_room(self, num_pages: int) -> None:
+        while self.num_free < num_pages:
+            self.evict_one()
+
+    def evict_one(self) -> None:
         """The oldest unlocked run without children; unlocking goes bottom-up, so leaves are older than parents."""
         for node in self.old:
             if not node.children:

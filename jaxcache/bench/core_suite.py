@@ -1,0 +1,50 @@
+"""The suite of the core: groups of figures that are measured together, by name, in the order of the table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from jaxcache.bench.evictions import evict_one, evict_share
+from jaxcache.bench.figure import Figure
+from jaxcache.bench.matches import match, rematch
+from jaxcache.bench.measure import undisturbed
+from jaxcache.bench.operations import insert, split
+from jaxcache.bench.paths import path
+from jaxcache.bench.replays import memory, replay_groups
+from jaxcache.bench.steps import steps
+from jaxcache.bench.workload import Workload
+from jaxcache.testing.traces import read_trace
+
+WORKLOAD = Workload()
+NEED_TRACE = ("replay", "bytes")
+Measure = Callable[[], list[Figure]]
+
+
+def groups(workload: Workload, only: Sequence[str] | None = None) -> dict[str, Measure]:
+    """All groups, or those whose names begin with one of `only`.
+
+    ValueError for a name that none begins with, and for a trace that is needed and cannot be read.
+    """
+    everything = {
+        "match": match,
+        "rematch": rematch,
+        "split": split,
+        "insert": insert,
+        "path": path,
+        "evict_one": evict_one,
+        "evict_share": evict_share,
+        "bytes": memory,
+        "step": steps,
+        **replay_groups(workload),
+    }
+    for name in only or ():
+        if not any(group.startswith(name) for group in everything):
+            raise ValueError(f"{name!r} is the beginning of none of {', '.join(everything)}")
+    chosen = {group: measure for group, measure in everything.items() if not only or group.startswith(tuple(only))}
+    if any(group.startswith(NEED_TRACE) for group in chosen):
+        try:
+            read_trace(workload.trace)
+        except OSError as error:
+            raise ValueError(f"{workload.trace}: {error.strerror}: name a trace with --trace") from error
+    return {group: partial(undisturbed, partial(measure, workload)) for group, measure in chosen.items()}

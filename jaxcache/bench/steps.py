@@ -1,0 +1,211 @@
+"""What the core costs the scheduler in every step, while hundreds of requests decode.
+
+One step is one iteration of the reference serving loop, which calls the core in this order:
+
+    commit, prefetch + match + admit the newcomers, take_plan      decode: grow everybody, take_plan
+    insert and release who is finished                             commit, take_plan
+    prefill the newcomers: grow, take_plan, insert
+
+Where the model would run, everybody gets a token (`Sequence.extend`), which has a figure of its own.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+import numpy as np
+
+from jaxcache.bench.figure import Figure, Goal, figure
+from jaxcache.bench.loaded_core import EVERY_KIND, FULL, LoadedCore, random_tokens
+from jaxcache.bench.measure import CPU, clock_cost_us
+from jaxcache.bench.reference_tree import ReferenceTree
+from jaxcache.bench.workload import Workload
+from jaxcache.core.lease import Lease
+from jaxcache.core.prefix_cache import PrefixCache
+from jaxcache.core.sequence import Sequence
+from jaxcache.types import Wait
+
+STEP_GOAL = Goal("value", "<=", 200)
+SHARED_PROMPTS = 8  # a newcomer begins with one of these
+SHARED_TOKENS = 512
+
+
+class Request:
+    """Running: lease is set. num_computed lags one token behind its sequence while it decodes."""
+
+    __slots__ = ("lease", "num_computed", "num_left", "sequence")
+
+    def __init__(self, sequence: Sequence, num_new_tokens: int):
+        self.sequence = sequence
+        self.num_left = num_new_tokens
+        self.num_computed = 0
+        self.lease: Lease | None = None
+
+
+Grow = Callable[[PrefixCache, Request], None]
+
+
+def grow_by_token(core: PrefixCache, request: Request) -> None:
+    """Room for the next token, in every step, as the reference loop asks."""
+    assert request.lease is not None
+    if not core.grow(request.lease, request.num_computed, 1):
+        raise MemoryError("the cache of this benchmark is too small")
+
+
+def grow_by_page(core: PrefixCache, request: Request) -> None:
+    """Room for the rest of a page, when the last one is full."""
+    lease, computed = request.lease, request.num_computed
+    assert lease is not None
+    if computed >= lease.num_tokens:
+        page = core.config.page_tokens
+        if not core.grow(lease, computed, page - computed % page):
+            raise MemoryError("the cache of this benchmark is too small")
+
+
+class Scheduler:
+    """Serves as many newcomers in every step as finish in it; each decodes for `running / arriving` steps.
+
+    core_us, token_us: by step: the core's calls named above; the tokens that everybody gets
+    floor_us: the stripped tree serving those who finish
+    """
+
+    def __init__(self, workload: Workload, kinds: tuple[str, ...], grow: Grow):
+        self.workload = workload
+        page = workload.page_tokens[0]
+        self.loaded = LoadedCore(page, workload.step_capacity // page, kinds)
+        self.tree = ReferenceTree(page, workload.step_capacity // page)
+        self.grow = grow
+        self.running: deque[Request] = deque()  # those who finish first are first
+        self.shared = random_tokens(SHARED_PROMPTS, min(SHARED_TOKENS, workload.context_tokens[0]))
+        self.random = np.random.default_rng(1)
+        self.clock_us = clock_cost_us(CPU)
+        self.core_us: list[float] = []
+        self.token_us: list[float] = []
+        self.floor_us: list[float] = []
+
+    def step(self) -> None:
+        newcomers = [self.newcomer() for _ in range(self.workload.arriving)]
+        start = CPU()
+        self.begin(newcomers)
+        model = CPU()
+        self.sample(self.running)
+        again = CPU()
+        finished = self.finish(newcomers)
+        prefill = CPU()
+        self.sample(newcomers)
+        last = CPU()
+        self.publish(newcomers)
+        end = CPU()
+        self.running += newcomers
+        core_ns = (model - start) + (prefill - again) + (end - last)
+        self.core_us.append(core_ns / 1000 - 3 * self.clock_us)
+        self.token_us.append(((again - model) + (last - prefill)) / 1000 - 2 * self.clock_us)
+        self.serve_stripped(finished)
+
+    def newcomer(self) -> Request:
+        low, high = self.workload.context_tokens
+        shared = self.shared[self.random.integers(SHARED_PROMPTS)]
+        own = random_tokens(int(self.random.integers(low, high)) - len(shared) + 1)
+        sequence = self.loaded.sequence(np.concatenate([shared, own]))
+        return Request(sequence, 1 + self.workload.running // self.workload.arriving)  # the first one by its prefill
+
+    def begin(self, newcomers: list[Request]) -> None:
+        """commit, admit the newcomers, room for everybody's next token."""
+        core, grow = self.loaded.core, self.grow
+        core.commit({})
+        for request in newcomers:
+            sequence = request.sequence
+            ticket = core.prefetch(sequence)
+            lease = core.admit(sequence, sequence.num_tokens - core.match(sequence).num_tokens, ticket)
+            assert not isinstance(lease, Wait), f"{lease}: the cache of this benchmark is too small"
+            request.lease, request.num_computed = lease, lease.num_cached_tokens
+        core.take_plan()
+        for request in self.running:
+            grow(core, request)
+        core.take_plan()
+
+    def sample(self, requests: deque[Request] | list[Request]) -> None:
+        """The model has run: what was there is computed, and there is one more token."""
+        for request in requests:
+            request.num_computed = request.sequence.num_tokens
+            request.sequence.extend([7])
+            request.num_left -= 1
+
+    def finish(self, newcomers: list[Request]) -> list[Request]:
+        """Those who have all their tokens leave; then the newcomers' prefill, chunks ending where a state is kept."""
+        core, running = self.loaded.core, self.running
+        finished = []
+        while running and running[0].num_left <= 0:
+            request = running.popleft()
+            assert request.lease is not None
+            core.insert(request.lease, request.num_computed)
+            core.release(request.lease)
+            finished.append(request)
+        core.commit({})
+        core.take_plan()
+        for request in newcomers:
+            lease, end = request.lease, request.sequence.num_tokens
+            assert lease is not None
+            while request.num_computed < end:
+                stop = min(end, lease.next_stop or end)
+                core.grow(lease, request.num_computed, stop - request.num_computed)
+                request.num_computed = stop
+                if stop < end:  # a state is kept here: the core must hear of it
+                    core.insert(lease, stop)
+        core.take_plan()
+        return finished
+
+    def publish(self, newcomers: list[Request]) -> None:
+        """Their prompts are computed."""
+        for request in newcomers:
+            assert request.lease is not None
+            self.loaded.core.insert(request.lease, request.num_computed)
+
+    def serve_stripped(self, finished: list[Request]) -> None:
+        datas = [bytes(request.sequence.data) for request in finished]
+        start = CPU()
+        for data in datas:
+            self.tree.serve(data)
+        self.floor_us.append(max((CPU() - start) / 1000 - self.clock_us, 0.001))
+
+
+def steps(workload: Workload) -> list[Figure]:
+    num, arriving = workload.running, workload.arriving
+    what = f"step: {num} decode, {arriving} come, {arriving} go"
+    by_token, by_page, every_kind = (
+        scheduled(workload, kinds, grow)
+        for kinds, grow in ((FULL, grow_by_token), (FULL, grow_by_page), (EVERY_KIND, grow_by_token))
+    )
+    floor = f"stripped tree serving {arriving}"
+    return [
+        figure(f"step_{num}", f"{what} / {floor}", by_token.core_us, by_token.floor_us, goal=STEP_GOAL),
+        p99(f"step_{num}", what, by_token),
+        figure(f"step_{num}_tokens", f"{what}; a token for everybody", by_token.token_us),
+        figure(
+            f"step_{num}_grow_by_page",
+            f"{what}, growing by pages / {floor}",
+            by_page.core_us,
+            by_page.floor_us,
+            goal=STEP_GOAL,
+        ),
+        p99(f"step_{num}_grow_by_page", f"{what}, growing by pages", by_page),
+        figure(f"step_{num}_3_components", f"{what}, 3 components / {floor}", every_kind.core_us, every_kind.floor_us),
+        p99(f"step_{num}_3_components", f"{what}, 3 components", every_kind),
+    ]
+
+
+def p99(name: str, meaning: str, scheduler: Scheduler) -> Figure:
+    return figure(f"{name}_p99", f"{meaning}; p99", [float(np.percentile(scheduler.core_us, 99))])
+
+
+def scheduled(workload: Workload, kinds: tuple[str, ...], grow: Grow) -> Scheduler:
+    scheduler = Scheduler(workload, kinds, grow)
+    for _ in range(workload.warmup_steps):
+        scheduler.step()
+    for times in (scheduler.core_us, scheduler.token_us, scheduler.floor_us):
+        times.clear()
+    for _ in range(workload.num_steps):
+        scheduler.step()
+    assert len(scheduler.running) == workload.running
+    return scheduler

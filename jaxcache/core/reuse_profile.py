@@ -1,7 +1,7 @@
 """What is known about the reuse of prefixes, also of those that left: the memory of the policies that learn.
 
-Every `stride` tokens of a prompt there is a point, known by its position and the tokens before it. A point remembers its
-uses; from all points together the profile learns how likely the next use is, by kind of page and by age:
+Every `stride` tokens of a prompt there is a point, known by its position and the tokens before it. A point remembers
+its uses; from all points together the profile learns how likely the next use is, by kind of page and by age:
 
     kind:   how often it was used, and what share of the last prompt was known already  (a conversation that goes on)
             how often it was used, and how long the last pause was                      (fast ones stay fast)
@@ -23,7 +23,7 @@ from jaxcache.core.sequence import Sequence
 
 MIN_STRIDE_TOKENS = 256
 MAX_POINTS = 1 << 18
-REMEMBERED = int(__import__("os").environ.get("RM","16"))
+REMEMBERED = 8  # times the largest tier, in tokens of points
 CONTEXT_BYTES = 128  # tokens that tell points at the same position apart
 USES, SHARES, PAUSES = 4, 6, 8  # how many of each a kind tells apart; the last share is generated text
 NUM_KINDS = USES * SHARES * PAUSES

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxcache.core import matching
-from jaxcache.core.backbone import Backbone
 from jaxcache.core.backups import Backups
 from jaxcache.core.lease import Lease
 from jaxcache.core.matching import Prefix
@@ -42,9 +41,8 @@ class Loading(NamedTuple):
 class Admission:
     """loading: load-backs that are not scattered yet."""
 
-    def __init__(self, tiers: Tiers, planner: Planner, backups: Backups, backbone: Backbone | None, counters: Counters):
+    def __init__(self, tiers: Tiers, planner: Planner, backups: Backups, counters: Counters):
         self.tiers = tiers
-        self.backbone = backbone
         self.planner = planner
         self.backups = backups
         self.counters = counters
@@ -123,8 +121,6 @@ class Admission:
         last = path[-1][0] if path else sequence.root
         id = self.next_lease_id
         self.next_lease_id = id + 1
-        if self.backbone is not None:
-            return self.backbone.admit(id, sequence, last, num_new_tokens, plan_is_applied)
         last.ends_here += 1
         lease = Lease(id, sequence, last, num_new_tokens, tiers, plan_is_applied)
         for node, _ in path:
@@ -136,6 +132,7 @@ class Admission:
         if tiers.point is not None and path:
             lease._state_node = last
         self._allocate(lease, need)
+        lease._be_quiet(prefix.num_tokens)
         if tiers.partial:
             self._plan_stops(lease, prefix)
             self.checkpoints(lease, prefix.num_tokens, lease.num_tokens)

@@ -13,7 +13,6 @@ import numpy as np
 
 from jaxcache.core.change_log import PUT
 from jaxcache.core.lease import Lease
-from jaxcache.core.radix_tree import Node
 from jaxcache.core.residency import Residency
 from jaxcache.core.sequence import Sequence
 from jaxcache.core.tiers import Tiers
@@ -22,8 +21,9 @@ from jaxcache.core.tiers import Tiers
 class Backbone:
     """device: the only residency that holds anything; its index on the nodes is 0."""
 
-    def __init__(self, tiers: Tiers):
+    def __init__(self, tiers: Tiers, plan_is_applied: Callable[[], bool]):
         self.tiers = tiers
+        self.plan_is_applied = plan_is_applied
         self.tree = tiers.tree
         self.device: Residency = tiers.device[0]
         self.page_tokens = tiers.page_tokens
@@ -33,26 +33,41 @@ class Backbone:
     def suffices(tiers: Tiers) -> bool:
         return tiers.only_full
 
-    def admit(
-        self, id: int, sequence: Sequence, last: Node, num_new_tokens: int, plan_is_applied: Callable[[], bool]
-    ) -> Lease:
-        """Pins up to the root, makes room, and builds the table: pages of the path, then own ones."""
-        device, allocator = self.device, self.device.allocator
-        last.ends_here += 1
-        lease = Lease(id, sequence, last, num_new_tokens, self.tiers, plan_is_applied)
+    def admit(self, id: int, sequence: Sequence, num_new_tokens: int, max_cached_tokens: int | None) -> Lease | None:
+        """Pins up to the root, makes room, and builds the table: pages of the path, then own ones.
+
+        None: nothing has changed; whether it fits at all, the general path finds out.
+        """
+        tiers, device = self.tiers, self.device
+        if sequence.namespace.retired or not tiers.config.caching:
+            return None
+        limit = sequence.num_tokens - 1
+        if max_cached_tokens is not None and max_cached_tokens < limit:
+            limit = max_cached_tokens
+        node, end = self.tree.find(sequence, limit)
+        page = self.page_tokens
+        num_found = end // page
+        num_own = -(-(end + num_new_tokens) // page) - num_found
+        allocator = device.allocator
+        if num_own + num_found > allocator.num_free + device.num_resident - device.num_pinned:
+            return None  # it might fit: some of what was found may be pinned already
+        if end < node.end:
+            node = tiers.split(node, end)
+        node.ends_here += 1
+        tiers.lease_id = id
+        lease = Lease(id, sequence, node, num_new_tokens, tiers, self.plan_is_applied)
         path_pages = []
-        node, parent = last, last.parent
+        parent = node.parent
         while parent is not None:
             node.hits += 1
             pages, pins = node.pages[0], node.pins
+            path_pages.append(pages)
             if not pins[0]:
                 device.num_pinned += len(pages)  # pyright: ignore[reportArgumentType]
                 if not node.resident_children[0]:
                     device.order.discard(node)
             pins[0] += 1
-            path_pages.append(pages)
             node, parent = parent, parent.parent
-        num_own = -(-lease.num_tokens // self.page_tokens) - last.end // self.page_tokens
         high = allocator.num_free
         if high < num_own:
             room = self.make_room(num_own)
@@ -67,68 +82,74 @@ class Backbone:
             table = allocator.stack[low:high].copy()
         table.flags.writeable = False
         lease._tables[0] = table
+        lease._quiet_end = len(table) * page
         return lease
 
     def make_room(self, num_pages: int) -> bool:
         """Evicts until `num_pages` are free, the last victim only as far as needed; False if nothing can leave."""
-        tiers, tree, device, order = self.tiers, self.tree, self.device, self.device.order
-        allocator = device.allocator
+        tiers, tree, device = self.tiers, self.tree, self.device
+        allocator, order = device.allocator, device.order
+        stack, remember = allocator.stack, tiers.evictions.append
+        reason = (device, tiers.step, tiers.reason, tiers.lease_id)
         free = before = allocator.num_free
         while free < num_pages:
             victim = order.first()
             if victim is None:
                 break
-            pages = victim.pages[0]
-            assert pages is not None and not victim.pins[0] and not victim.children, f"I3, I6: {victim=}"
+            pages, parent = victim.pages[0], victim.parent
+            assert pages is not None and parent is not None and not victim.pins[0], f"I3: {victim=}"
             surplus = len(pages) + free - num_pages
             if surplus > 0:
                 victim.pages[0] = pages[:surplus]
                 pages = pages[surplus:]
-                id, first_page = victim.id, tree.shorten(victim, surplus)
+                remember((victim.id, tree.shorten(victim, surplus), *reason))
             else:
-                parent = victim.parent
-                assert parent is not None
                 order.discard(victim)
                 victim.pages[0] = None
+                tree.remove(victim)
                 siblings = parent.resident_children[0] = parent.resident_children[0] - 1
                 if not siblings and not parent.pins[0] and parent.pages[0] is not None:
                     order.add_back(parent)
-                id, first_page = parent.id, victim.first_page
-                tree.remove(victim)
+                remember((parent.id, victim.first_page, *reason))
             top = free + len(pages)
-            allocator.stack[free:top] = pages
+            stack[free:top] = pages
             free = top
-            tiers.evictions.append((id, first_page, device, tiers.step, tiers.reason, tiers.lease_id))
         allocator.num_free = free
         device.num_resident -= free - before
         tiers.num_evicted_pages[0] += free - before
         return free >= num_pages
 
-    def insert(self, lease: Lease, end: int) -> bool:
-        """Publishes the lease's own pages up to `end` if they make exactly one new node; False: nothing has changed."""
-        at, node, sequence = lease._published, lease._node, lease.sequence
+    def insert(self, lease: Lease, num_computed: int) -> bool:
+        """Publishes the lease's own whole pages if they make exactly one new node; False: nothing has changed."""
+        tiers, sequence = self.tiers, lease.sequence
+        at, node = lease._published, lease._node
         page = self.page_tokens
-        first_page = bytes(sequence.data[at * 4 : (at + page) * 4])
-        prompt_end = sequence.prompt_tokens // page * page
-        if first_page in node.children or (self.output_first and at < prompt_end < end):
-            return False
-        if sequence.cuts and any(at < cut < end for cut in sequence.cuts):
-            return False
-        child = self.tree.add(node, first_page, sequence.edge(at, end), end)
-        child.is_output = self.output_first and at >= prompt_end
-        device, table = self.device, lease._tables[0]
-        assert table is not None
-        pages = table[at // page : end // page]  # tables never change: a view, unless it kept a much larger one alive
-        child.pages[0] = pages if 2 * len(pages) >= len(table) else pages.copy()
-        if device.log is not None:
-            device.log.append((PUT, child.id, 0))
-        child.pins[0] = child.ends_here = 1
-        device.num_resident += len(pages)
-        device.num_pinned += len(pages)
-        node.resident_children[0] += 1  # the lease pins `node`, or it is a root: it is no candidate
-        node.ends_here -= 1
-        lease._node = child
-        lease._published = end
+        end = num_computed // page * page
+        if at < end:
+            first_page = bytes(sequence.data[at * 4 : (at + page) * 4])
+            prompt_end = sequence.prompt_tokens // page * page
+            if first_page in node.children or (self.output_first and at < prompt_end < end):
+                return False
+            if sequence.cuts and any(at < cut < end for cut in sequence.cuts):
+                return False
+            child = self.tree.add(node, first_page, sequence.edge(at, end), end)
+            child.is_output = self.output_first and at >= prompt_end
+            device, table = self.device, lease._tables[0]
+            assert table is not None
+            pages = table[at // page : end // page]  # tables never change: a view, if it keeps no much larger one alive
+            child.pages[0] = pages if 2 * len(pages) >= len(table) else pages.copy()
+            if device.log is not None:
+                device.log.append((PUT, child.id, 0))
+            child.pins[0] = child.ends_here = 1
+            num_pages = (end - at) // page
+            device.num_resident += num_pages
+            device.num_pinned += num_pages
+            node.resident_children[0] += 1  # the lease pins `node`, or it is a root: it is no candidate
+            node.ends_here -= 1
+            lease._node = child
+            lease._published = end
+        if tiers.profile is not None:
+            tiers.profile.inserted(sequence, lease._node, at)
         return True
 
     def release(self, lease: Lease) -> None:

@@ -40,6 +40,7 @@ class Lease:
         "_pin_tops",
         "_plan_is_applied",
         "_published",
+        "_quiet_end",
         "_released",
         "_state_node",
         "_stops",
@@ -89,6 +90,7 @@ class Lease:
             {} if tiers.point is not None else NO_CHECKPOINTS
         )  # checkpoints whose position was reported
         self._last_grid_point: int | None = None
+        self._quiet_end = -1  # growing up to here only moves numbers
         self._released = False
 
     @property
@@ -114,6 +116,17 @@ class Lease:
             return None
         grid = self._tiers.grid_tokens
         return (computed // grid + 1) * grid
+
+    def _be_quiet(self, num_computed: int) -> None:
+        """Notes up to where it may grow without anything but numbers changing, from `num_computed` on.
+
+        New pages are needed where the tables end (all end at the same place); windows are left behind, and states kept,
+        where a page ends.
+        """
+        tiers = self._tiers
+        page_end = (num_computed // tiers.page_tokens + 1) * tiers.page_tokens
+        room = next((len(table) * tiers.page_tokens for table in self._tables if table is not None), page_end)
+        self._quiet_end = min(room, page_end - 1) if tiers.partial else room
 
     def __repr__(self) -> str:
         return f"Lease({self.id}, cached {self.num_cached_tokens}, room for {self.num_tokens} tokens)"

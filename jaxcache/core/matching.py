@@ -31,6 +31,11 @@ NOTHING = Prefix(0, [], 0, 0)
 
 def match(tiers: Tiers, sequence: Sequence, max_tokens: int | None) -> Match:
     """The public answer; asking again while the tree is the same costs next to nothing."""
+    if tiers.only_full and max_tokens is None and tiers.config.caching and not sequence.namespace.retired:
+        _, end = tiers.tree.find(sequence, sequence.num_tokens - 1)
+        if sequence.match is None:
+            sequence.match = Match(end, end, 0, 0, ())
+        return sequence.match
     prefix = longest_prefix(tiers, sequence, max_tokens)
     if prefix is not sequence.prefix:
         return describe(tiers, sequence, prefix)
@@ -46,9 +51,10 @@ def longest_prefix(tiers: Tiers, sequence: Sequence, max_tokens: int | None) -> 
         limit = max_tokens
     if sequence.namespace.retired or not tiers.config.caching:
         return NOTHING
-    path = tiers.tree.walk(sequence, limit)
+    tiers.tree.find(sequence, limit)
     if sequence.prefix is not None:
         return sequence.prefix
+    path = tiers.tree.walk(sequence, limit)
     num_tokens = found = path[-1][1] if path else 0
     if tiers.partial:
         ends = resumable_ends(tiers, path)

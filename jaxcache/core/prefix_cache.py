@@ -51,10 +51,10 @@ class PrefixCache:
         self.counters: Counters = defaultdict(int)
         self.planner = Planner()
         self.stores = Stores(self.tiers, self.planner, self.counters)
-        self.backbone = Backbone(self.tiers) if Backbone.suffices(self.tiers) else None
+        self.backbone = Backbone(self.tiers, self.plan_is_applied) if Backbone.suffices(self.tiers) else None
         self.backups = Backups(self.tiers, self.planner, self.stores, self.backbone, self.counters)
-        self.admission = Admission(self.tiers, self.planner, self.backups, self.backbone, self.counters)
-        self.publishing = Publishing(self.tiers, self.planner, self.backbone, self.counters)
+        self.admission = Admission(self.tiers, self.planner, self.backups, self.counters)
+        self.publishing = Publishing(self.tiers, self.planner, self.counters)
         self.prefetches = Prefetches(self.tiers, self.planner, self.stores, self.backups, self.counters)
         self.leases: dict[int, Lease] = {}
         self.clearing = Clearing(self)
@@ -102,7 +102,8 @@ class PrefixCache:
 
     def match(self, sequence: Sequence, max_tokens: int | None = None) -> Match:
         """Where a request could resume; changes nothing."""
-        self._check_sequence(sequence)
+        if type(sequence) is not Sequence or sequence.namespace.owner is not self:
+            self._check_sequence(sequence)
         return matching.match(self.tiers, sequence, max_tokens)
 
     def _check_sequence(self, sequence: Sequence) -> None:
@@ -133,13 +134,19 @@ class PrefixCache:
         Wait(reason): not now, and nothing has changed (but a running best_effort ticket may have been decided). While
         nothing else runs a shorter hit that fits is taken, so only a chunk larger than the device waits for ever.
         """
-        self._check_sequence(sequence)
+        if type(sequence) is not Sequence or sequence.namespace.owner is not self:
+            self._check_sequence(sequence)
         if num_new_tokens < 1:
             raise ValueError(f"{num_new_tokens=} must be at least 1")
         if max_cached_tokens is not None and max_cached_tokens < 0:
             raise ValueError(f"{max_cached_tokens=} must not be negative")
         if ticket is not None and ticket.sequence is not sequence:
             raise ValueError(f"{ticket!r} was made for another sequence")
+        if self.backbone is not None and ticket is None:
+            lease = self.backbone.admit(self.admission.next_lease_id, sequence, num_new_tokens, max_cached_tokens)
+            if lease is not None:
+                self.admission.next_lease_id += 1
+                return self._admitted(lease)
         running = ticket is not None and not ticket.done and not ticket.cancelled
         if running and self.config.prefetch_policy is PrefetchPolicy.WAIT_COMPLETE:
             return self._wait("prefetch")
@@ -176,28 +183,42 @@ class PrefixCache:
         self, sequence: Sequence, prefix: Prefix, need: Need, num_new_tokens: int, ticket: Ticket | None
     ) -> Lease:
         num_cached_tokens, _, _, device_tokens = prefix
-        self.tiers.lease_id = id = self.admission.next_lease_id
+        self.tiers.lease_id = self.admission.next_lease_id
         lease = self.admission.admit(sequence, prefix, need, num_new_tokens, self.plan_is_applied)
-        self.leases[id] = lease
-        if self.tiers.profile is not None:
-            self.tiers.profile.admitted(sequence, lease._node)
-        counters = self.counters
-        counters["admits"] += 1
-        counters["prompt_tokens"] += sequence.num_tokens
-        counters["device_hit_tokens"] += device_tokens
         if ticket is not None:
             lease.storage_tokens = self.prefetches.use(ticket, device_tokens, num_cached_tokens)
         if num_cached_tokens > device_tokens:
             lease.device_tokens = device_tokens
             lease.host_tokens = num_cached_tokens - device_tokens - lease.storage_tokens
-            counters["host_hit_tokens"] += lease.host_tokens
-            counters["storage_hit_tokens"] += lease.storage_tokens
+            self.counters["host_hit_tokens"] += lease.host_tokens
+            self.counters["storage_hit_tokens"] += lease.storage_tokens
+        return self._admitted(lease)
+
+    def _admitted(self, lease: Lease) -> Lease:
+        self.leases[lease.id] = lease
+        sequence, counters = lease.sequence, self.counters
+        if self.tiers.profile is not None:
+            self.tiers.profile.admitted(sequence, lease._node)
+        counters["admits"] += 1
+        counters["prompt_tokens"] += sequence.num_tokens
+        counters["device_hit_tokens"] += lease.device_tokens
         tail = sequence.data[-DIGEST_TAIL_BYTES:]  # ranks that were given different prompts should not agree
-        self.planner.note("admit", 3, id, num_cached_tokens, crc32(tail, sequence.num_tokens))
+        self.planner.note("admit", 3, lease.id, lease.num_cached_tokens, crc32(tail, sequence.num_tokens))
         return lease
 
     def grow(self, lease: Lease, num_computed: int, num_new_tokens: int) -> bool:
         """Room for the next `num_new_tokens` after `num_computed`; False: nothing has changed, retract somebody."""
+        if (
+            type(lease) is Lease
+            and num_computed + num_new_tokens <= lease._quiet_end
+            and lease.num_computed <= num_computed <= lease.num_tokens
+            and num_new_tokens > 0
+            and lease._tiers is self.tiers
+        ):  # one of the many tokens that need no new page: this is called for every request in every step
+            lease.num_computed = num_computed
+            if num_computed + num_new_tokens > lease.num_tokens:
+                lease.num_tokens = num_computed + num_new_tokens
+            return True
         self._check_lease(lease, num_computed)
         if num_new_tokens < 1:
             raise ValueError(f"{num_new_tokens=} must be at least 1")
@@ -218,24 +239,35 @@ class PrefixCache:
                     lease._tables[c] = read_only(table)
             self.planner.note("grow", 4, lease.id, num_computed, num_new_tokens)
         lease.num_tokens = max(lease.num_tokens, end)
+        lease._be_quiet(num_computed)
         if tiers.point is not None:
             self.admission.checkpoints(lease, num_computed, end)
         return True
 
     def insert(self, lease: Lease, num_computed: int) -> None:
         """Publishes the whole pages of what is computed, and plans their backup. Publishing again changes nothing."""
-        self._check_lease(lease, num_computed)
+        if (
+            type(lease) is not Lease
+            or lease._released
+            or lease._tiers is not self.tiers
+            or not lease.num_computed <= num_computed <= lease.num_tokens
+        ):
+            self._check_lease(lease, num_computed)
         sequence = lease.sequence
         if num_computed > sequence.num_tokens:
             raise ValueError(
                 f"{num_computed=} but the sequence has {sequence.num_tokens} tokens: call sequence.extend first"
             )
-        self.publishing.report(lease, num_computed)
+        if self.backbone is None:
+            self.publishing.report(lease, num_computed)
+        else:
+            lease.num_computed = num_computed
         if not self.config.caching or sequence.namespace.retired:
             return
         old_end = lease._published
         self.tiers.lease_id = lease.id
-        self.publishing.insert(lease, num_computed)
+        if self.backbone is None or not self.backbone.insert(lease, num_computed):
+            self.publishing.insert(lease, num_computed)
         self.planner.note("insert", 5, lease.id, lease._published, lease._node.id)
         if self.backups.on_insert:
             self.backups.after_insert(lease._node, old_end)
@@ -244,8 +276,9 @@ class PrefixCache:
         """Gives back what the lease holds. Raises ValueError the second time."""
         self._check_lease(lease, None)
         lease._released = True
+        lease._quiet_end = -1
         del self.leases[lease.id]
-        self.publishing.release(lease)
+        (self.backbone or self.publishing).release(lease)
         self.planner.note("release", 7, lease.id)
 
     def _check_lease(self, lease: Lease, num_computed: int | None) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from jaxcache.core.backbone import Backbone
 from jaxcache.core.lease import Lease, read_only
 from jaxcache.core.planner import Counters, Planner
 from jaxcache.core.radix_tree import Node
@@ -20,9 +19,8 @@ from jaxcache.types import PageIds
 class Publishing:
     """Changes the tables of leases by replacing them: a running program may still read the old ones."""
 
-    def __init__(self, tiers: Tiers, planner: Planner, backbone: Backbone | None, counters: Counters):
+    def __init__(self, tiers: Tiers, planner: Planner, counters: Counters):
         self.tiers = tiers
-        self.backbone = backbone
         self.planner = planner
         self.counters = counters
         self.output_first = tiers.config.evict_output_first
@@ -85,7 +83,7 @@ class Publishing:
         end = num_computed // page * page
         start = at = lease._published
         node = lease._node
-        if at < end and (self.backbone is None or not self.backbone.insert(lease, end)):
+        if at < end:
             lives = [(c, self.live_start(c, num_computed)) for c in tiers.suffixes] if tiers.suffixes else ()
             fresh: dict[int, PageIds] = {}
             while at < end:
@@ -241,9 +239,6 @@ class Publishing:
 
     def release(self, lease: Lease) -> None:
         """Gives back own pages and pins; nothing that another lease or the tree holds."""
-        if self.backbone is not None:
-            self.backbone.release(lease)
-            return
         tiers = self.tiers
         for c, device in enumerate(tiers.device):
             if c == tiers.point:

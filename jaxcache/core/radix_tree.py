@@ -136,52 +136,55 @@ class RadixTree:
     def all_roots(self) -> list[Node]:
         return [*self.roots.values(), *self.retired_roots]
 
-    def walk(self, sequence: Sequence, limit: int) -> list[tuple[Node, int]]:
-        """(node, end of what agrees) along a sequence's whole pages in [0, limit); only the last may be partial.
+    def find(self, sequence: Sequence, limit: int) -> tuple[Node, int]:
+        """(deepest node that agrees with a sequence's whole pages in [0, limit), end of what agrees), or (root, 0).
 
-        Continues from where the last walk of this sequence ended, if that node is still there.
+        Only this node may agree in part. Asking again while the tree is the same is O(1); after a change it continues
+        from the node of the last time, if that is still there.
         """
-        if sequence.path_version == self.version and sequence.path_limit == limit:
-            return sequence.path
-        data = sequence.data
+        if sequence.found_version == self.version and sequence.found_limit == limit:
+            return sequence.found, sequence.found_end
+        data = sequence.data if type(sequence.data) is bytes else bytes(sequence.data)
         page_bytes = self.page_bytes
         stop = limit // self.page_tokens * page_bytes
-        path, node, offset = self._resume(sequence, stop) if sequence.path else ([], sequence.root, 0)
+        node = self._resume(sequence, stop)
+        end = node.end
+        offset = end * 4
         while offset < stop:
-            child = node.children.get(bytes(data[offset : offset + page_bytes]))
+            child = node.children.get(data[offset : offset + page_bytes])
             if child is None:
                 break
-            end = child.end
-            if end > limit or not data.startswith(child.edge, offset):
-                path.append((child, (offset + self.common_bytes(child.edge, data, offset, stop)) // 4))
+            if child.end > limit or not data.startswith(child.edge, offset):
+                node, end = child, (offset + self.common_bytes(child.edge, data, offset, stop)) // 4
                 break
-            path.append((child, end))
             node = child
+            end = node.end
             offset = end * 4
-        sequence.path = path
+        sequence.found = node
+        sequence.found_end = end
+        sequence.found_version = self.version
+        sequence.found_limit = limit
         sequence.prefix = sequence.match = None
-        sequence.path_version = self.version
-        sequence.path_limit = limit
+        return node, end
+
+    def walk(self, sequence: Sequence, limit: int) -> list[tuple[Node, int]]:
+        """The way to what `find` finds: (node, end of what agrees) from the top; only the last may be partial."""
+        node, end = self.find(sequence, limit)
+        path = []
+        while node.parent is not None:
+            path.append((node, end))
+            node = node.parent
+            end = node.end
+        path.reverse()
         return path
 
-    def _resume(self, sequence: Sequence, stop: int) -> tuple[list[tuple[Node, int]], Node, int]:
-        """The deepest wholly agreeing node of the last walk that is still in the tree; its ancestors are too."""
-        path = sequence.path
-        while path:
-            node, agreed = path[-1]
-            if node.parent is not None and agreed == node.end and agreed * 4 <= stop:
-                break
-            path = path[:-1]
-        if not path:
-            return [], sequence.root, 0
-        node = path[-1][0]
-        fresh = []
-        above = node
-        while above.parent is not None:
-            fresh.append((above, above.end))
-            above = above.parent
-        fresh.reverse()
-        return fresh, node, node.end * 4
+    @staticmethod
+    def _resume(sequence: Sequence, stop: int) -> Node:
+        """The deepest node that was found the last time, is still in the tree and agrees wholly, up to byte `stop`."""
+        node, end = sequence.found, sequence.found_end
+        while node.parent is not None and (node.end > end or node.end * 4 > stop):
+            node = node.parent
+        return sequence.root if node.parent is None else node
 
     def common_bytes(self, edge: Any, data: bytes | bytearray, offset: int, stop: int) -> int:
         """How many bytes of whole pages of `edge` agree with data[offset:stop]. Compares in growing blocks."""

@@ -20,7 +20,8 @@ class Sequence:
     """Tokens as int32 bytes in one namespace.
 
     prompt_tokens: how many there were at the start; what `extend` adds later is generated text
-    path:           where the last walk went; path_limit, path_version: how far, and the tree's version (RadixTree.walk)
+    found, found_end: what agreed the last time; found_limit, found_version: how far, and the tree's version then
+                    (RadixTree.find)
     prefix, match:  what core/matching.py made of it; None: not asked yet
     uses, cuts:     what the profile of reuse says of its points; where nodes should end because it changes
     """
@@ -28,14 +29,15 @@ class Sequence:
     __slots__ = (
         "cuts",
         "data",
+        "found",
+        "found_end",
+        "found_limit",
+        "found_version",
         "keys",
         "match",
         "namespace",
         "num_tokens",
         "page_bytes",
-        "path",
-        "path_limit",
-        "path_version",
         "prefix",
         "prompt_tokens",
         "root",
@@ -51,9 +53,9 @@ class Sequence:
             raise ValueError("a sequence needs at least one token")
         self.page_bytes = page_tokens * 4
         self.keys: list[bytes] = []
-        self.path: list[tuple[Node, int]] = []
-        self.path_version = -1
-        self.path_limit = -1
+        self.found = root
+        self.found_end = 0
+        self.found_limit = self.found_version = -1
         self.prefix: Any = None
         self.match: Any = None
         self.uses: list[tuple[int, int, int, int]] = []
@@ -104,6 +106,10 @@ def token_bytes(tokens: Any) -> bytes:
         if len(ids) and (values.min() if isinstance(values, np.ndarray) else min(values)) < 0:
             raise ValueError(f"token ids must be in [0, {INT32_MAX}], not {_out_of_range(tokens)}")
         return ids.tobytes()
+    if type(tokens) is np.ndarray and tokens.dtype is INT32 and tokens.ndim == 1 and len(tokens):
+        if tokens[tokens.argmin()] < 0:  # argmin takes two thirds of the time of min
+            raise ValueError(f"token ids must be in [0, {INT32_MAX}], not {_out_of_range(tokens.tolist())}")
+        return tokens.tobytes()
     values = tokens if type(tokens) is np.ndarray else np.asarray(tokens)
     if values.ndim != 1 or values.dtype.kind not in "iu":
         raise TypeError(

@@ -142,17 +142,17 @@ def test_matching_again_continues_where_it_ended(monkeypatch):
     sequence = server.sequence([*prompt(60), NEXT])
     assert server.core.match(sequence).num_tokens == 40
     server.prefill(prompt(60))
-    offsets = []
+    starts = []
     resume = RadixTree._resume
 
-    def resume_and_note(tree, *arguments):
-        answer = resume(tree, *arguments)
-        offsets.append(answer[2] // 4)
-        return answer
+    def resume_and_note(*arguments):
+        node = resume(*arguments)
+        starts.append(node.end)
+        return node
 
-    monkeypatch.setattr(RadixTree, "_resume", resume_and_note)
+    monkeypatch.setattr(RadixTree, "_resume", staticmethod(resume_and_note))
     assert server.core.match(sequence).num_tokens == 60
-    assert offsets == [40]
+    assert starts == [40]
 
 
 def test_matching_again_after_the_end_was_evicted():

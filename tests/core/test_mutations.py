@@ -174,8 +174,8 @@ MUTATIONS = (
         "events by hand: nothing is said of a victim that is trimmed",
         Backbone,
         "make_room",
-        "id, first_page = victim.id, tree.shorten(victim, surplus)",
-        "log, tree.log = tree.log, None; id, first_page = victim.id, tree.shorten(victim, surplus); tree.log = log",
+        "remember((victim.id, tree.shorten(victim, surplus), *reason))",
+        "log, tree.log = tree.log, None; tree.shorten(victim, surplus); tree.log = log",
         {**BY_HAND, **EVENTS},
     ),
     Mutation(

@@ -85,6 +85,26 @@ class Backbone:
         lease._quiet_end = len(table) * page
         return lease
 
+    def grow(self, lease: Lease, end: int) -> bool:
+        """A new table with own pages up to token `end`; False: nothing has changed."""
+        device, table = self.device, lease._tables[0]
+        assert table is not None
+        allocator = device.allocator
+        missing = -(-end // self.page_tokens) - len(table)
+        high = allocator.num_free
+        if high < missing:
+            if missing > high + device.num_resident - device.num_pinned:
+                return False
+            self.tiers.lease_id = lease.id
+            room = self.make_room(missing)
+            assert room, f"{device.component.name}: promised {missing} pages"
+            high = allocator.num_free
+        allocator.num_free = low = high - missing
+        lease._tables[0] = table = np.concatenate((table, allocator.stack[low:high]))
+        table.flags.writeable = False
+        lease._quiet_end = len(table) * self.page_tokens
+        return True
+
     def make_room(self, num_pages: int) -> bool:
         """Evicts until `num_pages` are free, the last victim only as far as needed; False if nothing can leave."""
         tiers, tree, device = self.tiers, self.tree, self.device

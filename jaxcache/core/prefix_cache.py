@@ -223,8 +223,16 @@ class PrefixCache:
         if num_new_tokens < 1:
             raise ValueError(f"{num_new_tokens=} must be at least 1")
         tiers = self.tiers
-        self.publishing.report(lease, num_computed)
         end = num_computed + num_new_tokens
+        if self.backbone is not None:
+            lease.num_computed = num_computed
+            if end > lease._quiet_end:
+                if not self.backbone.grow(lease, end):
+                    return False
+                self.planner.note("grow", 4, lease.id, num_computed, num_new_tokens)
+            lease.num_tokens = max(lease.num_tokens, end)
+            return True
+        self.publishing.report(lease, num_computed)
         wanted = -(-end // tiers.page_tokens)
         missing = [0 if table is None else wanted - len(table) for table in lease._tables]
         if max(missing) > 0:

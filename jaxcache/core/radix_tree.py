@@ -244,11 +244,14 @@ class RadixTree:
     def shorten(self, node: Node, num_pages: int) -> bytes:
         """Cuts off what follows the first pages of a childless node; returns the first page of that."""
         assert not node.children, f"{node=} has children"
-        cut = num_pages * self.page_bytes
-        edge = node.edge
-        lost = bytes(edge[cut : cut + self.page_bytes])
+        page_bytes = self.page_bytes
+        cut = num_pages * page_bytes
+        edge = node.edge if type(node.edge) is memoryview else memoryview(node.edge)
+        lost = bytes(edge[cut : cut + page_bytes])
         node.end -= (len(edge) - cut) // 4
-        node.edge = compact(memoryview(edge)[:cut])
+        node.edge = edge = edge[:cut]
+        if 4 * cut < len(edge.obj):  # pyright: ignore[reportArgumentType]
+            node.edge = bytes(edge)  # a view would keep a much larger prompt alive
         if node.keys is not None:
             node.keys = node.keys[:num_pages]
         self.version += 1

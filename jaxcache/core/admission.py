@@ -235,6 +235,7 @@ class Admission:
                 node = node.parent
             if at:
                 table[:at] = allocator.num_pages
+                lease._window_starts[c] = at * tiers.page_tokens
         table.flags.writeable = False
         lease._tables[c] = table
 

@@ -46,6 +46,7 @@ class Lease:
         "_stops",
         "_tables",
         "_tiers",
+        "_window_starts",
         "checkpoints",
         "device_tokens",
         "first_step",
@@ -84,6 +85,7 @@ class Lease:
         self._plan_is_applied = plan_is_applied
         self._tables: list[PageIds | None] = [None] * len(tiers.components)
         self._pin_tops = [0] * len(tiers.components)  # start of the topmost pinned node
+        self._window_starts = [0] * len(tiers.components)  # no pages of the table below this are there
         self._state_node: Node | None = None  # whose state it still reads
         self._stops: tuple[int, ...] = ()  # where prefill chunks end
         self._filled: dict[int, None] = (

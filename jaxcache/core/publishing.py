@@ -49,15 +49,16 @@ class Publishing:
         page = tiers.page_tokens
         for c in tiers.suffixes:
             live = self.live_start(c, num_computed)
-            table = lease._tables[c]
-            assert table is not None
-            absent = tiers.device[c].allocator.num_pages
-            if live and (table[: live // page] != absent).any():
-                own = table[lease._published // page : live // page]
-                tiers.device[c].allocator.free(own[own != absent])
+            if live > lease._window_starts[c]:
+                table, allocator = lease._tables[c], tiers.device[c].allocator
+                assert table is not None
+                first, last = max(lease._published, lease._window_starts[c]) // page, live // page
+                if first < last:
+                    allocator.free(table[first:last])
                 table = table.copy()
-                table[: live // page] = absent
+                table[:last] = allocator.num_pages
                 lease._tables[c] = read_only(table)
+                lease._window_starts[c] = live
             if lease._node.parent is not None and lease._pin_tops[c] < live:
                 self._unpin_behind(lease, c, live)
 
@@ -182,16 +183,15 @@ class Publishing:
         tiers = self.tiers
         device, table = tiers.device[c], lease._tables[c]
         assert table is not None
-        pages = slice(at // tiers.page_tokens, child.end // tiers.page_tokens)
-        mine = table[pages]
-        here = mine[mine != device.allocator.num_pages]
+        page = tiers.page_tokens
+        pages = slice(at // page, child.end // page)
         theirs = child.pages[c]
         device.pin(child)
         if theirs is None:
-            assert len(here) == len(mine), f"window hole in {child=}: {mine=}"
-            tiers.put(device, child, mine.copy())
+            assert at >= lease._window_starts[c], f"window hole in {child=}: {lease._window_starts=}"
+            tiers.put(device, child, table[pages].copy())
         else:
-            device.allocator.free(here)
+            device.allocator.free(table[max(at, lease._window_starts[c]) // page : pages.stop])
             self._replace(lease, c, fresh, pages, theirs)
 
     # ---- states
@@ -249,10 +249,9 @@ class Publishing:
                 continue
             table = lease._tables[c]
             assert table is not None
-            first = lease._published // tiers.page_tokens
+            first = max(lease._published, lease._window_starts[c]) // tiers.page_tokens
             if first < len(table):
-                own = table[first:]
-                device.allocator.free(own if c == tiers.full else own[own != device.allocator.num_pages])
+                device.allocator.free(table[first:])
             device.unpin_up(lease._node, lease._pin_tops[c])
         lease._node.ends_here -= 1
         if tiers.full is None:

@@ -71,6 +71,7 @@ class Tiers:
         self.top_first = self.partial if self.full is None else (self.full, *self.partial)
         self.only_full = not self.partial and not self.has_host  # a node is nothing but its pages on the device
         self.partial_residencies = [r for r in self.residencies if r.component.reach is not Reach.PREFIX]
+        self.lookbacks = [lookback_tokens(component) for component in components]
         self.grid_tokens = lcm(config.page_tokens, *[component.grid_tokens for component in components])
         self.step = 0
         self.reason = "room"  # why, and for which lease, evictions happen now
@@ -94,8 +95,10 @@ class Tiers:
 
     def required_start(self, c: int, n: int) -> int:
         """The page-aligned start of what component c needs to resume at token n (n itself for a state)."""
-        span = self.components[c].required(n)
-        return span.start // self.page_tokens * self.page_tokens if span.start < span.stop else n
+        lookback = self.lookbacks[c]
+        if not lookback:
+            return n
+        return (n - lookback) // self.page_tokens * self.page_tokens if n > lookback else 0
 
     def resident(self, c: int, node: Node) -> bool:
         """On the device or in host memory."""
@@ -228,6 +231,21 @@ class Tiers:
         if residency.component.reach is Reach.PREFIX and len(pages) > num_pages:
             self.split(victim, victim.end - num_pages * self.page_tokens)
         return victim
+
+
+def lookback_tokens(component: Component) -> int:
+    """How far back `required` reaches, which is the same everywhere (PREFIX: further than any prompt; POINT: 0).
+
+    ValueError if it is not: what a window needs may then not be found by comparing positions.
+    """
+    far = 1 << 48
+    lookback = far - component.required(far).start
+    for n in (1, max(1, lookback - 1), min(lookback + 1, far)):
+        if component.required(n).start != max(0, n - lookback):
+            raise ValueError(
+                f"component {component.name!r}: required({n}) must begin {lookback} tokens before, or at 0"
+            )
+    return lookback
 
 
 def num_pages_of(component: Component, tier: Tier, config: CacheConfig) -> int:

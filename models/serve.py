@@ -195,8 +195,10 @@ class Server:
             request.num_computed = end
             if end == request.num_tokens:
                 self._append_token(request, logits[row, 0])
-            if end >= len(request.prompt) and len(request.output) == 1:  # the prompt is computed
-                self.cache.insert(request.lease, end)  # type: ignore[arg-type]
+            is_prompt_computed = end >= len(request.prompt) and len(request.output) == 1
+            assert request.lease is not None
+            if is_prompt_computed or end == request.lease.next_stop:  # or a state is to be kept here
+                self.cache.insert(request.lease, end)
 
     def _chunk_end(self, request: Request, num_columns: int) -> int:
         assert request.lease is not None

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import jaxcache
+from jaxcache.components import FieldSpec, RecurrentState
 from jaxcache.testing.traces import read_trace
 from models import demo
 from models.serve import BatchShape, Request, Server, sample
@@ -20,6 +21,7 @@ from tests.models.serving import (
     MESHES,
     MODEL,
     PAGE_TOKENS,
+    SHAPE,
     Rig,
     conversations,
     random_tokens,
@@ -221,6 +223,28 @@ def test_request_larger_than_the_device_raises(one, num_pages):
             MemoryError, match=f"tokens does not fit the device tier: .*{num_pages}.* pages of 4 tokens"
         ):
             list(steps)
+
+
+# ---- recurrent states
+
+
+def test_prefill_stops_where_a_state_is_kept(one):
+    """Chunks end there, the cache hears of it, and the state is found by the next request."""
+    with one.cache() as plain:
+        state = RecurrentState("state", (FieldSpec("h", (1, 4), "float32", ("layers", None)),), chunk_tokens=8)
+        cache = jaxcache.Cache((*plain.core.components, state), one.mesh, plain.config)
+
+    def extend(params, pools, batch):
+        """The model knows nothing of the state."""
+        logits, rest = one.extend(params, {name: pools[name] for name in pools if name != "state"}, batch)
+        return logits, {**rest, "state": pools["state"]}
+
+    with cache:
+        server = Server(cache, extend, one.params, cache.new_namespace(model="tiny"), SHAPE)
+        first, again = (Request(random_tokens(5, 45), 4) for _ in range(2))
+        assert serve(server, [first]) == serve(server, [again])
+        assert hits([first]).total() == 0
+        assert hits([again]).total() == 40  # the last multiple of 8 tokens in the prompt
 
 
 # ---- sampling

@@ -52,10 +52,14 @@ class Backups:
         num = len(self.tiers.components)
         chain = []
         while node.parent is not None:
-            if any(node.pages[c] is not None and node.pages[c + num] is None for c in range(num)):
-                chain.append(node)
-            elif node.end <= old_end:
-                break
+            pages = node.pages
+            for c in range(num):
+                if pages[c] is not None and pages[c + num] is None:
+                    chain.append(node)
+                    break
+            else:
+                if node.end <= old_end:
+                    break
             node = node.parent
         if self.policy is WritePolicy.WRITE_THROUGH_SELECTIVE:
             chain = [node for node in chain if node.hits >= self.tiers.config.selective_hits]
@@ -63,21 +67,31 @@ class Backups:
             self.back_up(chain[::-1])
 
     def back_up(self, nodes: list[Node]) -> None:
-        """Plans one BACKUP of what these nodes (of one path, top first) lack in host memory, as far as it fits."""
+        """Plans one BACKUP of what these nodes (of one path, top first) lack in host memory, as far as it fits.
+
+        Making room for one must not take the full pages of another, or of what is above them: the path is pinned.
+        """
         tiers = self.tiers
+        num = len(tiers.components)
+        full_host = None if tiers.full is None else tiers.host[tiers.full]
         copies = []
+        if full_host is not None:
+            full_host.pin_up(nodes[-1])
         for node in nodes:
+            pages = node.pages
             for c in tiers.top_first:
-                wanted = node.pages[c] is not None and node.pages[tiers.host[c].index] is None
+                wanted = pages[c] is not None and pages[c + num] is None
                 if wanted and node.ready_step <= tiers.step and self._host_full_is_there(node, c):
-                    copies += self._copy(node, c, spare=node.parent if c == tiers.full else node)
+                    copies += self._copy(node, c)
+        if full_host is not None:
+            full_host.unpin_up(nodes[-1])
         self._plan(copies)
 
     def spill(self, c: int, victim: Node) -> None:
         """write_back: the entry leaves the device through host memory, or with all below it if that is full."""
         copies = []
         if victim.pages[self.tiers.host[c].index] is None:
-            copies = self._copy(victim, c, spare=None)
+            copies = self._copy(victim, c)
             self._plan(copies)
         if copies or c != self.tiers.full or victim.pages[self.tiers.host[c].index] is not None:
             self.tiers.drop(self.tiers.device[c], victim)
@@ -108,41 +122,48 @@ class Backups:
         assert above is not None
         return above.parent is None or above.pages[tiers.host[tiers.full].index] is not None
 
-    def _copy(self, node: Node, c: int, spare: Node | None) -> list[Copy]:
-        """Puts one entry into host memory, making room without touching the full pages of `spare` and above."""
+    def _copy(self, node: Node, c: int) -> list[Copy]:
+        """Puts one entry into host memory."""
         tiers = self.tiers
         host = tiers.host[c]
         pages = node.pages[c]
         assert pages is not None
-        holds = tiers.hold(tiers.host[tiers.full], spare, 0) if spare is not None and tiers.full is not None else []
-        fits = host.available() >= len(pages) and tiers.make_room(host, len(pages))
-        if fits:
-            tiers.put(host, node, host.allocator.allocate(len(pages)))
-        else:
-            self.counters["skipped_backup_pages"] += len(pages)
-        tiers.let_go(holds)
-        host_pages = node.pages[host.index]
-        return [] if host_pages is None else [Copy(node, c, host_pages)]
+        num_pages = len(pages)
+        has_room = num_pages <= host.allocator.num_free
+        if not has_room and not (host.available() >= num_pages and tiers.make_room(host, num_pages)):
+            self.counters["skipped_backup_pages"] += num_pages
+            return []
+        host_pages = host.allocator.allocate(num_pages)
+        tiers.put(host, node, host_pages)
+        return [Copy(node, c, host_pages)]
 
     def _plan(self, copies: list[Copy]) -> None:
         """One move per component. A copy whose pages were needed again at once is left out."""
         tiers = self.tiers
-        copies = [copy for copy in copies if copy.node.pages[tiers.host[copy.c].index] is copy.host_pages]
+        num = len(tiers.components)
+        copies = [copy for copy in copies if copy.node.pages[copy.c + num] is copy.host_pages]
         if not copies:
             return
         moves = []
+        num_pages = 0
         for c in tiers.top_first:
             mine = [copy for copy in copies if copy.c == c]
             if mine:
-                source = np.concatenate([device_pages(copy) for copy in mine])
-                moves.append(Move(tiers.components[c].name, source, np.concatenate([copy.host_pages for copy in mine])))
+                targets = joined([copy.host_pages for copy in mine])
+                moves.append(Move(tiers.components[c].name, joined([device_pages(copy) for copy in mine]), targets))
+                num_pages += len(targets)
         self.planner.add(TransferKind.BACKUP, tuple(moves))
-        self.counters["backup_pages"] += sum(len(move.src_page_ids) for move in moves)
+        self.counters["backup_pages"] += num_pages
+        if not self.stores.attached:
+            return
         nodes = {copy.node.id: copy.node for copy in copies}
-        hosted = [
-            (node, c) for node in nodes.values() for c in tiers.top_first if node.pages[tiers.host[c].index] is not None
-        ]
+        hosted = [(node, c) for node in nodes.values() for c in tiers.top_first if node.pages[c + num] is not None]
         self.stores.later(hosted)
+
+
+def joined(page_ids: list[PageIds]) -> PageIds:
+    """One array; the ids of an entry never change in place."""
+    return page_ids[0] if len(page_ids) == 1 else np.concatenate(page_ids)
 
 
 def device_pages(copy: Copy) -> PageIds:

@@ -203,24 +203,27 @@ class Tiers:
             surplus = len(pages) - missing
             if surplus <= 0:
                 self.drop(residency, victim)
-            elif self._alone(residency, victim):
+            elif self._ends_here(residency, victim):
                 self._shorten(residency, victim, surplus)
             else:
                 self.drop(residency, self.trim(residency, victim, missing))
         return True
 
-    def _alone(self, residency: Residency, node: Node) -> bool:
-        """Whether a childless node holds nothing but this full-attention entry."""
+    def _ends_here(self, residency: Residency, node: Node) -> bool:
+        """Whether a victim of full attention can be trimmed in place: nothing hangs below, and no other tier has it."""
         if residency.component.reach is not Reach.PREFIX or node.children:
             return False
-        index = residency.index
-        return all(pages is None or other == index for other, pages in enumerate(node.pages))
+        other_tier = self.device if residency.tier is Tier.HOST else self.host
+        pages = node.pages
+        return all(pages[other.index] is None for other in other_tier)
 
     def _shorten(self, residency: Residency, node: Node, num_pages: int) -> None:
-        """Trims a node that is alone in place, which makes no node only to remove it."""
-        page_ids = residency.shorten(node, num_pages)
-        residency.allocator.free(page_ids)
-        self.num_evicted_pages[residency.index] += len(page_ids)
+        """Trims a node in place, which makes no node only to remove it; what is at its end leaves with that."""
+        self.num_evicted_pages[residency.index] += len(node.pages[residency.index]) - num_pages  # pyright: ignore
+        for other in (self.device, self.host)[residency.tier]:
+            if node.pages[other.index] is not None:
+                is_point = other.component.reach is Reach.POINT
+                other.allocator.free(other.take(node) if is_point else other.shorten(node, num_pages))
         lost = self.tree.shorten(node, num_pages)
         self.evictions.append((node.id, lost, residency, self.step, self.reason, self.lease_id))
 

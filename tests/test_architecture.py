@@ -46,7 +46,7 @@ LAYERS = {
     "jaxcache.cache": Layer(MIDDLE, ("jax", "numpy")),
     "jaxcache.testing": Layer(("jaxcache",), ("jax", "numpy", "xxhash", "hypothesis")),
     "jaxcache.bench": Layer(("jaxcache",), ("numpy",)),
-    "jaxcache.cli": Layer(("jaxcache", "kernels_pallas"), ("jax", "numpy", "xxhash", "rich")),
+    "jaxcache.cli": Layer(("jaxcache", "kernels_pallas"), ("jax", "numpy", "xxhash", "rich", "matplotlib")),
     "jaxcache.__main__": Layer(("jaxcache.cli",), ()),
     "jaxcache": Layer(("jaxcache",), ()),
     "models": Layer(
@@ -60,7 +60,7 @@ UNDECIDED = frozenset(
     | {"subprocess", "tempfile", "threading", "time", "uuid"}
 )
 BROAD = ("Exception", "BaseException")
-COMMAND_LINE_ONLY = frozenset({"argparse", "rich"})
+COMMAND_LINE_ONLY = frozenset({"argparse", "rich", "matplotlib"})
 FOREIGN_SCRIPTS = frozenset({"models.make_goldens"})  # runs in an environment of its own, with the reference models
 
 
@@ -170,7 +170,7 @@ def test_house_rules(rule):
 
 @pytest.mark.parametrize("package", ["jaxcache", "jaxcache.core"])
 def test_imports_without_jax(package):
-    code = f"import sys, {package}; print(sorted({{'jax', 'jaxlib', 'flax'}} & set(sys.modules)))"
+    code = f"import sys, {package}; print(sorted({{'jax', 'jaxlib', 'flax', 'matplotlib'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -198,6 +198,7 @@ def test_imports_without_jax(package):
         ("jaxcache.runtime.controller", "from jaxcache.cache import Cache"),
         ("jaxcache.runtime.controller", "import argparse"),
         ("jaxcache.runtime.metrics", "from rich.table import Table"),
+        ("jaxcache.testing.replay_study", "from matplotlib.figure import Figure"),
         ("jaxcache.testing.simulation", "import models.serve"),
         ("jaxcache.cli.doctor", "from models import serve"),
         ("kernels_pallas.gather_pages", "from jaxcache.types import Span"),

@@ -28,7 +28,7 @@ REQUIRED = ("jax", "jaxlib", "numpy", "ml_dtypes", "xxhash")
 OPTIONAL = {
     "flax": "models",
     "safetensors": "models",
-    "matplotlib": "models",
+    "matplotlib": "cli",
     "rich": "cli",
     "prometheus-client": "metrics",
     "orbax-checkpoint": "snapshot",

@@ -9,9 +9,15 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from jaxcache.testing.replay_study import Curves, Occupancy
 
 HELP = "replay traces of requests through the core: hits by tier, speed, and regret against the offline optimum"
 ROWS = {
@@ -25,6 +31,7 @@ ROWS = {
     "block_stored_events": "events of pages stored",
     "block_removed_events": "events of pages removed",
 }
+TIERS = ("device", "host", "storage")
 SHOWN_SKIPPED = 5
 
 
@@ -43,6 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--requests", type=positive, metavar="N", help="only the first N of every trace")
     parser.add_argument("--strict", action="store_true", help="refuse malformed lines instead of skipping them")
     parser.add_argument("--json", metavar="FILE", help="the figures as JSON; - is standard output")
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE.png",
+        help="hit rates from 1/8 to 4 times the device's capacity, and the tiers as they fill; also .svg, .pdf;"
+        " some six times the work",
+    )
 
 
 def positive(text: str) -> int:
@@ -62,25 +76,43 @@ def natural(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    if importlib.util.find_spec("rich") is None:
-        print("replay: rich is missing: pip install 'jaxcache[cli]'", file=sys.stderr)
+    needed = ("rich", "matplotlib") if args.plot else ("rich",)
+    missing = [package for package in needed if importlib.util.find_spec(package) is None]
+    if missing:
+        print(f"replay: {missing[0]} is missing: pip install 'jaxcache[cli]'", file=sys.stderr)
         return 1
     try:
         settings = make_settings(args)
+        if args.plot:
+            prepare_plot(args.plot)
         requests = read_all(args)
     except (ValueError, OSError) as error:
         print(f"replay: {error}", file=sys.stderr)
         return 1
-    reports = [replay(setting, requests) for setting in settings]
+    reports, curves, occupancy = measure(args, settings, requests)
     text = json.dumps(reports[0] if len(reports) == 1 else reports, indent=2) + "\n"
     if args.json == "-":
         sys.stdout.write(text)
     else:
-        show(reports)
+        show(reports, num_tiers=1 + bool(args.host_tokens) + bool(args.storage_tokens))
         if args.json:
             Path(args.json).parent.mkdir(parents=True, exist_ok=True)
             Path(args.json).write_text(text)
+    if curves is not None:  # last: whatever happens here, the figures are out
+        from jaxcache.cli._replay_plot import draw
+
+        draw(args.plot, [path.name for path in args.trace], settings[0], len(requests), curves, occupancy)
     return 0
+
+
+def prepare_plot(path: Path) -> None:
+    """Makes the folder. ValueError or OSError if nothing could be written there, before the long work begins."""
+    from jaxcache.cli._replay_plot import check_format
+
+    check_format(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"--plot: {path} cannot be written")
 
 
 def make_settings(args: argparse.Namespace) -> list[Any]:
@@ -100,7 +132,7 @@ def make_settings(args: argparse.Namespace) -> list[Any]:
         raise ValueError(f"--device-tokens {args.device_tokens} is less than one page of {args.page_tokens} tokens")
     sizes = (args.page_tokens, args.device_tokens, args.host_tokens, args.storage_tokens)
     rest = (components, args.namespaces, args.include_outputs, args.events)
-    return [Setting(*sizes, policy, *rest) for policy in policies]
+    return [Setting(*sizes, policy, *rest) for policy in dict.fromkeys(policies)]
 
 
 def read_all(args: argparse.Namespace) -> list[Any]:
@@ -116,45 +148,92 @@ def read_all(args: argparse.Namespace) -> list[Any]:
         print(f"replay: skipped {message}", file=sys.stderr)
     if len(skipped) > SHOWN_SKIPPED:
         print(f"replay: skipped {len(skipped)} lines in all", file=sys.stderr)
+    if not requests:
+        raise ValueError(f"no request in {', '.join(map(str, args.trace))}")
     return requests
 
 
-def replay(setting: Any, requests: list[Any]) -> dict[str, Any]:
-    """One run, with a progress bar where somebody looks."""
+def measure(
+    args: argparse.Namespace, settings: list[Any], requests: list[Any]
+) -> tuple[list[dict[str, Any]], Curves | None, Occupancy]:
+    """All replays, one progress bar where somebody looks. Curves only for a plot; occupancy of the first setting."""
     from rich.console import Console
-    from rich.progress import track
+    from rich.progress import Progress
 
-    from jaxcache.testing.replay import Replay, add_optimum
+    from jaxcache.testing.replay_study import Study, around
 
-    run = Replay(setting)
+    varied = around(settings) if args.plot else []
     console = Console(stderr=True)
-    label = f"{setting.policy}, {setting.device_tokens:,} tokens"
-    for request in track(requests, label, console=console, update_period=1.0, disable=not console.is_terminal):
-        run.request(request)
-    report = {"policy": setting.policy, **run.report()}
-    add_optimum(report, setting, requests)
-    return report
+    with Progress(console=console, refresh_per_second=1, disable=not console.is_terminal) as progress:
+        task = progress.add_task("")
+        study = Study(requests, lambda label, num: progress.update(task, description=label, advance=num))
+        progress.update(task, total=study.num_steps([*settings, *varied]))
+        reports = study.reports(settings)
+        curves = study.curves(varied) if varied else None
+    return reports, curves, study.occupancies[settings[0]]
 
 
-def show(reports: list[dict[str, Any]]) -> None:
-    """A column for every policy."""
+def show(reports: list[dict[str, Any]], num_tiers: int) -> None:
+    """One run as a list, several as a table with a row for every policy."""
     from rich.console import Console
-    from rich.table import Table
 
     first = reports[0]
-    table = Table(title=f"{first['requests']:,} requests, {first['prompt_tokens']:,} prompt tokens")
+    title = f"{first['requests']:,} requests, {first['prompt_tokens']:,} prompt tokens"
+    tables = [list_of(reports[0], title)] if len(reports) == 1 else tables_of(reports, title, num_tiers)
+    for table in tables:
+        Console().print(table)
+
+
+def list_of(report: dict[str, Any], title: str) -> Table:
+    """Everything about one run."""
+    from rich.table import Table
+
+    table = Table(title=title)
     table.add_column("")
-    for report in reports:
-        table.add_column(report["policy"], justify="right")
+    table.add_column(report["policy"], justify="right")
     for name, label in ROWS.items():
-        if name in first:
-            table.add_row(label, *(cell(name, report[name]) for report in reports))
-    for tier in ("device", "host", "storage"):
-        table.add_row(f"prompt tokens from {tier}", *(f"{report['hit_tokens'][tier]:,}" for report in reports))
+        if name in report:
+            table.add_row(label, cell(name, report[name]))
+    for tier in TIERS:
+        table.add_row(f"prompt tokens from {tier}", f"{report['hit_tokens'][tier]:,}")
     for percentile in ("p50", "p99", "max"):
-        values = [report["us_per_request"][percentile] for report in reports]
-        table.add_row(f"CPU us per request, {percentile}", *(f"{value:,.0f}" for value in values))
-    Console().print(table)
+        table.add_row(f"CPU us per request, {percentile}", f"{report['us_per_request'][percentile]:,.0f}")
+    return table
+
+
+def tables_of(reports: list[dict[str, Any]], title: str, num_tiers: int) -> list[Table]:
+    """What policies differ in, in 80 columns; the bounds, which are the same for all, below. Events have their own."""
+    first = reports[0]
+    tiers = TIERS[:num_tiers] if num_tiers > 1 else ()
+    table = slim_table(title, "policy", "hit\nrate", *tiers, "requests\n/ CPU s", "p99 us", "pages\nevicted")
+    for report in reports:
+        shares = [f"{report['hit_tokens'][tier] / report['prompt_tokens']:.2%}" for tier in tiers]
+        speed = (f"{report['requests_per_cpu_second']:,.0f}", f"{report['us_per_request']['p99']:,.0f}")
+        table.add_row(report["policy"], f"{report['hit_rate']:.2%}", *shares, *speed, f"{report['evictions']:,}")
+    table.add_section()
+    table.add_row("offline optimum", f"{first['optimum_hit_rate']:.2%}")
+    table.add_row("infinite cache", f"{first['infinite_hit_rate']:.2%}")
+    if first["too_long"]:
+        table.caption = f"{ROWS['too_long']}: {first['too_long']:,}"
+    if "block_stored_events" not in first:
+        return [table]
+    names = ("block_stored_events", "block_removed_events")
+    events = slim_table(None, "policy", *(ROWS[name] for name in names))
+    for report in reports:
+        events.add_row(report["policy"], *(cell(name, report[name]) for name in names))
+    return [table, events]
+
+
+def slim_table(title: str | None, first: str, *others: str) -> Table:
+    """Without edges: nothing is lost of the width."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column(first, no_wrap=True)
+    for heading in others:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
 
 
 def cell(name: str, value: float) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,8 @@ from jaxcache.components.base import Component
 from jaxcache.config import CacheConfig
 from jaxcache.core.lease import Lease
 from jaxcache.core.prefix_cache import PrefixCache
+from jaxcache.core.residency import Residency
 from jaxcache.runtime.events import EventStream
-from jaxcache.testing.optimum import offline
 from jaxcache.testing.traces import TraceRequest
 from jaxcache.types import Move, Outcome, PrefetchPolicy, Transfer, TransferKind, Wait
 
@@ -143,6 +143,9 @@ class Replay:
         namespace = self.namespaces[self.num_requests % len(self.namespaces)]
         self.num_requests += 1
         self.num_prompt_tokens += len(tokens)
+        if -(-len(tokens) // self.setting.page_tokens) > self.setting.device_tokens // self.setting.page_tokens:
+            self.num_too_long += 1
+            return
         sequence = core.sequence(tokens, namespace)
         ticket = core.prefetch(sequence) if core.stores.attached else None
         while ticket is not None and not ticket.done:
@@ -187,6 +190,29 @@ class Replay:
     def hit_rate(self) -> float:
         return sum(self.hit_tokens().values()) / self.num_prompt_tokens
 
+    def resident_tokens(self) -> dict[str, int]:
+        """What lies on each tier now, in tokens of full attention (or else the first component).
+
+        Storage has one room for the pages of all components, so that all of them count there.
+        """
+        device, host = self._residencies()
+        num_pages = {"device": device.num_resident, "host": host.num_resident, "storage": len(self.storage.keys)}
+        return {tier: num * self.setting.page_tokens for tier, num in num_pages.items()}
+
+    def capacity_tokens(self) -> dict[str, int]:
+        """How many of them there is room for, in whole pages; 0: there is no such tier."""
+        device, host = self._residencies()
+        num_pages = {
+            "device": device.allocator.num_pages,
+            "host": host.allocator.num_pages,
+            "storage": self.storage.num_pages,
+        }
+        return {tier: num * self.setting.page_tokens for tier, num in num_pages.items()}
+
+    def _residencies(self) -> tuple[Residency, Residency]:
+        tiers = self.core.tiers
+        return tiers.device[tiers.full or 0], tiers.host[tiers.full or 0]
+
     def report(self) -> dict[str, Any]:
         """JSON: tokens by tier, CPU time of the core alone, evictions in pages. Of what `request` has served."""
         us = np.array(self.us)
@@ -207,15 +233,6 @@ class Replay:
             "too_long": self.num_too_long,
             **(self.events.counts() if self.events is not None else {}),
         }
-
-
-def add_optimum(report: dict[str, Any], setting: Setting, requests: Sequence[TraceRequest]) -> None:
-    """What no cache can beat: knowing the future with the largest tier's capacity, and a cache without end."""
-    capacity = max(setting.device_tokens, setting.host_tokens, setting.storage_tokens)
-    found = offline(requests, setting.page_tokens, capacity, setting.num_namespaces)
-    num_tokens = sum(request.input_length for request in requests)
-    report["optimum_hit_rate"] = found.optimum / num_tokens
-    report["infinite_hit_rate"] = found.infinite / num_tokens
 
 
 def bytes_per_cached_token(core: PrefixCache) -> float:

@@ -79,7 +79,7 @@ def test_a_table_and_a_file(capsys, tmp_path):
     assert "lru" in out
     assert "offline optimum" in out
     assert "events of pages stored" in out
-    assert json.loads(file.read_text())["policy"] == "lru"
+    assert json.loads(file.read_text())[0]["policy"] == "lru"
 
 
 @pytest.mark.parametrize(

@@ -83,3 +83,18 @@ def test_lru_agrees_with_the_simulation_where_prompts_end_inside_others(num_page
     for request in requests:
         replay.request(request)
     assert replay.report()["hit_tokens"]["device"] == lru_by_pages(requests, 4, num_pages)
+
+
+@pytest.mark.parametrize("components", [("full",), ("full", "window", "state")])
+def test_a_request_longer_than_the_device_counts_and_leaves_everything_as_it_was(components):
+    replay = Replay(Setting(4, 10 * 4, components=components))
+    short = TraceRequest(3 * 8, 1, (1, 2, 3), 8)  # 6 pages; the next one splits it
+    for request in (short, TraceRequest(3 * 8, 1, (1, 2, 9), 8)):
+        replay.request(request)
+    before = replay.resident_tokens(), replay.hit_tokens()
+    replay.request(TraceRequest(6 * 8, 1, (1, 2, 3, 4, 5, 6), 8))  # 12 pages: what follows a shorter hit would fit
+    assert (replay.resident_tokens(), replay.hit_tokens()) == before
+    assert replay.num_too_long == 1
+    replay.request(TraceRequest(5 * 8, 1, (1, 2, 3, 4, 5), 8))  # 10 pages
+    assert replay.num_too_long == 1
+    assert replay.resident_tokens()["device"] == replay.capacity_tokens()["device"] == 40

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxcache.core import matching
 from jaxcache.core.backups import Backups
-from jaxcache.core.lease import Lease
+from jaxcache.core.lease import Lease, read_only
 from jaxcache.core.matching import Prefix
 from jaxcache.core.planner import Counters, Planner
 from jaxcache.core.radix_tree import Node
@@ -218,8 +218,8 @@ class Admission:
         allocator = tiers.device[c].allocator
         if c == tiers.point:
             states = node.pages[c]
-            lease.write_slot = int(allocator.allocate(1)[0])
-            lease.read_slot = None if states is None else int(states[0])
+            lease.write_slot = allocator.allocate_one()
+            lease.read_slot = None if states is None else states.item(0)
             return
         if node.parent is None:
             table = allocator.allocate(num_own)
@@ -236,8 +236,7 @@ class Admission:
             if at:
                 table[:at] = allocator.num_pages
                 lease._window_starts[c] = at * tiers.page_tokens
-        table.flags.writeable = False
-        lease._tables[c] = table
+        lease._tables[c] = read_only(table)
 
     # ---- checkpoints of states
 
@@ -246,10 +245,11 @@ class Admission:
         grid = self.tiers.grid_tokens
         sequence = lease.sequence
         branch = min(prefix.found_tokens, sequence.num_tokens - 1) // grid * grid
-        stops = {branch: None}
+        stops = (branch,)
         if self.tiers.point is not None:
-            stops[sequence.prompt_tokens // grid * grid] = None
-        lease._stops = tuple(stop for stop in sorted(stops) if stop > prefix.num_tokens)
+            last = sequence.prompt_tokens // grid * grid
+            stops = (branch,) if branch == last else (min(branch, last), max(branch, last))
+        lease._stops = stops if stops[0] > prefix.num_tokens else tuple(s for s in stops if s > prefix.num_tokens)
 
     def checkpoints(self, lease: Lease, low: int, high: int) -> None:
         """Slots for the states to keep in (low, high]; a missing slot only costs a later hit."""
@@ -272,8 +272,8 @@ class Admission:
 
     def _checkpoint(self, lease: Lease, point: int, position: int) -> None:
         device = self.tiers.device[point]
-        if device.available() and self.backups.make_room_on_device(point, 1):
-            lease.checkpoints[position] = int(device.allocator.allocate(1)[0])
+        if device.allocator.num_free or (device.available() and self.backups.make_room_on_device(point, 1)):
+            lease.checkpoints[position] = device.allocator.allocate_one()
 
     # ---- later
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from jaxcache.core.change_log import PUT
-from jaxcache.core.lease import Lease
+from jaxcache.core.lease import Lease, read_only
 from jaxcache.core.residency import Residency
 from jaxcache.core.sequence import Sequence
 from jaxcache.core.tiers import Tiers
@@ -74,14 +74,10 @@ class Backbone:
             assert room, f"{device.component.name}: promised {num_own} pages"
             high = allocator.num_free
         allocator.num_free = low = high - num_own
-        if path_pages:
-            path_pages.reverse()
-            path_pages.append(allocator.stack[low:high])
-            table = np.concatenate(path_pages)
-        else:
-            table = allocator.stack[low:high].copy()
-        table.flags.writeable = False
-        lease._tables[0] = table
+        path_pages.reverse()
+        path_pages.append(allocator.stack[low:high])
+        table = np.concatenate(path_pages)
+        lease._tables[0] = read_only(table)
         lease._quiet_end = len(table) * page
         return lease
 
@@ -100,8 +96,7 @@ class Backbone:
             assert room, f"{device.component.name}: promised {missing} pages"
             high = allocator.num_free
         allocator.num_free = low = high - missing
-        lease._tables[0] = table = np.concatenate((table, allocator.stack[low:high]))
-        table.flags.writeable = False
+        lease._tables[0] = table = read_only(np.concatenate((table, allocator.stack[low:high])))
         lease._quiet_end = len(table) * self.page_tokens
         return True
 

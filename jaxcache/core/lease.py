@@ -126,9 +126,10 @@ class Lease:
         where a page ends.
         """
         tiers = self._tiers
-        page_end = (num_computed // tiers.page_tokens + 1) * tiers.page_tokens
-        room = next((len(table) * tiers.page_tokens for table in self._tables if table is not None), page_end)
-        self._quiet_end = min(room, page_end - 1) if tiers.partial else room
+        page = tiers.page_tokens
+        table = self._tables[tiers.spine]
+        room = num_computed + page if table is None else len(table) * page
+        self._quiet_end = min(room, (num_computed // page + 1) * page - 1) if tiers.partial else room
 
     def __repr__(self) -> str:
         return f"Lease({self.id}, cached {self.num_cached_tokens}, room for {self.num_tokens} tokens)"
@@ -136,5 +137,5 @@ class Lease:
 
 def read_only(array: np.ndarray) -> np.ndarray:
     """Marks a table that was handed out: a running program may still read it, so a change makes a new one."""
-    array.setflags(write=False)
+    array.setflags(False)  # pyright: ignore[reportCallIssue]  write=False takes twice as long, flags.writeable four times
     return array

@@ -29,6 +29,17 @@ class PageAllocator:
         self.num_free = low
         return self.stack[low:high]
 
+    def allocate_one(self) -> int:
+        """A free id; the caller has made sure that there is one."""
+        assert self.num_free, "I1: no page is free"
+        self.num_free -= 1
+        return self.stack.item(self.num_free)
+
+    def free_one(self, page_id: int) -> None:
+        assert self.num_free < self.num_pages, f"I1: freed more than there are: {page_id=}"
+        self.stack[self.num_free] = page_id
+        self.num_free += 1
+
     def free(self, page_ids: PageIds) -> None:
         low = self.num_free
         high = low + len(page_ids)

@@ -201,9 +201,8 @@ class Publishing:
         tiers = self.tiers
         assert tiers.point is not None
         device = tiers.device[tiers.point]
-        slots = np.array([slot], np.int32)
         if lease._filled.pop(position, False) is False:
-            device.allocator.free(slots)
+            device.allocator.free_one(slot)
             return
         node = lease._node
         while node.parent is not None and node.start >= position:
@@ -212,9 +211,9 @@ class Publishing:
             node = tiers.split(node, position)
         assert node.end == position, f"{node=} {position=}"
         if node.pages[device.index] is None:
-            tiers.put(device, node, slots)
+            tiers.put(device, node, np.array([slot], np.int32))
         else:
-            device.allocator.free(slots)
+            device.allocator.free_one(slot)
         self._thin_out(node)
 
     def _thin_out(self, newest: Node) -> None:
@@ -242,8 +241,9 @@ class Publishing:
         tiers = self.tiers
         for c, device in enumerate(tiers.device):
             if c == tiers.point:
-                slots = [lease.write_slot, *lease.checkpoints.values()]
-                device.allocator.free(np.array(slots, np.int32))
+                assert lease.write_slot is not None
+                for slot in (lease.write_slot, *lease.checkpoints.values()):
+                    device.allocator.free_one(slot)
                 if lease._state_node is not None:
                     device.unpin(lease._state_node)
                 continue

@@ -66,6 +66,7 @@ class Tiers:
         reaches = [component.reach for component in components]
         self.full = reaches.index(Reach.PREFIX) if Reach.PREFIX in reaches else None
         self.point = reaches.index(Reach.POINT) if Reach.POINT in reaches else None
+        self.spine = next((c for c, reach in enumerate(reaches) if reach is not Reach.POINT), 0)
         self.suffixes = tuple(c for c, reach in enumerate(reaches) if reach is Reach.SUFFIX)
         self.partial = tuple(c for c, reach in enumerate(reaches) if reach is not Reach.PREFIX)
         self.top_first = self.partial if self.full is None else (self.full, *self.partial)
@@ -213,9 +214,11 @@ class Tiers:
         """Whether a victim of full attention can be trimmed in place: nothing hangs below, and no other tier has it."""
         if residency.component.reach is not Reach.PREFIX or node.children:
             return False
-        other_tier = self.device if residency.tier is Tier.HOST else self.host
-        pages = node.pages
-        return all(pages[other.index] is None for other in other_tier)
+        if self.has_host:
+            for other in self.device if residency.tier is Tier.HOST else self.host:
+                if node.pages[other.index] is not None:
+                    return False
+        return True
 
     def _shorten(self, residency: Residency, node: Node, num_pages: int) -> None:
         """Trims a node in place, which makes no node only to remove it; what is at its end leaves with that."""

@@ -62,8 +62,7 @@ class Span(NamedTuple):
     stop: int
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Move:
+class Move(NamedTuple):
     """The pages of one component in one transfer, in order.
 
     src_page_ids: int32[n]  device ids (BACKUP), host ids (LOAD_BACK, STORE), else empty
@@ -73,14 +72,13 @@ class Move:
     """
 
     component: str
-    src_page_ids: PageIds = field(default_factory=lambda: NO_PAGES)
-    dst_page_ids: PageIds = field(default_factory=lambda: NO_PAGES)
+    src_page_ids: PageIds = NO_PAGES
+    dst_page_ids: PageIds = NO_PAGES
     page_keys: tuple[bytes, ...] = ()
     page_ends: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Transfer:
+class Transfer(NamedTuple):
     """A described copy. Ids are consecutive and equal on every rank; `step` is the step in which it was planned."""
 
     id: int
@@ -89,8 +87,7 @@ class Transfer:
     moves: tuple[Move, ...]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Plan:
+class Plan(NamedTuple):
     """What the runtime must do now, in this order."""
 
     transfers: tuple[Transfer, ...]

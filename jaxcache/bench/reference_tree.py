@@ -118,9 +118,19 @@ class ReferenceTree:
         self.free[self.num_free : self.num_free + len(node.pages)] = node.pages
         self.num_free += len(node.pages)
 
+    def table(self, node: Run) -> np.ndarray:
+        """The page ids down to a run, which a model needs to read them."""
+        parts = []
+        while node.parent is not None:
+            parts.append(node.pages)
+            node = node.parent
+        return np.concatenate(parts[::-1]) if parts else self.root.pages
+
     def serve(self, tokens: bytes) -> int:
         """One request: returns the bytes that were found."""
         node, found = self.match(tokens)
         self.lock(node)
-        self.unlock(self.insert(node, found, tokens))
+        node = self.insert(node, found, tokens)
+        self.table(node)
+        self.unlock(node)
         return found

@@ -48,6 +48,8 @@ class Lru(EvictionOrder):
     def first(self) -> Node | None:
         oldest = next(iter(self._nodes), None)
         heap = self._heap
+        if not self._back:
+            heap.clear()
         while heap:
             last_used, _, node = heap[0]
             if self._back.get(node) == last_used:

@@ -12,6 +12,7 @@ from typing import ClassVar, NamedTuple
 
 from jaxcache.core.radix_tree import Node
 from jaxcache.core.reuse_profile import ReuseProfile
+from jaxcache.types import Tier
 
 
 class Place(NamedTuple):
@@ -23,6 +24,7 @@ class Place(NamedTuple):
 
     index: int
     num_pages: int
+    tier: Tier
     is_partial: bool
     profile: ReuseProfile | None
 

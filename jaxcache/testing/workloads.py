@@ -5,7 +5,7 @@ Every request is a document (blocks that are its own) and a question of one bloc
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import count, islice
 
 import numpy as np
@@ -13,10 +13,11 @@ import numpy as np
 from jaxcache.testing.traces import TraceRequest
 
 Rng = np.random.Generator
+Documents = Iterator[int]  # their numbers, without end
 QUESTION = 1 << 40  # block ids from here on are questions
 
 
-def requests(documents: Iterable[int], num_requests: int, blocks: int, block_tokens: int) -> list[TraceRequest]:
+def requests(documents: Documents, num_requests: int, blocks: int, block_tokens: int) -> list[TraceRequest]:
     """A request for each document number; `blocks` long, the question not counted."""
     tokens = (blocks + 1) * block_tokens
     return [
@@ -25,20 +26,20 @@ def requests(documents: Iterable[int], num_requests: int, blocks: int, block_tok
     ]
 
 
-def scan(rng: Rng, num_hot: int, share: float = 0.5) -> Iterator[int]:
+def scan(rng: Rng, num_hot: int, share: float = 0.5) -> Documents:
     """A hot set, and between its uses documents that never come again."""
     once = count(num_hot)
     while True:
         yield int(rng.integers(num_hot)) if rng.random() < share else next(once)
 
 
-def loop(num_documents: int) -> Iterator[int]:
+def loop(num_documents: int) -> Documents:
     """Again and again in the same order: lru finds nothing if the cache is a little too small."""
     while True:
         yield from range(num_documents)
 
 
-def shift(rng: Rng, num_hot: int, every: int, share: float = 0.8) -> Iterator[int]:
+def shift(rng: Rng, num_hot: int, every: int, share: float = 0.8) -> Documents:
     """A hot set, one document of which is replaced by a new one every so often, and others that come once."""
     fresh = count(num_hot)
     hot = list(range(num_hot))
@@ -48,7 +49,7 @@ def shift(rng: Rng, num_hot: int, every: int, share: float = 0.8) -> Iterator[in
         yield hot[int(rng.integers(num_hot))] if rng.random() < share else next(fresh)
 
 
-def jump(rng: Rng, num_hot: int, every: int, share: float = 0.8) -> Iterator[int]:
+def jump(rng: Rng, num_hot: int, every: int, share: float = 0.8) -> Documents:
     """As `shift`, but the whole hot set is another one at once."""
     fresh = count(num_hot)
     hot = list(range(num_hot))
@@ -58,14 +59,14 @@ def jump(rng: Rng, num_hot: int, every: int, share: float = 0.8) -> Iterator[int
         yield hot[int(rng.integers(num_hot))] if rng.random() < share else next(fresh)
 
 
-def zipf(rng: Rng, num_documents: int, exponent: float) -> Iterator[int]:
+def zipf(rng: Rng, num_documents: int, exponent: float) -> Documents:
     """Independent uses, a few documents much more often than most."""
     weights = np.arange(1, num_documents + 1) ** -exponent
     while True:
         yield from rng.choice(num_documents, 1024, p=weights / weights.sum()).tolist()
 
 
-def recent(rng: Rng, mean: float, fresh_share: float = 0.3) -> Iterator[int]:
+def recent(rng: Rng, mean: float, fresh_share: float = 0.3) -> Documents:
     """Whatever was used last is used next: the best that lru can have."""
     stack: list[int] = []
     for number in count():
@@ -77,7 +78,7 @@ def recent(rng: Rng, mean: float, fresh_share: float = 0.3) -> Iterator[int]:
         yield number
 
 
-def phases(every: int, *habits: Iterator[int]) -> Iterator[int]:
+def phases(every: int, *habits: Documents) -> Documents:
     """Takes turns among other workloads, which share no documents."""
     while True:
         for place, habit in enumerate(habits):

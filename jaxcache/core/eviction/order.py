@@ -55,11 +55,11 @@ class EvictionOrder(ABC):
 
     @abstractmethod
     def first(self) -> Node | None:
-        """The best victim."""
+        """The best victim; the same again until something is added or discarded."""
 
     @abstractmethod
     def __iter__(self) -> Iterator[Node]:
-        """Best victim first."""
+        """All, best victim first as far as that is decided (see S3Fifo, WTinyLfu, Adaptive). Changes nothing."""
 
     @abstractmethod
     def __contains__(self, node: Node) -> bool: ...

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import numpy as np
 
-BAND = 32  # the order changes when the other one leads by this share of a cache
+BAND = 32  # what was learned is followed once it leads by this share of a cache, until it does not lead any more
+EVIDENCE = 2  # prompts of usual length, at least: one hit more or less says nothing
 LIMIT = 2  # the lead counts up to this share of a cache
 SLACK = 32  # a full cache drops this share at once
 STAMP_BITS = 48
@@ -58,16 +59,20 @@ class Duel:
     def __init__(self, capacity_tokens: int):
         self.capacity_tokens = capacity_tokens
         self.by_value, self.by_use = Ghost(), Ghost()
+        self._num_prompts = 0
+        self._num_points = 0
         self.lead = 0
         self.learned_leads = False
 
     def use(self, slots: np.ndarray, capacity: int) -> None:
         """A prompt with these points comes; `capacity` points fill the cache."""
-        limit = capacity // LIMIT
+        self._num_prompts += 1
+        self._num_points += len(slots)
+        band = max(capacity // BAND, EVIDENCE * self._num_points // self._num_prompts)
+        limit = max(capacity // LIMIT, 2 * band)
         lead = self.lead + self.by_value.use(slots) - self.by_use.use(slots)
         self.lead = max(-limit, min(limit, lead))
-        band = capacity // BAND
-        self.learned_leads = self.lead > (-band if self.learned_leads else band)
+        self.learned_leads = self.lead > (0 if self.learned_leads else band)
 
     def grow(self, num_slots: int) -> None:
         self.by_value.grow(num_slots)

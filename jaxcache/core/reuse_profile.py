@@ -7,6 +7,8 @@ its uses; from all points together the profile learns how likely the next use is
             how often it was used, and how long the last pause was                      (fast ones stay fast)
     age:    tokens of prompts since the last use, in steps of half an octave
 
+Whether that pays is tried out on the points as well (core/duel.py).
+
 Uses and exposure (points at risk x tokens) are counted per (kind, age) in integers, so every rank learns the same.
 """
 
@@ -18,17 +20,19 @@ from zlib import crc32
 
 import numpy as np
 
+from jaxcache.core.duel import STAMP_BITS, Duel
 from jaxcache.core.radix_tree import Node
 from jaxcache.core.sequence import Sequence
 
 MIN_STRIDE_TOKENS = 256
 MAX_POINTS = 1 << 18
+MIN_POINTS = 1024  # that the device holds, unless pages are larger
 REMEMBERED = 8  # times the largest tier, in tokens of points
 CONTEXT_BYTES = 128  # tokens that tell points at the same position apart
 USES, SHARES, PAUSES = 4, 6, 8  # how many of each a kind tells apart; the last share is generated text
 NUM_KINDS = USES * SHARES * PAUSES
 GENERATED = SHARES - 1
-RECOUNT_REQUESTS = 64
+RECOUNTS = 4  # while as many tokens come as the device holds
 HALVE_REQUESTS = 4096  # older counts weigh half
 AGES_BELOW, AGES_ABOVE = 4, 4  # octaves around the capacity of the device that ages tell apart
 
@@ -50,11 +54,14 @@ class Use(NamedTuple):
 class ReuseProfile:
     """now: tokens of prompts so far. value: np.ndarray[NUM_KINDS, ages], how much keeping such a page is worth.
 
-    version: changes with `value`
+    version: changes with `value`; duels: one for each tier
     """
 
-    def __init__(self, page_tokens: int, device_tokens: int, largest_tokens: int):
-        self.stride = max(MIN_STRIDE_TOKENS, page_tokens)
+    def __init__(self, page_tokens: int, device_tokens: int, host_tokens: int, outputs_first: bool):
+        largest_tokens = max(device_tokens, host_tokens)
+        self.outputs_first = outputs_first
+        self.duels = Duel(device_tokens), Duel(host_tokens)
+        self.stride = max(page_tokens, min(MIN_STRIDE_TOKENS, device_tokens // MIN_POINTS // page_tokens * page_tokens))
         while REMEMBERED * largest_tokens // self.stride > MAX_POINTS:
             self.stride *= 2
         self.max_points = max(1024, REMEMBERED * largest_tokens // self.stride)
@@ -68,6 +75,9 @@ class ReuseProfile:
         self._before = np.zeros(0, np.int64)
         self._count = np.zeros(0, np.int64)
         self._kind = np.zeros(0, np.int64)
+        self._stamp = np.zeros(0, np.int64)  # order of uses: of one prompt, the first point's is the latest
+        self._num_uses = 0
+        self._num_tokens = 0  # that these uses stand for
         num_ages = len(self.edges) + 1
         self._edges = np.array(self.edges, np.int64)
         self._uses = np.zeros((NUM_KINDS, num_ages), np.int64)
@@ -86,8 +96,9 @@ class ReuseProfile:
         """A request comes with a prompt: counts its points as used, and tells the nodes that it found."""
         if not sequence.uses:
             self._num_requests += 1
-            if self._num_requests % RECOUNT_REQUESTS == 0:
+            if self.now - self._counted >= self.device_tokens // RECOUNTS:
                 self._recount()
+            self._num_tokens += sequence.num_tokens
             self._observe(sequence, sequence.num_tokens, generated=False)
             self.now += sequence.num_tokens
         node = last
@@ -131,6 +142,8 @@ class ReuseProfile:
                 slots[i] = self._slots[points[i]] = self._new_slot()
         place = np.array(slots)
         count = self._count[place]
+        if generated:
+            self._num_tokens += len(points) * self.stride
         before = self._at[place]
         known = count >= 0
         pause = self.now - before
@@ -141,6 +154,9 @@ class ReuseProfile:
         kinds = kind(np.minimum(count, USES - 1), share, pauses)
         before[~known] = -1
         self._at[place], self._before[place], self._count[place], self._kind[place] = self.now, before, count, kinds
+        self._num_uses += len(points)
+        self._stamp[place] = np.arange(self._num_uses, self._num_uses - len(points), -1)
+        self._duel(place)
         self._cut(sequence, first, np.minimum(count, USES - 1))
         columns = (before.tolist(), count.tolist(), kinds.tolist())
         sequence.uses += [(self.now, b, c, k) for b, c, k in zip(*columns, strict=True)]
@@ -149,6 +165,29 @@ class ReuseProfile:
         """Nodes end where the number of uses changes: what leaves first should not take along what was used more."""
         ends = (first + 1 + np.flatnonzero(np.diff(levels))) * (self.stride * 4) // sequence.page_bytes
         sequence.cuts += (ends * (sequence.page_bytes // 4)).tolist()
+
+    def _duel(self, place: np.ndarray) -> None:
+        """Both orders serve the points; a point stands for as many tokens as there were for each so far."""
+        for duel in self.duels:
+            capacity = duel.capacity_tokens * self._num_uses // self._num_tokens
+            if not capacity:
+                continue
+            duel.use(place, capacity)
+            if duel.by_use.num_resident > capacity:
+                slots = duel.by_use.slots()
+                duel.by_use.make_room(slots, self._by_use(slots), capacity)
+            if duel.by_value.num_resident > capacity:
+                slots = duel.by_value.slots()
+                duel.by_value.make_room(slots, self._by_value(slots), capacity)
+
+    def _by_use(self, slots: np.ndarray) -> np.ndarray:
+        """The order of lru; generated text first if the cache is configured so."""
+        is_generated = self._kind[slots] // PAUSES % SHARES == GENERATED
+        return self._stamp[slots] - (is_generated & self.outputs_first) * (1 << STAMP_BITS)
+
+    def _by_value(self, slots: np.ndarray) -> np.ndarray:
+        ages = np.searchsorted(self._edges, self.now - self._at[slots])
+        return self._rank[self._kind[slots], ages] * (1 << STAMP_BITS) + self._stamp[slots]
 
     def _points(self, sequence: Sequence, first: int, stop: int) -> list[int]:
         data, stride = sequence.data, self.stride * 4
@@ -164,11 +203,13 @@ class ReuseProfile:
     def _new_slot(self) -> int:
         if not self._free:
             old, new = len(self._at), max(1024, 2 * len(self._at))
-            for name in ("_at", "_before", "_count", "_kind"):
+            for name in ("_at", "_before", "_count", "_kind", "_stamp"):
                 grown = np.full(new, -1, np.int64)
                 grown[:old] = getattr(self, name)
                 setattr(self, name, grown)
             self._free = list(range(new - 1, old - 1, -1))
+            for duel in self.duels:
+                duel.grow(new)
         slot = self._free.pop()
         self._count[slot] = -1
         return slot
@@ -185,7 +226,8 @@ class ReuseProfile:
         at_risk = np.bincount(cells, minlength=self._exposure.size).reshape(self._exposure.shape)
         self._exposure += at_risk * (self.now - self._counted)
         self._counted = self.now
-        if self._num_requests % HALVE_REQUESTS == 0:
+        if self._num_requests >= HALVE_REQUESTS:
+            self._num_requests = 0
             self._uses >>= 1
             self._exposure >>= 1
         self._learn()
@@ -193,8 +235,10 @@ class ReuseProfile:
     def _forget(self) -> None:
         """The points used longest ago, until a tenth is free."""
         points = sorted(self._slots, key=lambda point: (int(self._at[self._slots[point]]), point))
-        for point in points[: len(points) - self.max_points * 9 // 10]:
-            self._free.append(self._slots.pop(point))
+        slots = [self._slots.pop(point) for point in points[: len(points) - self.max_points * 9 // 10]]
+        self._free += slots
+        for duel in self.duels:
+            duel.forget(np.array(slots, np.int64))
 
     def _learn(self) -> None:
         uses = self._uses.reshape(USES, SHARES, PAUSES, -1)
@@ -203,6 +247,7 @@ class ReuseProfile:
         by_share = index(hazard(uses.sum(2), exposure.sum(2), pooled), self._widths())
         by_pause = index(hazard(uses.sum(1), exposure.sum(1), pooled), self._widths())
         self.value = (by_share[:, :, None] * by_pause[:, None]).reshape(NUM_KINDS, -1)
+        self._rank = np.unique(self.value, return_inverse=True)[1].reshape(self.value.shape)
         self.version += 1
 
     def _widths(self) -> np.ndarray:

@@ -87,7 +87,7 @@ class Tiers:
         for c, component in enumerate(self.components):
             num_pages = num_pages_of(component, tier, self.config)
             index = c + tier * len(self.components)
-            place = Place(index, num_pages, component.reach is not Reach.PREFIX, self.profile)
+            place = Place(index, num_pages, tier, component.reach is not Reach.PREFIX, self.profile)
             make = RESIDENCIES[component.reach]
             residencies.append(make(component, tier, index, num_pages, order(place), self.clock, self.log))
         return residencies
@@ -265,7 +265,7 @@ def make_profile(components: tuple[Component, ...], config: CacheConfig) -> Reus
         return None
     spine = next((c for c in components if c.reach is Reach.PREFIX), components[0])
     device, host = (num_pages_of(spine, tier, config) * config.page_tokens for tier in (Tier.DEVICE, Tier.HOST))
-    return ReuseProfile(config.page_tokens, device, max(device, host))
+    return ReuseProfile(config.page_tokens, device, host, config.evict_output_first)
 
 
 def _validate(components: tuple[Component, ...], config: CacheConfig) -> None:

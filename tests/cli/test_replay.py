@@ -85,7 +85,7 @@ def test_a_table_and_a_file(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--policy", "best"), "'best' is none of lru"),
+        (("--policy", "best"), "'best' is none of "),
         (("--components", "full,moon"), "'moon' is none of full, state, window"),
         (("--storage-tokens", "1M"), "needs --host-tokens"),
         (("--device-tokens", "10"), "less than one page"),

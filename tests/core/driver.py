@@ -16,6 +16,7 @@ from jaxcache.components import FullAttention, RecurrentState, SlidingWindow
 from jaxcache.components.base import Component
 from jaxcache.config import CacheConfig
 from jaxcache.core import invariants
+from jaxcache.core.eviction import POLICIES
 from jaxcache.testing.scenario import Request, Scenario
 from jaxcache.types import PrefetchPolicy, TransferKind, WritePolicy
 from tests.core.consumer import Consumer
@@ -124,6 +125,7 @@ def draw_config(
         "prefetch_host_share": rng.choice([0.3, 1.0]),
         "load_back_min_tokens": rng.choice([1, 1, 3 * page_tokens]),
         "max_stored_beliefs": rng.choice([4, 1000]),
+        "eviction_policy": rng.choice(list(POLICIES)),
     }
     return CacheConfig(**{**choices, **overrides})
 

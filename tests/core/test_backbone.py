@@ -9,6 +9,7 @@ import pytest
 from jaxcache.components import FullAttention
 from jaxcache.config import CacheConfig
 from jaxcache.core.backbone import Backbone
+from jaxcache.core.eviction import POLICIES
 from jaxcache.core.invariants import all_nodes
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.testing.scenario import Scenario
@@ -17,12 +18,12 @@ from tests.core.driver import draw_config, iterate
 STEPS = 120
 
 
-def history(seed: int) -> list[tuple]:
+def history(seed: int, policy: str) -> list[tuple]:
     """After every step: the digest, the table of every lease, the nodes and their pages, the order of eviction."""
     rng = random.Random(seed)
     page_tokens, max_pages = rng.choice([1, 4, 16]), rng.choice([6, 12, 20])
     components = (FullAttention("full", ()),)
-    config = draw_config(rng, components, page_tokens, max_pages, host_pages=0)
+    config = draw_config(rng, components, page_tokens, max_pages, host_pages=0, eviction_policy=policy)
     scenario = Scenario(components, config, seed, num_ranks=1)
     steps = []
     for _ in range(STEPS):
@@ -48,11 +49,11 @@ def general_path(monkeypatch):
 
 
 def test_both_paths_decide_the_same(seed, general_path):
-    """I8: same digests, tables, nodes, pages, evictions and sums after every step."""
-    seeds = [100 * seed + i for i in range(6)]
-    by_hand = [history(s) for s in seeds]
+    """I8: same digests, tables, nodes, pages, evictions and sums after every step, whatever the policy."""
+    seeds = [(100 * seed + i, policy) for i, policy in enumerate(POLICIES)]
+    by_hand = [history(*s) for s in seeds]
     general_path()
-    assert [history(s) for s in seeds] == by_hand
+    assert [history(*s) for s in seeds] == by_hand
     assert any(evictions for steps in by_hand for _, _, _, _, evictions, _ in steps)
 
 

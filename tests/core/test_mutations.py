@@ -20,6 +20,10 @@ from jaxcache.core.backbone import Backbone
 from jaxcache.core.backups import Backups
 from jaxcache.core.change_log import ChangeLog
 from jaxcache.core.clearing import Clearing
+from jaxcache.core.eviction.adaptive import Adaptive
+from jaxcache.core.eviction.keyed import Keyed
+from jaxcache.core.eviction.lru import Lru
+from jaxcache.core.eviction.queues import Queued
 from jaxcache.core.prefetches import Prefetches
 from jaxcache.core.publishing import Publishing
 from jaxcache.core.radix_tree import RadixTree
@@ -46,6 +50,10 @@ class Mutation:
     old: str
     new: str
     setup: Mapping[str, Any] = field(default_factory=dict)
+
+
+def policy(name: str) -> Mapping[str, Any]:
+    return {"eviction_policy": name}
 
 
 THROUGH = {"write_policy": WritePolicy.WRITE_THROUGH}
@@ -185,6 +193,12 @@ MUTATIONS = (
         "device.log is not None",
         "False",
         {**BY_HAND, **EVENTS},
+    ),
+    Mutation("lru keeps what is pinned", Lru, "discard", "self._nodes.pop(node, MISSING)", "MISSING", policy("lru")),
+    Mutation("lfu keeps what is pinned", Keyed, "discard", "self._keys.pop(node, None)", "pass", policy("lfu")),
+    Mutation("slru forgets what is protected", Queued, "discard", "self.queues:", "self.queues[:1]:", policy("slru")),
+    Mutation(
+        "adaptive loses what has aged", Adaptive, "_put", "self._cell_of[node] = cell", "pass", policy("adaptive")
     ),
     Mutation("events: a new namespace", RadixTree, "root", "self.log is not None", "False", EVENTS),
     Mutation("events: a new node", RadixTree, "add", "self.log is not None", "False", EVENTS),

@@ -1,7 +1,9 @@
 """The policy that learns: what is least worth keeping leaves first, by the reuse that was seen of its kind and age.
 
 Candidates lie in cells, one for each (weight, kind, age); a cell has one value, so the best victim is the oldest entry
-of the cheapest cell that is not empty. Entries move on to the next cell as they age, at most once per age step.
+of the cheapest cell that is not empty. Entries move on as they age, whenever the profile values everything anew.
+
+Beside the cells stands the order of lru, which decides as long as what was learned does not pay (core/duel.py).
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from heapq import heapify, heappop, heappush
 from typing import ClassVar
 
 from jaxcache.core.eviction.keyed import use
+from jaxcache.core.eviction.lru import Lru
 from jaxcache.core.eviction.order import EvictionOrder, Place
 from jaxcache.core.radix_tree import Node
 
@@ -19,7 +22,10 @@ Cell = tuple[int, int, int]  # weight (a power of two), kind, age
 
 
 class Adaptive(EvictionOrder):
-    """Windows and states are weighed by the tokens that they spare per page; pages of full attention are all equal."""
+    """Windows and states are weighed by the tokens that they spare per page; pages of full attention are all equal.
+
+    Iterates by the values of now, and by ages as `first` saw them last: looking changes nothing.
+    """
 
     remembers: ClassVar[bool] = True
 
@@ -31,11 +37,20 @@ class Adaptive(EvictionOrder):
         self._cell_of: dict[Node, Cell] = {}
         self._heap: list[tuple[float, Cell]] = []  # every cell that is not empty, and some that are
         self._version = -1
+        self.duel = place.profile.duels[place.tier]
+        self._lru = Lru(place)
 
     def add(self, node: Node) -> None:
         self._put(node, self._cell(node))
+        self._lru.add(node)
 
-    add_oldest = add_back = add
+    def add_oldest(self, node: Node) -> None:
+        self._put(node, self._cell(node))
+        self._lru.add_oldest(node)
+
+    def add_back(self, node: Node) -> None:
+        self._put(node, self._cell(node))
+        self._lru.add_back(node)
 
     def _cell(self, node: Node) -> Cell:
         at, kind = use(node).at, use(node).kind
@@ -69,8 +84,11 @@ class Adaptive(EvictionOrder):
         cell = self._cell_of.pop(node, None)
         if cell is not None:
             del self._cells[cell][node]
+            self._lru.discard(node)
 
     def first(self) -> Node | None:
+        if not self.duel.learned_leads:
+            return self._lru.first()
         if self._version != self.profile.version:
             self._refresh()
         heap = self._heap
@@ -92,7 +110,7 @@ class Adaptive(EvictionOrder):
                 now = age_now(use(oldest).at)
                 if now <= age:
                     break
-                self.discard(oldest)
+                del nodes[oldest]
                 self._put(oldest, (weight, kind, now))
         self._cells = {cell: nodes for cell, nodes in self._cells.items() if nodes}
         self._heap = [(self._value(cell), cell) for cell in self._cells]
@@ -100,6 +118,9 @@ class Adaptive(EvictionOrder):
         self._version = self.profile.version
 
     def __iter__(self) -> Iterator[Node]:
+        if not self.duel.learned_leads:
+            yield from self._lru
+            return
         for cell in sorted(self._cells, key=lambda cell: (self._value(cell), cell)):
             yield from self._cells[cell]
 

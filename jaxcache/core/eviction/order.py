@@ -12,6 +12,7 @@ from typing import ClassVar, NamedTuple
 
 from jaxcache.core.radix_tree import Node
 from jaxcache.core.reuse_profile import ReuseProfile
+from jaxcache.types import Tier
 
 
 class Place(NamedTuple):
@@ -23,6 +24,7 @@ class Place(NamedTuple):
 
     index: int
     num_pages: int
+    tier: Tier
     is_partial: bool
     profile: ReuseProfile | None
 
@@ -53,11 +55,11 @@ class EvictionOrder(ABC):
 
     @abstractmethod
     def first(self) -> Node | None:
-        """The best victim."""
+        """The best victim; the same again until something is added or discarded."""
 
     @abstractmethod
     def __iter__(self) -> Iterator[Node]:
-        """Best victim first."""
+        """All, best victim first as far as that is decided (see S3Fifo, WTinyLfu, Adaptive). Changes nothing."""
 
     @abstractmethod
     def __contains__(self, node: Node) -> bool: ...

@@ -34,7 +34,10 @@ class Queue:
 
 
 class Queued(EvictionOrder):
-    """queues: in the order in which they are emptied if nothing else is said."""
+    """queues: in the order in which they are emptied if nothing else is said.
+
+    Iterates in that order too; where the queues compete, the order of leaving is only decided by `first`.
+    """
 
     def __init__(self, place: Place, num_queues: int):
         super().__init__(place)
@@ -127,9 +130,10 @@ class WTinyLfu(Queued):
             assert newcomer is not None
             if old is None or use(newcomer).count <= use(old).count:
                 return newcomer
-            self.move(newcomer, self.window, self.probation)
-            if old in self.probation.nodes:  # the newcomer stands behind it
-                return old
+            if old in self.protected.nodes:
+                self.move(old, self.protected, self.probation)
+            self.move(newcomer, self.window, self.probation)  # behind the old one
+            return old
         return super().first()
 
 

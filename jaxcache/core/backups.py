@@ -96,7 +96,8 @@ class Backups:
             victim = device.order.first()
             if victim is None:
                 return False
-            self.spill(c, tiers.trim(device, victim, num_pages - device.allocator.num_free))
+            wanted = device.leaving(victim, num_pages - device.allocator.num_free)
+            self.spill(c, tiers.trim(device, victim, wanted))
         return True
 
     def _host_full_is_there(self, node: Node, c: int) -> bool:
@@ -115,6 +116,7 @@ class Backups:
         pages = node.pages[c]
         assert pages is not None
         holds = tiers.hold(tiers.host[tiers.full], spare, 0) if spare is not None and tiers.full is not None else []
+        host.serve(node)
         fits = host.available() >= len(pages) and tiers.make_room(host, len(pages))
         if fits:
             tiers.put(host, node, host.allocator.allocate(len(pages)))

@@ -62,7 +62,7 @@ class PrefixCache:
         self.leases: dict[int, Lease] = {}
         self.retentions = Retentions(self.tiers, self.counters)
         tenants = self.tiers.tenants
-        self.quotas = Quotas(self.tiers, tenants, self.backups, self.leases) if tenants is not None else None
+        self.quotas = Quotas(tenants, self) if tenants is not None else None
         self.clearing = Clearing(self)
         self._scatter_is_due = False
 
@@ -155,6 +155,7 @@ class PrefixCache:
         if need is None:
             return self._wait("no room")
         if self.quotas is not None and self.quotas.over(sequence, prefix, num_new_tokens):
+            self.counters["quota_waits"] += 1
             return self._wait("over quota")
         if running:
             assert ticket is not None

@@ -5,30 +5,31 @@ Made only if tenants are configured: nothing here costs anything without.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxcache.core.backups import Backups
 from jaxcache.core.lease import Lease
 from jaxcache.core.matching import Prefix
 from jaxcache.core.radix_tree import Node
 from jaxcache.core.residency import Residency
 from jaxcache.core.sequence import Sequence
 from jaxcache.core.tenants import Tenants
-from jaxcache.core.tiers import Tiers
 from jaxcache.types import Tier
+
+if TYPE_CHECKING:
+    from jaxcache.core.prefix_cache import PrefixCache
 
 
 class Quotas:
     """leases: those of the cache, by id."""
 
-    def __init__(self, tiers: Tiers, tenants: Tenants, backups: Backups, leases: Mapping[int, Lease]):
-        self.tiers = tiers
+    def __init__(self, tenants: Tenants, core: PrefixCache):
         self.tenants = tenants
-        self.backups = backups
-        self.leases = leases
+        self.tiers = core.tiers
+        self.backups = core.backups
+        self.leases = core.leases
+        self.counters = core.counters
 
     def serve(self, node: Node) -> None:
         """From now on room on the device is made on behalf of the tenant that this node (or root) belongs to."""
@@ -92,9 +93,11 @@ class Quotas:
             groups = self.tenants.groups[residency.index]
             excess = groups.resident[tenant] - groups.quotas[tenant]
             if excess > 0:
+                before = groups.resident[tenant]
                 groups.served, groups.own_only = tenant, True
                 self._give(residency, residency.allocator.num_free + excess)
                 groups.own_only = False
+                self.counters["quota_pages"] += before - groups.resident[tenant]
         self.tiers.reason = "room"
 
     def _give(self, residency: Residency, num_free: int) -> None:

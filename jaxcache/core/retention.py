@@ -126,6 +126,7 @@ class Retentions:
     def _keep(self, retention: Retention) -> None:
         tiers = self.tiers
         node = retention.node
+        self.counters["retentions"] += 1
         for c, device in enumerate(tiers.device):
             retention.holds += tiers.hold(device, node, 0 if c == tiers.full else self._top(c, node))
             if c != tiers.full:

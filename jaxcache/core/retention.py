@@ -48,12 +48,15 @@ class Retentions:
     def retain(self, lease: Lease, num_steps: int) -> None:
         """Keeps the deepest end of what a lease has published. Its earlier retention, of a shallower end, is over.
 
-        What does not fit the share, or could not be resumed from the device, is not kept, and is counted.
+        What does not fit the share is not kept, and is counted. Where nothing could be resumed from the device yet,
+        there is nothing to keep.
         """
-        until = self.tiers.step + num_steps
         node = self._resumable(lease._node)
+        if node is None:
+            return
+        until = self.tiers.step + num_steps
         earlier = self._earlier(lease)
-        known = self.live.get(node.id) if node is not None else None
+        known = self.live.get(node.id)
         if known is not None:
             known.until, known.lease_id = max(known.until, until), lease.id
             self._remind(known)
@@ -62,7 +65,7 @@ class Retentions:
             return
         if earlier is not None:
             self._release(earlier)
-        if node is not None and self._fits(costs := self._costs(node)):
+        if self._fits(costs := self._costs(node)):
             until = until if earlier is None else max(until, earlier.until)
             self._keep(Retention(node, lease.sequence.namespace, lease.id, until, [], costs))
             return

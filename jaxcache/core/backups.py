@@ -93,7 +93,7 @@ class Backups:
         if not tiers.writes_back:
             return tiers.make_room(device, num_pages)
         while device.allocator.num_free < num_pages:
-            victim = device.order.first()
+            victim = device.victim(num_pages)
             if victim is None:
                 return False
             wanted = device.leaving(victim, num_pages - device.allocator.num_free)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from jaxcache.core.lease import Lease
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.core.radix_tree import Node
+from jaxcache.types import Tier
 
 
 def check_retentions(core: PrefixCache, nodes: list[Node]) -> None:
@@ -46,7 +48,22 @@ def check_tenants(core: PrefixCache, nodes: list[Node]) -> None:
                 pinned[node.group] += len(pages) if node.pins[residency.index] else 0
         where = f"{residency.component.name} {residency.tier.name}"
         assert (resident, pinned) == (groups.num_resident, groups.num_pinned), f"I15: accounts of {where}"
-        for tenant in range(len(tenants.shares)):
-            accounts = [account for account, owner in enumerate(tenants.tenant_of) if owner == tenant]
-            sums = sum(resident[account] for account in accounts), sum(pinned[account] for account in accounts)
-            assert sums == (groups.resident[tenant], groups.pinned[tenant]), f"I15: tenant {tenant} of {where}"
+        owned = [0] * len(tenants.tenant_of)
+        for lease in core.leases.values() if residency.tier is Tier.DEVICE else ():
+            owned[lease._node.group] += _num_owned(core, lease, residency.index)
+        assert owned == groups.num_owned, f"I15: {owned=} {groups.num_owned=} of {where}"
+        kept = (groups.resident, groups.pinned, groups.owned)
+        for sums, counts in zip(kept, (resident, pinned, owned), strict=True):
+            again = [0] * len(tenants.shares)
+            for account, tenant in enumerate(tenants.tenant_of):
+                again[tenant] += counts[account]
+            assert again == sums, f"I15: {again=} {sums=} of {where}"
+
+
+def _num_owned(core: PrefixCache, lease: Lease, c: int) -> int:
+    table = lease._tables[c]
+    if table is None:
+        return 1 + len(lease.checkpoints)
+    return sum(
+        id != core.tiers.device[c].allocator.num_pages for id in table[lease._published // core.config.page_tokens :]
+    )

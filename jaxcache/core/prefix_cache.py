@@ -202,6 +202,8 @@ class PrefixCache:
 
     def _admitted(self, lease: Lease) -> Lease:
         self.leases[lease.id] = lease
+        if self.quotas is not None:
+            self.quotas.settle(lease)
         sequence, counters = lease.sequence, self.counters
         if self.tiers.profile is not None:
             self.tiers.profile.admitted(sequence, lease._node)
@@ -229,9 +231,9 @@ class PrefixCache:
         if num_new_tokens < 1:
             raise ValueError(f"{num_new_tokens=} must be at least 1")
         tiers = self.tiers
-        if self.quotas is not None:
-            self.quotas.serve(lease._node)
         self.publishing.report(lease, num_computed)
+        if self.quotas is not None:
+            self.quotas.serve_lease(lease)
         end = num_computed + num_new_tokens
         wanted = -(-end // tiers.page_tokens)
         missing = [0 if table is None else wanted - len(table) for table in lease._tables]
@@ -250,6 +252,8 @@ class PrefixCache:
         lease._be_quiet(num_computed)
         if tiers.point is not None:
             self.admission.checkpoints(lease, num_computed, end)
+        if self.quotas is not None:
+            self.quotas.settle(lease)
         return True
 
     def insert(self, lease: Lease, num_computed: int, *, priority: int = 0, retain_steps: int = 0) -> None:
@@ -277,6 +281,8 @@ class PrefixCache:
         if priority != 0 or retain_steps != 0:
             bad_input.check_wishes(self, priority, retain_steps)
         if not self.config.caching or sequence.namespace.retired:
+            if self.quotas is not None:
+                self.quotas.settle(lease)
             return
         old_end = lease._published
         self.tiers.lease_id = lease.id
@@ -288,7 +294,7 @@ class PrefixCache:
         if self.backups.on_insert:
             self.backups.after_insert(lease._node, old_end)
         if self.quotas is not None:
-            self.quotas.enforce(lease._node)
+            self.quotas.enforce(lease)
 
     def _wish(self, lease: Lease, priority: int, retain_steps: int) -> None:
         raise_priority(self.tiers, lease._node, priority)
@@ -302,6 +308,8 @@ class PrefixCache:
         lease._released = True
         lease._quiet_end = -1
         del self.leases[lease.id]
+        if self.quotas is not None:
+            self.quotas.forget(lease)
         (self.backbone or self.publishing).release(lease)
         self.planner.note("release", 7, lease.id)
 

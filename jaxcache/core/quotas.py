@@ -22,19 +22,49 @@ if TYPE_CHECKING:
 
 
 class Quotas:
-    """leases: those of the cache, by id."""
+    """Knows for each lease its account, and its own pages of every component."""
 
     def __init__(self, tenants: Tenants, core: PrefixCache):
         self.tenants = tenants
         self.tiers = core.tiers
         self.backups = core.backups
-        self.leases = core.leases
+        self._owned: dict[int, tuple[int, list[int]]] = {}
         self.counters = core.counters
 
     def serve(self, node: Node) -> None:
         """From now on room on the device is made on behalf of the tenant that this node (or root) belongs to."""
         for device in self.tiers.device:
             device.serve(node)
+
+    def serve_lease(self, lease: Lease) -> None:
+        """The same for a lease, whose own pages may have changed."""
+        self.settle(lease)
+        self.serve(lease._node)
+
+    # ---- what leases own
+
+    def settle(self, lease: Lease) -> None:
+        """Counts anew the pages that belong to a lease and not (yet) to the tree: something has changed."""
+        _, before = self._owned.get(lease.id, (0, [0] * len(self.tiers.device)))
+        account = lease._node.group
+        now = [self._own(lease, c) for c in range(len(self.tiers.device))]
+        for device, old, new in zip(self.tiers.device, before, now, strict=True):
+            self.tenants.groups[device.index].own(account, new - old)
+        self._owned[lease.id] = account, now
+
+    def forget(self, lease: Lease) -> None:
+        """It is released."""
+        account, owned = self._owned.pop(lease.id)
+        for device, num_pages in zip(self.tiers.device, owned, strict=True):
+            self.tenants.groups[device.index].own(account, -num_pages)
+
+    def _own(self, lease: Lease, c: int) -> int:
+        table = lease._tables[c]
+        if table is None:
+            return 1 + len(lease.checkpoints)
+        own = table[lease._published // self.tiers.page_tokens :]
+        absent = self.tiers.device[c].allocator.num_pages
+        return len(own) if c == self.tiers.full else int(np.count_nonzero(own != absent))
 
     # ---- admission
 
@@ -46,26 +76,14 @@ class Quotas:
         """
         tenant_of = self.tenants.tenant_of
         tenant = tenant_of[sequence.root.group]
-        if not tenant:
-            return False
-        others = [lease for lease in self.leases.values() if tenant_of[lease._node.group] == tenant]
-        if not others:
+        if not tenant or not any(tenant_of[account] == tenant for account, _ in self._owned.values()):
             return False
         for c, device in enumerate(self.tiers.device):
             groups = self.tenants.groups[device.index]
-            num_pages = groups.pinned[tenant] + sum(self._own(lease, c) for lease in others)
-            if num_pages + self._wanted(c, prefix, num_new_tokens) > groups.quotas[tenant]:
+            num_pages = groups.pinned[tenant] + groups.owned[tenant] + self._wanted(c, prefix, num_new_tokens)
+            if num_pages > groups.quotas[tenant]:
                 return True
         return False
-
-    def _own(self, lease: Lease, c: int) -> int:
-        """Device pages of component c that belong to a lease and not (yet) to the tree."""
-        table = lease._tables[c]
-        if table is None:
-            return 1 + len(lease.checkpoints)
-        own = table[lease._published // self.tiers.page_tokens :]
-        absent = self.tiers.device[c].allocator.num_pages
-        return len(own) if c == self.tiers.full else int(np.count_nonzero(own != absent))
 
     def _wanted(self, c: int, prefix: Prefix, num_new_tokens: int) -> int:
         """Pages of component c that admitting at this prefix pins anew, loads back or allocates."""
@@ -83,18 +101,20 @@ class Quotas:
 
     # ---- insert
 
-    def enforce(self, node: Node) -> None:
-        """What a tenant has beyond its quota leaves at once, on every tier, as far as it may leave."""
-        tenant = self.tenants.tenant_of[node.group]
+    def enforce(self, lease: Lease) -> None:
+        """What the tenant of a lease has beyond its quota leaves at once, on every tier, as far as it may leave."""
+        self.settle(lease)
+        tenant = self.tenants.tenant_of[lease._node.group]
         if not tenant:
             return
         self.tiers.reason = "quota"
         for residency in self.tiers.residencies:
             groups = self.tenants.groups[residency.index]
-            excess = groups.resident[tenant] - groups.quotas[tenant]
+            groups.served, groups.wanted = tenant, 0
+            excess = groups.excess(tenant)
             if excess > 0:
                 before = groups.resident[tenant]
-                groups.served, groups.own_only = tenant, True
+                groups.own_only = True
                 self._give(residency, residency.allocator.num_free + excess)
                 groups.own_only = False
                 self.counters["quota_pages"] += before - groups.resident[tenant]

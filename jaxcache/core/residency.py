@@ -52,6 +52,10 @@ class Residency(ABC):
     def serve(self, node: Node) -> None:  # noqa: B027
         """From now on room is made on behalf of the tenant that this node (or root) belongs to, if there are any."""
 
+    def victim(self, num_pages: int) -> Node | None:
+        """Who leaves next while room is made for `num_pages`."""
+        return self.order.first()
+
     def leaving(self, victim: Node, num_pages: int) -> int:
         """How many pages the best victim has to give when `num_pages` are missing, if it can be trimmed."""
         return num_pages

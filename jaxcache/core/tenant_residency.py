@@ -34,6 +34,10 @@ class TenantResidency(Residency):
     def available(self) -> int:
         return self.allocator.num_free + self.groups.promised()
 
+    def victim(self, num_pages: int) -> Node | None:
+        self.groups.wanted = num_pages
+        return self.groups.first()
+
     def leaving(self, victim: Node, num_pages: int) -> int:
         return self.groups.leaving(victim, num_pages)
 

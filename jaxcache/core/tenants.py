@@ -1,6 +1,6 @@
 """Tenants: how many pages each is sure of, and how many it may have at most, in every (component, tier).
 
-    0 ------------ floor ---------------------------------- quota ------------------- resident pages of a tenant
+    0 ------------ floor ---------------------------------- quota ------------------- pages of a tenant
     |  nobody else  |  what was used longest ago leaves, of   |   leaves before that
     |  takes these  |  whoever is above its floor             |   of anybody else
 
@@ -38,7 +38,7 @@ class Tenants:
         if not tenant:
             return 0
         for account, retired in enumerate(self.retired):
-            if retired and not any(groups.num_resident[account] for groups in self.groups):
+            if retired and not any(groups.num_resident[account] + groups.num_owned[account] for groups in self.groups):
                 break
         else:
             account = len(self.tenant_of)
@@ -61,8 +61,9 @@ class Tenants:
 class Groups(EvictionOrder):
     """The candidates of one (component, tier): one order of the configured policy for each account, and the sums.
 
-    num_resident, num_pinned: pages by account; resident, pinned: by tenant; floors, quotas: by tenant
-    served:   the tenant on whose behalf room is made
+    num_resident, num_pinned, num_owned: pages by account: of the tree, pinned ones of these, and what leases own
+    resident, pinned, owned: the same by tenant; floors, quotas: of a tenant, in pages
+    served:   the tenant on whose behalf room is made; wanted: pages that it is about to allocate
     own_only: nobody else has to give any
     """
 
@@ -74,10 +75,12 @@ class Groups(EvictionOrder):
         self.quotas = [int(share.quota * place.num_pages + ROUNDING) for share in tenants.shares]
         self.resident = [0] * len(tenants.shares)
         self.pinned = self.resident.copy()
+        self.owned = self.resident.copy()
         self.orders: list[EvictionOrder] = []
         self.num_resident: list[int] = []
         self.num_pinned: list[int] = []
-        self.served = 0
+        self.num_owned: list[int] = []
+        self.served = self.wanted = 0
         self.own_only = False
         self.open(0, 0)
         tenants.groups.append(self)
@@ -88,15 +91,19 @@ class Groups(EvictionOrder):
         """A new account, or an empty one that is used again. Policies see its quota as the size of the cache."""
         order = self.make(self.place._replace(num_pages=self.quotas[tenant]))
         self.orders[account:] = [order, *self.orders[account + 1 :]]
-        self.num_resident[account:] = [0, *self.num_resident[account + 1 :]]
-        self.num_pinned[account:] = [0, *self.num_pinned[account + 1 :]]
+        for counts in (self.num_resident, self.num_pinned, self.num_owned):
+            counts[account:] = [0, *counts[account + 1 :]]
 
     def move(self, account: int, tenant: int) -> None:
         """An account goes to another tenant."""
         before = self.tenants.tenant_of[account]
-        for sums, num_pages in ((self.resident, self.num_resident[account]), (self.pinned, self.num_pinned[account])):
-            sums[before] -= num_pages
-            sums[tenant] += num_pages
+        for sums, counts in (
+            (self.resident, self.num_resident),
+            (self.pinned, self.num_pinned),
+            (self.owned, self.num_owned),
+        ):
+            sums[before] -= counts[account]
+            sums[tenant] += counts[account]
 
     def count(self, account: int, resident: int, pinned: int) -> None:
         """So many pages more are there, and pinned."""
@@ -105,6 +112,16 @@ class Groups(EvictionOrder):
         self.num_pinned[account] += pinned
         self.resident[tenant] += resident
         self.pinned[tenant] += pinned
+
+    def own(self, account: int, num_pages: int) -> None:
+        """Leases own so many pages more."""
+        self.num_owned[account] += num_pages
+        self.owned[self.tenants.tenant_of[account]] += num_pages
+
+    def excess(self, tenant: int) -> int:
+        """Pages above the quota (negative: below), as it will be when the room that is being made is taken."""
+        coming = self.wanted if tenant == self.served else 0
+        return self.resident[tenant] + self.owned[tenant] + coming - self.quotas[tenant]
 
     # ---- who leaves
 
@@ -124,7 +141,7 @@ class Groups(EvictionOrder):
         tenant = self.tenants.tenant_of[account]
         rank = self._rank(account, tenant)
         if rank == OVER_QUOTA:
-            return min(num_pages, self.resident[tenant] - self.quotas[tenant])
+            return min(num_pages, self.excess(tenant))
         return num_pages if rank == RETIRED else self._leaving(tenant, num_pages)
 
     def _rank(self, account: int, tenant: int) -> int | None:
@@ -133,10 +150,9 @@ class Groups(EvictionOrder):
             return None
         if self.tenants.retired[account]:
             return RETIRED
-        resident = self.resident[tenant]
-        if resident > self.quotas[tenant]:
+        if self.excess(tenant) > 0:
             return OVER_QUOTA
-        return ABOVE_FLOOR if tenant == self.served or resident > self.floors[tenant] else None
+        return ABOVE_FLOOR if tenant == self.served or self.resident[tenant] > self.floors[tenant] else None
 
     def first(self) -> Node | None:
         """Retired ones, then those over their quota, then what was used longest ago; in an account the policy says."""

@@ -204,7 +204,7 @@ class Tiers:
         """Evicts until `num_pages` are free; False if there is nothing left to evict."""
         allocator = residency.allocator
         while (missing := num_pages - allocator.num_free) > 0:
-            victim = residency.order.first()
+            victim = residency.victim(num_pages)
             if victim is None:
                 return False
             pages = victim.pages[residency.index]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxcache.cache import Cache, one_device_mesh
     from jaxcache.components import Component, FieldSpec, FullAttention, RecurrentState, SlidingWindow
-    from jaxcache.config import CacheConfig
+    from jaxcache.config import CacheConfig, TenantShare
     from jaxcache.core.lease import Lease
     from jaxcache.core.page_hash import Namespace
     from jaxcache.core.sequence import Sequence
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "jaxcache.cache": ("Cache", "one_device_mesh"),
     "jaxcache.components": ("Component", "FieldSpec", "FullAttention", "RecurrentState", "SlidingWindow"),
-    "jaxcache.config": ("CacheConfig",),
+    "jaxcache.config": ("CacheConfig", "TenantShare"),
     "jaxcache.core.lease": ("Lease",),
     "jaxcache.core.page_hash": ("Namespace",),
     "jaxcache.core.sequence": ("Sequence",),
@@ -79,6 +79,7 @@ __all__ = [
     "SlidingWindow",
     "Storage",
     "StorageError",
+    "TenantShare",
     "Ticket",
     "TransferFault",
     "Wait",

@@ -159,6 +159,7 @@ class Cache:
     def new_namespace(self, **fields: str) -> Namespace:
         """What tokens mean: model=, weights_version=, adapter=, tenant_salt=, any other key; the layout is added.
 
+        tenant=: whose limits hold, if `CacheConfig.tenants` has any for it; its namespaces share them.
         Namespaces that differ in any field never share a page, on any tier.
         """
         layout = "; ".join(f"{name}: {component}" for name, component in self._layout_fields())
@@ -204,9 +205,17 @@ class Cache:
         """Room for `num_new_tokens` after `num_computed`; False: nothing has changed, somebody must be retracted."""
         return self.core.grow(lease, num_computed, num_new_tokens)
 
-    def insert(self, lease: Lease, num_computed: int) -> None:
-        """Publishes the whole pages of what is computed, or will be by a model step that is dispatched."""
-        self.core.insert(lease, num_computed)
+    def insert(self, lease: Lease, num_computed: int, *, priority: int = 0, retain_steps: int = 0) -> None:
+        """Publishes the whole pages of what is computed, or will be by a model step that is dispatched.
+
+        priority:     an int >= 0. With eviction_policy="priority" the lowest leaves first; a page has the highest that
+                      it was ever inserted with. No other policy looks at it
+        retain_steps: an int in [0, max_retain_steps]. What resuming at the published end needs stays on the device
+                      until so many more steps have begun, as long as all that is kept so fits `max_retained_share`;
+                      otherwise the counter `retentions_refused` counts it
+        Every process of a replica passes the same. Raises ValueError for anything else.
+        """
+        self.core.insert(lease, num_computed, priority=priority, retain_steps=retain_steps)
 
     def release(self, lease: Lease) -> None:
         """Gives back what the lease holds; raises ValueError the second time."""
@@ -265,6 +274,8 @@ class Cache:
             "pages": pages,
             "nodes": self.core.tiers.tree.num_nodes,
             "leases": len(self.core.leases),
+            "retentions": len(self.core.retentions.live),
+            "tenants": self.core.quotas.stats() if self.core.quotas is not None else {},
             "counters": dict(sorted({**counters, **taken}.items())),
             "transfers": self.engine.stats(),
         }

@@ -3,9 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jaxcache.types import PrefetchPolicy, WritePolicy
+
+
+@dataclass(frozen=True)
+class TenantShare:
+    """What one tenant is sure of, and what it may have at most: shares of the pages of every component and tier."""
+
+    floor: float = 0.0
+    quota: float = 1.0
+
+    def __post_init__(self):
+        for name in ("floor", "quota"):
+            value = self.__dict__[name]
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError(f"{name} must be a share of the pages, not {value!r}")
+        if not (0 <= self.floor <= self.quota <= 1 and self.quota > 0):
+            raise ValueError(f"{self.floor=} and {self.quota=} must be 0 <= floor <= quota <= 1, and quota above 0")
 
 
 @dataclass(frozen=True)
@@ -18,6 +34,9 @@ class CacheConfig:
     write_policy:           when device pages are copied to host memory
     selective_hits:         write_through_selective copies a node from this many hits on
     eviction_policy:        order of eviction
+    tenants:                limits of tenants, by the value of the namespace field `tenant`; all others share the rest
+    max_retain_steps:       longest retention that `insert` may ask for, in steps
+    max_retained_share:     share of the device pages of a component that retentions may keep from leaving
     evict_output_first:     pages of generated text leave before pages of prompts
     load_back_min_tokens:   a shorter load-back is recomputed instead
     max_states_per_path:    recurrent states kept along one path; the shallow ones go first
@@ -43,6 +62,9 @@ class CacheConfig:
     write_policy: WritePolicy = WritePolicy.WRITE_THROUGH
     selective_hits: int = 2
     eviction_policy: str = "lru"
+    tenants: Mapping[str, TenantShare] = field(default_factory=dict)
+    max_retain_steps: int = 100_000
+    max_retained_share: float = 0.25
     evict_output_first: bool = True
     load_back_min_tokens: int = 1
     max_states_per_path: int = 4
@@ -75,6 +97,19 @@ class CacheConfig:
             raise ValueError(f"{self.prefetch_host_share=} must be in (0, 1]")
         if self.storage_deadline_s <= 0:
             raise ValueError(f"{self.storage_deadline_s=} must be positive seconds")
+        if not 0 <= self.max_retained_share < 1:
+            raise ValueError(f"{self.max_retained_share=} must be in [0, 1): retentions must never fill the cache")
+        self._check_tenants()
+
+    def _check_tenants(self) -> None:
+        if not isinstance(self.tenants, Mapping):
+            raise ValueError(f"tenants must be {{name: TenantShare}}, not {self.tenants!r}")
+        for name, share in self.tenants.items():
+            if not isinstance(name, str) or not name or not isinstance(share, TenantShare):
+                raise ValueError(f"tenants must be {{name: TenantShare}}, not {name!r}: {share!r}")
+        floors = sum(share.floor for share in self.tenants.values())
+        if floors > 1 + ROUNDING:
+            raise ValueError(f"the floors of tenants must not add up to more than 1, but {floors=}")
 
     def num_pages(self, pages: int | Mapping[str, int], component: str, at_least: int) -> int:
         """The entry of `device_pages` or `host_pages` for one component."""
@@ -84,11 +119,14 @@ class CacheConfig:
         return count
 
 
+ROUNDING = 1e-9  # shares such as 0.6 + 0.3 + 0.1 may add up to a little more than 1
+
 _POSITIVE = (
     "page_tokens",
     "selective_hits",
     "load_back_min_tokens",
     "max_states_per_path",
+    "max_retain_steps",
     "prefetch_min_tokens",
     "max_stores",
     "max_queued_stores",

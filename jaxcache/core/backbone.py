@@ -31,7 +31,7 @@ class Backbone:
 
     @staticmethod
     def suffices(tiers: Tiers) -> bool:
-        return tiers.only_full
+        return tiers.only_full and tiers.tenants is None
 
     def admit(self, id: int, sequence: Sequence, num_new_tokens: int, max_cached_tokens: int | None) -> Lease | None:
         """Pins up to the root, makes room, and builds the table: pages of the path, then own ones.

@@ -107,10 +107,11 @@ class Backups:
         if not tiers.writes_back:
             return tiers.make_room(device, num_pages)
         while device.allocator.num_free < num_pages:
-            victim = device.order.first()
+            victim = device.victim(num_pages)
             if victim is None:
                 return False
-            self.spill(c, tiers.trim(device, victim, num_pages - device.allocator.num_free))
+            wanted = device.leaving(victim, num_pages - device.allocator.num_free)
+            self.spill(c, tiers.trim(device, victim, wanted))
         return True
 
     def _host_full_is_there(self, node: Node, c: int) -> bool:
@@ -129,6 +130,7 @@ class Backups:
         pages = node.pages[c]
         assert pages is not None
         num_pages = len(pages)
+        host.serve(node)
         has_room = num_pages <= host.allocator.num_free
         if not has_room and not (host.available() >= num_pages and tiers.make_room(host, num_pages)):
             self.counters["skipped_backup_pages"] += num_pages

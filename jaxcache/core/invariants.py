@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from jaxcache.components.base import Reach
+from jaxcache.core.limits_check import check_retentions, check_tenants
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.core.radix_tree import Node
 from jaxcache.core.residency import Residency
@@ -23,6 +24,8 @@ def check(core: PrefixCache) -> None:
         _check_residency(core, residency, nodes)
     _check_roots(core)
     _check_idle_pins(core, nodes)
+    check_retentions(core, nodes)
+    check_tenants(core, nodes)
 
 
 def all_nodes(core: PrefixCache) -> list[Node]:
@@ -119,8 +122,8 @@ def _check_roots(core: PrefixCache) -> None:
 
 
 def _check_idle_pins(core: PrefixCache, nodes: list[Node]) -> None:
-    """I2: with nothing running, nothing is pinned."""
-    device_idle = not core.leases and not core.admission.loading
+    """I2: with nothing running and nothing retained, nothing is pinned."""
+    device_idle = not core.leases and not core.admission.loading and not core.retentions.live
     host_idle = not core.stores.live and not core.prefetches.live
     both = core.config.write_policy is WritePolicy.WRITE_BACK
     for node in nodes:
@@ -134,8 +137,13 @@ def _check_idle_pins(core: PrefixCache, nodes: list[Node]) -> None:
 def check_empty(core: PrefixCache) -> None:
     """I10: after everything is released, quiet and evicted, every allocator is full again, on every tier."""
     assert not core.leases and not core.live_transfers() and not core.admission.loading, "I10: something still runs"
+    core.retentions.release_all()
+    roots = core.tiers.tree.all_roots() or [None]
     for residency in [*core.tiers.host, *core.tiers.device]:  # under write_back host pages hang below device pages
-        core.tiers.make_room(residency, residency.allocator.num_pages)
+        for root in roots:  # everybody may take all that is its own
+            if root is not None:
+                residency.serve(root)
+            core.tiers.make_room(residency, residency.allocator.num_pages)
         allocator = residency.allocator
         assert allocator.num_free == allocator.num_pages, f"I10: {residency.component.name} {residency.tier.name}"
     assert core.tiers.tree.num_nodes == 0, f"I10: {core.tiers.tree.num_nodes} nodes are left"

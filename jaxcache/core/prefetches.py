@@ -46,6 +46,8 @@ class Prefetches:
         if tiers.full is None:
             self.counters["prefetch_unsupported"] += 1
             return None
+        for host in tiers.host:
+            host.serve(sequence.root)
         prefix = matching.longest_prefix(tiers, sequence, None)
         start = prefix.found_tokens
         end = (

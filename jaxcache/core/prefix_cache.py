@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxcache.components.base import Component
 from jaxcache.config import CacheConfig
-from jaxcache.core import matching
+from jaxcache.core import bad_input, matching
 from jaxcache.core.admission import Admission, Need
 from jaxcache.core.backbone import Backbone
 from jaxcache.core.backups import Backups
@@ -31,7 +31,10 @@ from jaxcache.core.matching import Prefix
 from jaxcache.core.page_hash import Namespace
 from jaxcache.core.planner import Counters, Planner
 from jaxcache.core.prefetches import Prefetches
+from jaxcache.core.priorities import raise_priority
 from jaxcache.core.publishing import Publishing
+from jaxcache.core.quotas import Quotas
+from jaxcache.core.retention import Retentions
 from jaxcache.core.sequence import Sequence
 from jaxcache.core.stores import Stores
 from jaxcache.core.ticket import Ticket, TicketState
@@ -57,6 +60,9 @@ class PrefixCache:
         self.publishing = Publishing(self.tiers, self.planner, self.counters)
         self.prefetches = Prefetches(self.tiers, self.planner, self.stores, self.backups, self.counters)
         self.leases: dict[int, Lease] = {}
+        self.retentions = Retentions(self.tiers, self.counters)
+        tenants = self.tiers.tenants
+        self.quotas = Quotas(tenants, self) if tenants is not None else None
         self.clearing = Clearing(self)
         self._scatter_is_due = False
 
@@ -79,42 +85,33 @@ class PrefixCache:
         known = self.tiers.tree.namespaces.get(namespace.digest)
         if known is not None:
             return known
-        self.tiers.tree.root(namespace)
+        root = self.tiers.tree.root(namespace)
+        if self.tiers.tenants is not None:
+            root.group = self.tiers.tenants.open(namespace)
         return namespace
 
     def retire_namespace(self, namespace: Namespace) -> None:
         """Makes all its pages unreachable at once, O(1); they are reclaimed as room is needed."""
-        self._own(namespace)
+        bad_input.check_namespace(self, namespace)
+        self.retentions.release_all(namespace)
+        if self.tiers.tenants is not None:
+            self.tiers.tenants.retire(self.tiers.tree.root(namespace).group)
         self.tiers.tree.retire(namespace)
         self.planner.note("retire", 1, len(self.tiers.tree.roots))
 
     def sequence(self, tokens: Any, namespace: Namespace) -> Sequence:
-        self._own(namespace)
+        bad_input.check_namespace(self, namespace)
         return Sequence(namespace, self.tiers.tree.root(namespace), tokens, self.config.page_tokens)
-
-    def _own(self, namespace: Namespace) -> None:
-        if not isinstance(namespace, Namespace):
-            raise TypeError(f"a Namespace of this cache is needed, not {namespace!r}")
-        if namespace.owner is not self:
-            raise ValueError(f"{namespace!r} belongs to another cache")
-        if namespace.retired:
-            raise ValueError(f"{namespace!r} was retired")
 
     def match(self, sequence: Sequence, max_tokens: int | None = None) -> Match:
         """Where a request could resume; changes nothing."""
         if type(sequence) is not Sequence or sequence.namespace.owner is not self:
-            self._check_sequence(sequence)
+            bad_input.check_sequence(self, sequence)
         return matching.match(self.tiers, sequence, max_tokens)
-
-    def _check_sequence(self, sequence: Sequence) -> None:
-        if not isinstance(sequence, Sequence):
-            raise TypeError(f"a Sequence is needed (cache.sequence(tokens, namespace)), not {type(sequence).__name__}")
-        if sequence.namespace.owner is not self:
-            raise ValueError(f"{sequence.namespace!r} belongs to another cache")
 
     def explain(self, sequence: Sequence) -> Explanation:
         """Why a prompt is a hit or a miss; changes nothing."""
-        self._check_sequence(sequence)
+        bad_input.check_sequence(self, sequence)
         return explain(self.tiers, sequence)
 
     # ---- requests
@@ -135,7 +132,7 @@ class PrefixCache:
         nothing else runs a shorter hit that fits is taken, so only a chunk larger than the device waits for ever.
         """
         if type(sequence) is not Sequence or sequence.namespace.owner is not self:
-            self._check_sequence(sequence)
+            bad_input.check_sequence(self, sequence)
         if num_new_tokens < 1:
             raise ValueError(f"{num_new_tokens=} must be at least 1")
         if max_cached_tokens is not None and max_cached_tokens < 0:
@@ -150,11 +147,16 @@ class PrefixCache:
         running = ticket is not None and not ticket.done and not ticket.cancelled
         if running and self.config.prefetch_policy is PrefetchPolicy.WAIT_COMPLETE:
             return self._wait("prefetch")
+        if self.quotas is not None:
+            self.quotas.serve(sequence.root)
         prefix, need = self.admission.longest(sequence, max_cached_tokens, num_new_tokens)
-        if need is None and not self.is_busy():
+        if need is None and not self._runs():
             prefix, need = self.admission.longest_that_fits(sequence, max_cached_tokens, num_new_tokens)
         if need is None:
             return self._wait("no room")
+        if self.quotas is not None and self.quotas.over(sequence, prefix, num_new_tokens):
+            self.counters["quota_waits"] += 1
+            return self._wait("over quota")
         if running:
             assert ticket is not None
             self._take_what_came(ticket)
@@ -168,6 +170,10 @@ class PrefixCache:
         return Wait(reason)
 
     def is_busy(self) -> bool:
+        """Whether waiting could make room on the device: something runs, or is retained until some step."""
+        return self._runs() or bool(self.retentions.live)
+
+    def _runs(self) -> bool:
         """Whether anything runs whose end could make room on the device (storage: only under write_back)."""
         storage = self.tiers.writes_back and (self.prefetches.live or self.stores.live)
         return bool(self.leases or self.admission.loading or storage)
@@ -196,6 +202,8 @@ class PrefixCache:
 
     def _admitted(self, lease: Lease) -> Lease:
         self.leases[lease.id] = lease
+        if self.quotas is not None:
+            self.quotas.settle(lease)
         sequence, counters = lease.sequence, self.counters
         if self.tiers.profile is not None:
             self.tiers.profile.admitted(sequence, lease._node)
@@ -219,7 +227,7 @@ class PrefixCache:
             if num_computed + num_new_tokens > lease.num_tokens:
                 lease.num_tokens = num_computed + num_new_tokens
             return True
-        self._check_lease(lease, num_computed)
+        bad_input.check_lease(self, lease, num_computed)
         if num_new_tokens < 1:
             raise ValueError(f"{num_new_tokens=} must be at least 1")
         tiers = self.tiers
@@ -233,6 +241,8 @@ class PrefixCache:
             lease.num_tokens = max(lease.num_tokens, end)
             return True
         self.publishing.report(lease, num_computed)
+        if self.quotas is not None:
+            self.quotas.serve_lease(lease)
         wanted = -(-end // tiers.page_tokens)
         missing = [0 if table is None else wanted - len(table) for table in lease._tables]
         if max(missing) > 0:
@@ -250,17 +260,23 @@ class PrefixCache:
         lease._be_quiet(num_computed)
         if tiers.point is not None:
             self.admission.checkpoints(lease, num_computed, end)
+        if self.quotas is not None:
+            self.quotas.settle(lease)
         return True
 
-    def insert(self, lease: Lease, num_computed: int) -> None:
-        """Publishes the whole pages of what is computed, and plans their backup. Publishing again changes nothing."""
+    def insert(self, lease: Lease, num_computed: int, *, priority: int = 0, retain_steps: int = 0) -> None:
+        """Publishes the whole pages of what is computed, and plans their backup. Publishing again changes nothing.
+
+        priority: at least this, for all that the lease has published; only eviction_policy="priority" looks at it
+        retain_steps: what resuming at the published end needs stays on the device until so many steps have begun
+        """
         if (
             type(lease) is not Lease
             or lease._released
             or lease._tiers is not self.tiers
             or not lease.num_computed <= num_computed <= lease.num_tokens
         ):
-            self._check_lease(lease, num_computed)
+            bad_input.check_lease(self, lease, num_computed)
         sequence = lease.sequence
         if num_computed > sequence.num_tokens:
             raise ValueError(
@@ -270,42 +286,46 @@ class PrefixCache:
             self.publishing.report(lease, num_computed)
         else:
             lease.num_computed = num_computed
+        if priority != 0 or retain_steps != 0:
+            bad_input.check_wishes(self, priority, retain_steps)
         if not self.config.caching or sequence.namespace.retired:
+            if self.quotas is not None:
+                self.quotas.settle(lease)
             return
         old_end = lease._published
         self.tiers.lease_id = lease.id
         if self.backbone is None or not self.backbone.insert(lease, num_computed):
             self.publishing.insert(lease, num_computed)
         self.planner.note("insert", 5, lease.id, lease._published, lease._node.id)
+        if priority or retain_steps:
+            self._wish(lease, priority, retain_steps)
         if self.backups.on_insert:
             self.backups.after_insert(lease._node, old_end)
+        if self.quotas is not None:
+            self.quotas.enforce(lease)
+
+    def _wish(self, lease: Lease, priority: int, retain_steps: int) -> None:
+        raise_priority(self.tiers, lease._node, priority)
+        if retain_steps:
+            self.retentions.retain(lease, retain_steps)
+        self.planner.note("wish", 6, lease.id, priority, retain_steps)
 
     def release(self, lease: Lease) -> None:
         """Gives back what the lease holds. Raises ValueError the second time."""
-        self._check_lease(lease, None)
+        bad_input.check_lease(self, lease, None)
         lease._released = True
         lease._quiet_end = -1
         del self.leases[lease.id]
+        if self.quotas is not None:
+            self.quotas.forget(lease)
         (self.backbone or self.publishing).release(lease)
         self.planner.note("release", 7, lease.id)
-
-    def _check_lease(self, lease: Lease, num_computed: int | None) -> None:
-        if not isinstance(lease, Lease):
-            raise TypeError(f"a Lease is needed, not {type(lease).__name__}: did admit answer Wait?")
-        if self.leases.get(lease.id) is not lease:
-            raise ValueError(
-                f"{lease!r} " + ("was released already" if lease._released else "belongs to another cache")
-            )
-        if num_computed is not None and not lease.num_computed <= num_computed <= lease.num_tokens:
-            raise ValueError(
-                f"{num_computed=} must be in [{lease.num_computed}, {lease.num_tokens}]: computed before, and its room"
-            )
 
     # ---- storage
 
     def prefetch(self, sequence: Sequence) -> Ticket | None:
         """Asks storage for what follows the longest match; None where that cannot pay. Give the ticket to `admit`."""
-        self._check_sequence(sequence)
+        bad_input.check_sequence(self, sequence)
         if not self.stores.attached or not self.config.caching or sequence.namespace.retired:
             return None
         return self.prefetches.prefetch(sequence)
@@ -344,6 +364,7 @@ class PrefixCache:
         self.tiers.step += 1
         self.planner.step = self.tiers.step
         self._scatter_is_due |= self.admission.scattered()
+        self.retentions.expire()
         for id in sorted(agreed):
             if id in self.stores.live:
                 self.stores.commit(id, agreed[id])
@@ -370,12 +391,14 @@ class PrefixCache:
     def reset(self) -> None:
         """Forgets everything on device and host. Raises RuntimeError while leases are out."""
         self._no_leases("reset")
+        self.retentions.release_all()
         self.clearing.clear_all()
         self.planner.note("reset", 14, 0)
 
     def drop_device(self) -> None:
         """The device pages are lost (a donated step failed): keeps what host memory has."""
         self._no_leases("drop_device")
+        self.retentions.release_all()
         self.clearing.keep_host()
         self.planner.note("drop_device", 15, 0)
 

@@ -31,6 +31,8 @@ class Node:
     last_used:   order of uses (-1: generated text, the first to leave)
     is_output:   generated text, not (yet) part of a prompt
     priority:    of whoever inserted it with the highest
+    group:       the account that its pages are on (see core/tenants.py); of the root, for all below
+    retained:    retentions that keep its full attention on the device
     use:         what the profile of reuse says of it, if there is one
     keys:        page keys, once somebody needed them
     """
@@ -41,6 +43,7 @@ class Node:
         "end",
         "ends_here",
         "first_page",
+        "group",
         "hits",
         "id",
         "is_output",
@@ -52,6 +55,7 @@ class Node:
         "priority",
         "ready_step",
         "resident_children",
+        "retained",
         "use",
     )
 
@@ -71,6 +75,8 @@ class Node:
         self.last_used = 0
         self.is_output = False
         self.priority = 0
+        self.group: int = 0 if parent is None else parent.group
+        self.retained = 0
         self.use: Any = None
         self.keys: list[bytes] | None = None
 
@@ -226,6 +232,7 @@ class RadixTree:
         prefix.last_used = node.last_used
         prefix.is_output = node.is_output
         prefix.priority = node.priority
+        prefix.retained = node.retained
         prefix.use = node.use
         if node.keys is not None:
             pages = cut // self.page_bytes

@@ -49,6 +49,17 @@ class Residency(ABC):
         """Pages that an allocation could have, evicting whatever may leave."""
         return self.allocator.num_free + self.num_resident - self.num_pinned
 
+    def serve(self, node: Node) -> None:  # noqa: B027
+        """From now on room is made on behalf of the tenant that this node (or root) belongs to, if there are any."""
+
+    def victim(self, num_pages: int) -> Node | None:
+        """Who leaves next while room is made for `num_pages`."""
+        return self.order.first()
+
+    def leaving(self, victim: Node, num_pages: int) -> int:
+        """How many pages the best victim has to give when `num_pages` are missing, if it can be trimmed."""
+        return num_pages
+
     @abstractmethod
     def evictable(self, node: Node) -> bool:
         """Whether the entry on a node is in the order of eviction."""
@@ -132,6 +143,12 @@ class Residency(ABC):
         if node in self.order:
             self.order.discard(node)
             self.order.add(node)
+
+    def file_again(self, node: Node) -> None:
+        """Takes its place anew, if it is a candidate: what its place depends on has changed."""
+        if node in self.order:
+            self.order.discard(node)
+            self._candidate(node)
 
 
 class PrefixResidency(Residency):

@@ -19,6 +19,8 @@ from jaxcache.core.eviction.order import Place
 from jaxcache.core.radix_tree import Node, RadixTree
 from jaxcache.core.residency import RESIDENCIES, Residency
 from jaxcache.core.reuse_profile import ReuseProfile
+from jaxcache.core.tenant_residency import TENANT_RESIDENCIES
+from jaxcache.core.tenants import Groups, Tenants
 from jaxcache.types import Tier, WritePolicy
 
 MAX_EVICTIONS_REMEMBERED = 4096
@@ -47,6 +49,7 @@ class Tiers:
 
     log: every change of the tree and the residencies, if events are on
     profile: what is known about reuse, if the policy of eviction remembers
+    tenants: who has limits, if anybody has
     """
 
     def __init__(self, components: tuple[Component, ...], config: CacheConfig):
@@ -59,6 +62,7 @@ class Tiers:
         self.tree = RadixTree(config.page_tokens, 2 * num, self.log)
         self.clock = itertools.count()
         self.profile = make_profile(components, config)
+        self.tenants = Tenants(config.tenants) if config.tenants else None
         self.device, self.host = self._residencies(Tier.DEVICE), self._residencies(Tier.HOST)
         self.residencies = [*self.device, *self.host]
         self.has_host = any(host.allocator.num_pages for host in self.host)
@@ -88,8 +92,16 @@ class Tiers:
             num_pages = num_pages_of(component, tier, self.config)
             index = c + tier * len(self.components)
             place = Place(index, num_pages, tier, component.reach is not Reach.PREFIX, self.profile)
-            make = RESIDENCIES[component.reach]
-            residencies.append(make(component, tier, index, num_pages, order(place), self.clock, self.log))
+            if self.tenants is None:
+                made = RESIDENCIES[component.reach](
+                    component, tier, index, num_pages, order(place), self.clock, self.log
+                )
+            else:
+                groups = Groups(place, order, self.tenants)
+                made = TENANT_RESIDENCIES[component.reach](
+                    component, tier, index, num_pages, groups, self.clock, self.log
+                )
+            residencies.append(made)
         return residencies
 
     # ---- what must be there
@@ -196,11 +208,12 @@ class Tiers:
         """Evicts until `num_pages` are free; False if there is nothing left to evict."""
         allocator = residency.allocator
         while (missing := num_pages - allocator.num_free) > 0:
-            victim = residency.order.first()
+            victim = residency.victim(num_pages)
             if victim is None:
                 return False
             pages = victim.pages[residency.index]
             assert pages is not None
+            missing = residency.leaving(victim, missing)
             surplus = len(pages) - missing
             if surplus <= 0:
                 self.drop(residency, victim)

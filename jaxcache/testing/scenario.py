@@ -18,6 +18,8 @@ from jaxcache.core.ticket import Ticket
 from jaxcache.testing.fake_plane import Content, FakePlane, content, reduce
 from jaxcache.types import Outcome
 
+TENANTS = ("a", "b")  # whose namespaces these are, where tenants have limits
+
 
 class Request:
     """One request on every rank."""
@@ -50,6 +52,8 @@ class Scenario:
         self.previous: dict[int, Outcome] = {}
         self.weights_version = 0
         self.cap_chance = 0.1  # of asking for less than what is cached
+        self.wish_chance = 0.0  # of inserting with a priority or a retention
+        self.wishes = random.Random(seed + 1)
         self.vocabulary = self.random.choice([2, 3, 50])
 
     @property
@@ -85,6 +89,8 @@ class Scenario:
 
     def _new_namespace(self, index: int) -> list[Namespace]:
         fields = {"model": "fake", "salt": str(index), "weights_version": str(self.weights_version)}
+        if self.core.config.tenants:
+            fields["tenant"] = TENANTS[index]
         return [core.new_namespace(**fields) for core in self.cores]
 
     def retire(self, index: int) -> None:
@@ -206,8 +212,11 @@ class Scenario:
             self.finish(request)  # retracted
 
     def insert(self, request: Request) -> None:
+        priority = retain_steps = 0
+        if self.wishes.random() < self.wish_chance:
+            priority, retain_steps = self.wishes.choice([0, 1, 5]), self.wishes.choice([0, 1, 5, 30])
         for core, lease in zip(self.cores, request.leases, strict=True):
-            core.insert(lease, request.num_computed)
+            core.insert(lease, request.num_computed, priority=priority, retain_steps=retain_steps)
         page = self.core.config.page_tokens
         for end in range(page, request.num_computed + 1, page):
             for component in self.core.components:
@@ -248,7 +257,7 @@ class Scenario:
         for _ in range(500):
             self.step()
             self.apply()
-            if not self.core.live_transfers() and not self.core.admission.loading and not self.core.stores.queue:
+            if not (self.core.live_transfers() or self.core.is_busy() or self.core.stores.queue):
                 break
         self.step()
         self._check_accounts()

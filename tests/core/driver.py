@@ -10,11 +10,12 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from jaxcache.components import FullAttention, RecurrentState, SlidingWindow
 from jaxcache.components.base import Component
-from jaxcache.config import CacheConfig
+from jaxcache.config import CacheConfig, TenantShare
 from jaxcache.core import invariants
 from jaxcache.core.eviction import POLICIES
 from jaxcache.testing.scenario import Request, Scenario
@@ -51,6 +52,7 @@ def drive(
     abort_chance: float = 0.03,
     cap_chance: float = 0.1,
     accident_chance: float = 0.015,
+    wish_chance: float = 0.2,
     check_every: int = 7,
     **overrides: Any,
 ) -> Run:
@@ -62,6 +64,7 @@ def drive(
     config = draw_config(rng, components, page_tokens, max_pages, **overrides)
     scenario = Scenario(components, config, seed, num_ranks)
     scenario.cap_chance = cap_chance
+    scenario.wish_chance = wish_chance
     consumers = [Consumer(core) for core in scenario.cores if config.events]
     for plane in scenario.planes:
         plane.faults = rng.choice([0.0, 0.02, 0.2])
@@ -126,8 +129,22 @@ def draw_config(
         "load_back_min_tokens": rng.choice([1, 1, 3 * page_tokens]),
         "max_stored_beliefs": rng.choice([4, 1000]),
         "eviction_policy": rng.choice(list(POLICIES)),
+        "max_retained_share": rng.choice([0.0, 0.25, 0.6]),
     }
-    return CacheConfig(**{**choices, **overrides})
+    config = CacheConfig(**{**choices, **overrides})
+    return config if "tenants" in overrides else replace(config, tenants=draw_tenants(rng, config, components, room))
+
+
+def draw_tenants(
+    rng: random.Random, config: CacheConfig, components: tuple[Component, ...], room: int
+) -> dict[str, TenantShare]:
+    """Often none; else floors that leave room for the longest request, and quotas that are soon met."""
+    floor_of_room = 1 - room / min(config.num_pages(config.device_pages, c.name, 1) for c in components)
+    shares = {}
+    for name in rng.choice(["", "", "a", "b", "ab"]):
+        floor = rng.choice([0.0, max(0.0, floor_of_room / 2)])
+        shares[name] = TenantShare(floor, rng.choice([1.0, max(floor, 0.3), max(floor, 0.6)]))
+    return shares
 
 
 def iterate(scenario: Scenario, rng: random.Random, max_tokens: int, abort_chance: float) -> None:
@@ -155,7 +172,7 @@ def iterate(scenario: Scenario, rng: random.Random, max_tokens: int, abort_chanc
 
 def _admit(scenario: Scenario, request: Request) -> None:
     core = scenario.core
-    idle = not scenario.running and not core.live_transfers() and not core.admission.loading
+    idle = not scenario.running and not core.live_transfers() and not core.is_busy()
     ticket = request.tickets[0]
     held_up = core.config.prefetch_policy is PrefetchPolicy.WAIT_COMPLETE and ticket and not ticket.done
     assert scenario.admit(request) or not idle or held_up, "A1: starved in an empty system"

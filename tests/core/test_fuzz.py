@@ -34,6 +34,10 @@ INTERESTING = (
     "unfulfilled_host_capacity",
     "unfulfilled_already_present",
     "unfulfilled_aborted",
+    "retentions",
+    "retentions_refused",
+    "quota_waits",
+    "quota_pages",
 )
 
 

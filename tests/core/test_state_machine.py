@@ -73,6 +73,7 @@ class CoreMachine(RuleBasedStateMachine):
         overrides |= {"host_pages": host_pages, **self.fixed}
         config = draw_config(Random(seed), components, self.page_tokens, MAX_PAGES, **overrides)
         self.scenario = Scenario(components, config, seed)
+        self.scenario.wish_chance = 0.2
         self.consumer = Consumer(self.core) if config.events else None
 
     def teardown(self):

@@ -76,6 +76,8 @@ class Lfu(Keyed):
 class Priority(Keyed):
     """Lowest priority first (see `insert`), least recently used among equals."""
 
+    by_priority: ClassVar[bool] = True
+
     def key(self, node: Node) -> tuple:
         return node.priority, node.last_used
 

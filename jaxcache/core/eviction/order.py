@@ -30,9 +30,13 @@ class Place(NamedTuple):
 
 
 class EvictionOrder(ABC):
-    """The candidates of one (component, tier), best victim first. remembers: needs a profile, and `node.use`."""
+    """The candidates of one (component, tier), best victim first.
+
+    remembers: needs a profile, and `node.use`. by_priority: looks at `node.priority`
+    """
 
     remembers: ClassVar[bool] = False
+    by_priority: ClassVar[bool] = False
 
     def __init__(self, place: Place):
         self.place = place

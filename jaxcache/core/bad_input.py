@@ -1,0 +1,48 @@
+"""Mistakes of the caller, found before anything changes: TypeError or ValueError that says what was wrong."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from jaxcache.core.lease import Lease
+from jaxcache.core.page_hash import Namespace
+from jaxcache.core.sequence import Sequence
+
+if TYPE_CHECKING:
+    from jaxcache.core.prefix_cache import PrefixCache
+
+
+def check_namespace(core: PrefixCache, namespace: Any) -> None:
+    if not isinstance(namespace, Namespace):
+        raise TypeError(f"a Namespace of this cache is needed, not {namespace!r}")
+    if namespace.owner is not core:
+        raise ValueError(f"{namespace!r} belongs to another cache")
+    if namespace.retired:
+        raise ValueError(f"{namespace!r} was retired")
+
+
+def check_sequence(core: PrefixCache, sequence: Any) -> None:
+    if not isinstance(sequence, Sequence):
+        raise TypeError(f"a Sequence is needed (cache.sequence(tokens, namespace)), not {type(sequence).__name__}")
+    if sequence.namespace.owner is not core:
+        raise ValueError(f"{sequence.namespace!r} belongs to another cache")
+
+
+def check_lease(core: PrefixCache, lease: Any, num_computed: int | None) -> None:
+    if not isinstance(lease, Lease):
+        raise TypeError(f"a Lease is needed, not {type(lease).__name__}: did admit answer Wait?")
+    if core.leases.get(lease.id) is not lease:
+        raise ValueError(f"{lease!r} " + ("was released already" if lease._released else "belongs to another cache"))
+    if num_computed is not None and not lease.num_computed <= num_computed <= lease.num_tokens:
+        raise ValueError(
+            f"{num_computed=} must be in [{lease.num_computed}, {lease.num_tokens}]: computed before, and its room"
+        )
+
+
+def check_wishes(core: PrefixCache, priority: Any, retain_steps: Any) -> None:
+    """What `insert` is asked for beyond publishing."""
+    for name, value in (("priority", priority), ("retain_steps", retain_steps)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ValueError(f"{name} must be an int of at least 0, not {value!r}")
+    if retain_steps > core.config.max_retain_steps:
+        raise ValueError(f"{retain_steps=} must not be above {core.config.max_retain_steps=}")

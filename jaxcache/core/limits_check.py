@@ -1,0 +1,69 @@
+"""The invariants of retentions and tenants, recomputed from scratch; part of core/invariants.py."""
+
+from __future__ import annotations
+
+from jaxcache.core.lease import Lease
+from jaxcache.core.prefix_cache import PrefixCache
+from jaxcache.core.radix_tree import Node
+from jaxcache.types import Tier
+
+
+def check_retentions(core: PrefixCache, nodes: list[Node]) -> None:
+    """I14: retained pages add up, are pinned, have not outlived their step, and stay within their share."""
+    tiers, retentions = core.tiers, core.retentions
+    assert all(held.until > tiers.step for held in retentions.live.values()), "I14: a retention has outlived its step"
+    needed: dict[int, int] = {}
+    for held in retentions.live.values():
+        node = held.node
+        while tiers.full is not None and node.parent is not None:
+            needed[node.id] = needed.get(node.id, 0) + 1
+            assert node.pins[tiers.full], f"I14: {node=} is retained and not pinned"
+            node = node.parent
+    sums = [sum(held.num_pages[c] for held in retentions.live.values()) for c in range(len(tiers.components))]
+    if tiers.full is not None:
+        kept = [node for node in nodes if node.id in needed]
+        sums[tiers.full] = sum(len(node.edge) // tiers.tree.page_bytes for node in kept)
+    assert all(node.retained == needed.get(node.id, 0) for node in nodes), "I14: retained"
+    assert sums == retentions.num_pages, f"I14: {sums=} {retentions.num_pages=}"
+    for num_pages, device in zip(sums, tiers.device, strict=True):
+        most = tiers.config.max_retained_share * device.allocator.num_pages
+        assert num_pages <= most, f"I14: {num_pages} pages of {device.component.name} are retained, above {most}"
+
+
+def check_tenants(core: PrefixCache, nodes: list[Node]) -> None:
+    """I15: the accounts of every tenant add up, and a node is on the account of its namespace."""
+    tenants = core.tiers.tenants
+    assert all(node.parent is not None and node.group == node.parent.group for node in nodes), "I15: a strange group"
+    if tenants is None:
+        return
+    for root in core.tiers.tree.roots.values():
+        name = core.tiers.tree.namespaces[root.keys[0]].fields.get("tenant", "")  # pyright: ignore[reportOptionalSubscript]
+        assert tenants.tenant_of[root.group] == tenants.numbers.get(name, 0), f"I15: {root=} is not {name!r}"
+    for residency, groups in zip(core.tiers.residencies, tenants.groups, strict=True):
+        resident, pinned = [0] * len(tenants.tenant_of), [0] * len(tenants.tenant_of)
+        for node in nodes:
+            pages = node.pages[residency.index]
+            if pages is not None:
+                resident[node.group] += len(pages)
+                pinned[node.group] += len(pages) if node.pins[residency.index] else 0
+        where = f"{residency.component.name} {residency.tier.name}"
+        assert (resident, pinned) == (groups.num_resident, groups.num_pinned), f"I15: accounts of {where}"
+        owned = [0] * len(tenants.tenant_of)
+        for lease in core.leases.values() if residency.tier is Tier.DEVICE else ():
+            owned[lease._node.group] += _num_owned(core, lease, residency.index)
+        assert owned == groups.num_owned, f"I15: {owned=} {groups.num_owned=} of {where}"
+        kept = (groups.resident, groups.pinned, groups.owned)
+        for sums, counts in zip(kept, (resident, pinned, owned), strict=True):
+            again = [0] * len(tenants.shares)
+            for account, tenant in enumerate(tenants.tenant_of):
+                again[tenant] += counts[account]
+            assert again == sums, f"I15: {again=} {sums=} of {where}"
+
+
+def _num_owned(core: PrefixCache, lease: Lease, c: int) -> int:
+    table = lease._tables[c]
+    if table is None:
+        return 1 + len(lease.checkpoints)
+    return sum(
+        id != core.tiers.device[c].allocator.num_pages for id in table[lease._published // core.config.page_tokens :]
+    )

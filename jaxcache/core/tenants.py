@@ -1,0 +1,191 @@
+"""Tenants: how many pages each is sure of, and how many it may have at most, in every (component, tier).
+
+    0 ------------ floor ---------------------------------- quota ------------------- pages of a tenant
+    |  nobody else  |  what was used longest ago leaves, of   |   leaves before that
+    |  takes these  |  whoever is above its floor             |   of anybody else
+
+A tenant is the value of the namespace field `tenant`; tenant 0 is everybody who has no limits. An account is what one
+namespace of a tenant has (account 0: all of tenant 0), so that a retired namespace changes hands in O(1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import chain
+
+from jaxcache.config import ROUNDING, TenantShare
+from jaxcache.core.eviction.order import EvictionOrder, Place
+from jaxcache.core.page_hash import Namespace
+from jaxcache.core.radix_tree import Node
+
+RETIRED, OVER_QUOTA, ABOVE_FLOOR = 0, 1, 2  # in this order they leave
+
+
+class Tenants:
+    """Who is who. tenant_of, retired: by account, which is the `group` of every node of a namespace."""
+
+    def __init__(self, shares: Mapping[str, TenantShare]):
+        self.names = ("", *sorted(shares))
+        self.shares = (TenantShare(), *(shares[name] for name in self.names[1:]))
+        self.numbers = {name: number for number, name in enumerate(self.names)}
+        self.tenant_of = [0]
+        self.retired = [False]
+        self.groups: list[Groups] = []
+
+    def open(self, namespace: Namespace) -> int:
+        """The account of a new namespace. One that was retired, and has lost its last page, is used again."""
+        tenant = self.numbers.get(namespace.fields.get("tenant", ""), 0)
+        if not tenant:
+            return 0
+        for account, retired in enumerate(self.retired):
+            if retired and not any(groups.num_resident[account] + groups.num_owned[account] for groups in self.groups):
+                break
+        else:
+            account = len(self.tenant_of)
+            self.tenant_of.append(0)
+            self.retired.append(False)
+        self.tenant_of[account], self.retired[account] = tenant, False
+        for groups in self.groups:
+            groups.open(account, tenant)
+        return account
+
+    def retire(self, account: int) -> None:
+        """What can never be found again is on nobody's account; it leaves first, and no floor protects it."""
+        if account:
+            for groups in self.groups:
+                groups.move(account, 0)
+            self.tenant_of[account] = 0
+            self.retired[account] = True
+
+
+class Groups(EvictionOrder):
+    """The candidates of one (component, tier): one order of the configured policy for each account, and the sums.
+
+    num_resident, num_pinned, num_owned: pages by account: of the tree, pinned ones of these, and what leases own
+    resident, pinned, owned: the same by tenant; floors, quotas: of a tenant, in pages
+    served:   the tenant on whose behalf room is made; wanted: pages that it is about to allocate
+    own_only: nobody else has to give any
+    """
+
+    def __init__(self, place: Place, make: type[EvictionOrder], tenants: Tenants):
+        super().__init__(place)
+        self.tenants = tenants
+        self.make = make
+        self.floors = [int(share.floor * place.num_pages + ROUNDING) for share in tenants.shares]
+        self.quotas = [int(share.quota * place.num_pages + ROUNDING) for share in tenants.shares]
+        self.resident = [0] * len(tenants.shares)
+        self.pinned = self.resident.copy()
+        self.owned = self.resident.copy()
+        self.orders: list[EvictionOrder] = []
+        self.num_resident: list[int] = []
+        self.num_pinned: list[int] = []
+        self.num_owned: list[int] = []
+        self.served = self.wanted = 0
+        self.own_only = False
+        self.open(0, 0)
+        tenants.groups.append(self)
+
+    # ---- accounts
+
+    def open(self, account: int, tenant: int) -> None:
+        """A new account, or an empty one that is used again. Policies see its quota as the size of the cache."""
+        order = self.make(self.place._replace(num_pages=self.quotas[tenant]))
+        self.orders[account:] = [order, *self.orders[account + 1 :]]
+        for counts in (self.num_resident, self.num_pinned, self.num_owned):
+            counts[account:] = [0, *counts[account + 1 :]]
+
+    def move(self, account: int, tenant: int) -> None:
+        """An account goes to another tenant."""
+        before = self.tenants.tenant_of[account]
+        for sums, counts in (
+            (self.resident, self.num_resident),
+            (self.pinned, self.num_pinned),
+            (self.owned, self.num_owned),
+        ):
+            sums[before] -= counts[account]
+            sums[tenant] += counts[account]
+
+    def count(self, account: int, resident: int, pinned: int) -> None:
+        """So many pages more are there, and pinned."""
+        tenant = self.tenants.tenant_of[account]
+        self.num_resident[account] += resident
+        self.num_pinned[account] += pinned
+        self.resident[tenant] += resident
+        self.pinned[tenant] += pinned
+
+    def own(self, account: int, num_pages: int) -> None:
+        """Leases own so many pages more."""
+        self.num_owned[account] += num_pages
+        self.owned[self.tenants.tenant_of[account]] += num_pages
+
+    def excess(self, tenant: int) -> int:
+        """Pages above the quota (negative: below), as it will be when the room that is being made is taken."""
+        coming = self.wanted if tenant == self.served else 0
+        return self.resident[tenant] + self.owned[tenant] + coming - self.quotas[tenant]
+
+    # ---- who leaves
+
+    def promised(self) -> int:
+        """Pages that would leave for the tenant that is served: all its own that may, of others down to the floor."""
+        sums = zip(self.resident, self.pinned, strict=True)
+        return sum(self._leaving(tenant, resident - pinned) for tenant, (resident, pinned) in enumerate(sums))
+
+    def _leaving(self, tenant: int, num_pages: int) -> int:
+        if tenant == self.served:
+            return num_pages
+        return max(0, min(num_pages, self.resident[tenant] - self.floors[tenant]))
+
+    def leaving(self, victim: Node, num_pages: int) -> int:
+        """How many of the pages of `first` may leave when `num_pages` are needed."""
+        account = victim.group
+        tenant = self.tenants.tenant_of[account]
+        rank = self._rank(account, tenant)
+        if rank == OVER_QUOTA:
+            return min(num_pages, self.excess(tenant))
+        return num_pages if rank == RETIRED else self._leaving(tenant, num_pages)
+
+    def _rank(self, account: int, tenant: int) -> int | None:
+        """How readily the pages of an account leave; None: not at all."""
+        if self.own_only and tenant != self.served:
+            return None
+        if self.tenants.retired[account]:
+            return RETIRED
+        if self.excess(tenant) > 0:
+            return OVER_QUOTA
+        return ABOVE_FLOOR if tenant == self.served or self.resident[tenant] > self.floors[tenant] else None
+
+    def first(self) -> Node | None:
+        """Retired ones, then those over their quota, then what was used longest ago; in an account the policy says."""
+        best, best_key = None, None
+        for account, tenant in enumerate(self.tenants.tenant_of):
+            rank = self._rank(account, tenant)
+            victim = None if rank is None else self.orders[account].first()
+            if victim is not None:
+                key = (rank, victim.last_used, victim.id)
+                if best_key is None or key < best_key:
+                    best, best_key = victim, key
+        return best
+
+    # ---- an order among others
+
+    def add(self, node: Node) -> None:
+        self.orders[node.group].add(node)
+
+    def add_oldest(self, node: Node) -> None:
+        self.orders[node.group].add_oldest(node)
+
+    def add_back(self, node: Node) -> None:
+        self.orders[node.group].add_back(node)
+
+    def discard(self, node: Node) -> None:
+        self.orders[node.group].discard(node)
+
+    def __iter__(self) -> Iterator[Node]:
+        """One account after the other."""
+        return chain.from_iterable(self.orders)
+
+    def __contains__(self, node: Node) -> bool:
+        return node in self.orders[node.group]
+
+    def __len__(self) -> int:
+        return sum(len(order) for order in self.orders)

@@ -1,0 +1,167 @@
+"""Who shares limits with whom, whose account a page is on, and what is refused."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxcache.config import TenantShare
+from jaxcache.core import invariants
+from tests.core.helpers import FULL, NEXT, make_core, prompt, state, window
+from tests.core.serving import flood, found, serve, start
+from tests.core.test_tenants import core_of, resident, spaces
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def test_namespaces_of_one_tenant_share_its_limits():
+    """E7: two weights versions together have what one would have."""
+    core = core_of(a=TenantShare(floor=0.2, quota=0.5))
+    one, two = (core.new_namespace(model="test", weights_version=v, tenant="a") for v in "12")
+    (b,) = spaces(core, "b")
+    for i in range(10):
+        serve(core, prompt(20, 1000 * i), (one, two)[i % 2])
+        assert resident(core, "a") <= 20
+    flood(core, b, 50)
+    assert resident(core, "a") == 8
+
+
+def test_who_is_not_listed_has_no_limits():
+    """E7: no tenant, or one that the configuration does not know."""
+    core = core_of(a=TenantShare(floor=0.5))
+    nobody = core.new_namespace(model="test")
+    (unknown,) = spaces(core, "unknown")
+    serve(core, prompt(20), nobody)
+    serve(core, prompt(20, 1000), unknown)
+    assert resident(core, "") == 10
+    flood(core, unknown, 30)
+    assert resident(core, "") == 40
+
+
+def test_a_retired_namespace_has_no_floor_and_leaves_first():
+    """E7, K5: pages that nobody can find are protected by nothing, however recently they were used."""
+    core = core_of(a=TenantShare(floor=0.5))
+    (a,) = spaces(core, "a")
+    other = core.new_namespace(model="test")
+    serve(core, prompt(60, 5000), other)  # 15 pages, the oldest
+    serve(core, prompt(80), a)  # 20 pages
+    core.retire_namespace(a)
+    assert (resident(core, "a"), resident(core, "")) == (0, 35)
+    serve(core, prompt(100, 9000), other)  # 25 pages: 20 have to leave
+    assert found(core, prompt(60, 5000), other).num_tokens == 60
+    invariants.check(core)
+    invariants.check_empty(core)
+
+
+def test_a_lease_of_a_retired_namespace_may_end():
+    """K5: its pages changed hands while they were pinned."""
+    core = core_of(FULL, window(6), state(4), a=TenantShare(floor=0.5, quota=0.6))
+    (a,) = spaces(core, "a")
+    serve(core, prompt(16), a)
+    lease = start(core, [*prompt(16), NEXT], a)
+    core.retire_namespace(a)
+    invariants.check(core)
+    assert core.grow(lease, 17, 8)
+    core.release(lease)
+    invariants.check(core)
+    invariants.check_empty(core)
+
+
+def test_accounts_of_retired_namespaces_are_used_again():
+    """E7: a new weights version every minute must not make every eviction slower for ever."""
+    core = core_of(a=TenantShare(floor=0.5))
+    for version in range(100):
+        namespace = core.new_namespace(model="test", weights_version=str(version), tenant="a")
+        serve(core, prompt(20), namespace)
+        assert found(core, prompt(20), namespace).num_tokens == 20
+        core.retire_namespace(namespace)
+    assert core.tiers.tenants is not None
+    assert len(core.tiers.tenants.tenant_of) < 12  # a device of 40 pages has room for 8 versions
+    invariants.check(core)
+
+
+def test_a_split_and_a_branch_stay_on_the_account_of_their_namespace():
+    """E7: or a flood could take pages of a prompt that another request has branched from."""
+    core = core_of(a=TenantShare(floor=0.5))
+    a, b = spaces(core, "a", "b")
+    serve(core, prompt(40), a)
+    serve(core, [*prompt(20), *prompt(20, 7000)], a)
+    flood(core, b, 100)
+    assert found(core, prompt(40), a).num_tokens == 40
+    assert found(core, [*prompt(20), *prompt(20, 7000)], a).num_tokens == 40
+    invariants.check(core)
+
+
+def test_stats_name_limits_in_pages():
+    """S3: of every tenant, tier and component."""
+    core = core_of(FULL, state(4), a=TenantShare(0.25, 0.5), device_pages={"full": 40, "state": 9}, host_pages=10)
+    (a,) = spaces(core, "a")
+    serve(core, prompt(16), a)
+    assert core.quotas is not None
+    assert core.quotas.stats() == {
+        "": {
+            "device": {"full": pages(0, 0, 40), "state": pages(0, 0, 9)},
+            "host": {"full": pages(0, 0, 10), "state": pages(0, 0, 10)},
+        },
+        "a": {
+            "device": {"full": pages(4, 10, 20), "state": pages(1, 2, 4)},
+            "host": {"full": pages(4, 2, 5), "state": pages(1, 2, 5)},
+        },
+    }
+
+
+def pages(num_resident: int, floor: int, quota: int) -> dict[str, int]:
+    return {"resident": num_resident, "pinned": 0, "floor": floor, "quota": quota}
+
+
+def test_without_tenants_nothing_is_counted():
+    """The path by hand is used, and residencies have no accounts."""
+    core = make_core(FULL)
+    assert core.quotas is None
+    assert core.backbone is not None
+    assert core_of(a=TenantShare()).backbone is None
+
+
+def test_the_same_digest_under_another_pythonhashseed():
+    """R9: no decision about tenants depends on the order of a set or on hashes of names."""
+    code = (
+        "from jaxcache import TenantShare; from tests.core.driver import drive; "
+        "shares = {'b': TenantShare(0.2, 0.5), 'a': TenantShare(0.1, 0.4)}; "
+        "print(drive(3, 120, mixture=('full', 'window', 'state'), device_pages=80, tenants=shares).digest)"
+    )
+    digests = set()
+    for hash_seed in ("0", "4711"):
+        environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+        )
+        digests.add(done.stdout.strip())
+    assert len(digests) == 1
+    assert digests != {""}
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("floor", "quota"), [(-0.1, 1.0), (0.5, 0.4), (0.0, 0.0), (0.0, 1.1), (True, 1.0), ("a", 1.0), (0.0, None)]
+)
+def test_shares_that_make_no_sense(floor, quota):
+    with pytest.raises(ValueError, match=r"floor|quota"):
+        TenantShare(floor, quota)
+
+
+@pytest.mark.parametrize("tenants", [["a"], {"a": 0.5}, {"": TenantShare()}, {1: TenantShare()}])
+def test_tenants_that_make_no_sense(tenants):
+    with pytest.raises(ValueError, match="tenants must be"):
+        make_core(tenants=tenants)
+
+
+def test_floors_must_fit():
+    make_core(tenants={name: TenantShare(floor=floor) for name, floor in (("a", 0.6), ("b", 0.3), ("c", 0.1))})
+    with pytest.raises(ValueError, match="add up"):
+        make_core(tenants={"a": TenantShare(floor=0.6), "b": TenantShare(floor=0.5)})

@@ -112,11 +112,11 @@ def test_w_tinylfu_lets_in_what_was_used_more_often():
     order = order_of(server)
     assert isinstance(order, WTinyLfu)
     assert [letter_of(node) for node in order.window.nodes] == ["A"]
-    use(server, "C")
-    for _ in range(2):  # to look changes nothing
+    for _ in range(2):  # looking twice finds the same
         first = order.first()
         assert first is not None and letter_of(first) == "B"
-    assert departures(server) == "BCA"
+    use(server, "C")
+    assert departures(server) == "CBA"
     refused = serve("w-tinylfu", "BBA")
     assert departures(refused) == "AB"
 
@@ -145,6 +145,17 @@ def test_adaptive_keeps_the_kind_that_is_used_again():
     assert counts[0] == 0
     assert np.mean(np.array(counts) > 0) > 0.6
     assert replay.hit_rate() > learned_from("lru").hit_rate() + 0.05
+
+
+def test_adaptive_moves_on_what_has_aged():
+    """As often as the profile values everything anew."""
+    replay = learned_from("adaptive")
+    order = replay.core.tiers.device[0].order
+    assert isinstance(order, Adaptive)
+    order.profile._recount()
+    order.first()
+    for (_, _, age), nodes in order._cells.items():
+        assert order.profile.age(next(iter(nodes)).use.at) <= age
 
 
 def test_adaptive_weighs_windows_and_states_by_what_they_spare():

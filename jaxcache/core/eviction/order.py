@@ -59,7 +59,7 @@ class EvictionOrder(ABC):
 
     @abstractmethod
     def first(self) -> Node | None:
-        """The best victim; the same again until something is added or discarded."""
+        """The best victim. Queues may move on for it (a newcomer is compared once)."""
 
     @abstractmethod
     def __iter__(self) -> Iterator[Node]:

@@ -47,7 +47,6 @@ class Admission:
         self.backups = backups
         self.counters = counters
         self.loading: list[Loading] = []
-        self.next_lease_id = 1
 
     def longest(self, sequence: Sequence, max_tokens: int | None, num_new_tokens: int) -> tuple[Prefix, Need | None]:
         """The longest prefix whose load-back is worth it, and what it takes; (prefix, None) if that does not fit."""
@@ -110,7 +109,13 @@ class Admission:
         return Need(loads, lows)
 
     def admit(
-        self, sequence: Sequence, prefix: Prefix, need: Need, num_new_tokens: int, plan_is_applied: Callable[[], bool]
+        self,
+        id: int,
+        sequence: Sequence,
+        prefix: Prefix,
+        need: Need,
+        num_new_tokens: int,
+        plan_is_applied: Callable[[], bool],
     ) -> Lease:
         """Carries out what `longest` has found to fit."""
         tiers = self.tiers
@@ -119,8 +124,6 @@ class Admission:
             prefix, need = self._cut(prefix, need)
             path = prefix.path
         last = path[-1][0] if path else sequence.root
-        id = self.next_lease_id
-        self.next_lease_id = id + 1
         last.ends_here += 1
         lease = Lease(id, sequence, last, num_new_tokens, tiers, plan_is_applied)
         for node, _ in path:

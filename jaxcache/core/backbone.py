@@ -1,103 +1,120 @@
 """The request path where a node is nothing but its full-attention pages on the device, written out by hand.
 
-It decides exactly what Admission, Publishing and Tiers decide for every mixture of components and tiers, without asking
-each residency of each component, and in one loop per operation: a third of the time. tests/core/test_backbone.py runs
-the same requests both ways and compares every decision.
+It decides exactly what PrefixCache, Admission, Publishing and Tiers decide for every mixture of components and tiers,
+without asking each residency of each component, in one function per operation: a third of the time. What is unusual,
+mistakes of the caller among it, is left to the general path: these functions then change nothing and answer None or
+False. tests/core/test_backbone.py runs the same requests both ways and compares every decision.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import TYPE_CHECKING
+from zlib import crc32
 
 import numpy as np
 
 from jaxcache.core.change_log import PUT
 from jaxcache.core.lease import Lease, read_only
+from jaxcache.core.planner import DIGEST_TAIL_BYTES
 from jaxcache.core.residency import Residency
 from jaxcache.core.sequence import Sequence
 from jaxcache.core.tiers import Tiers
+
+if TYPE_CHECKING:
+    from jaxcache.core.prefix_cache import PrefixCache
 
 
 class Backbone:
     """device: the only residency that holds anything; its index on the nodes is 0."""
 
-    def __init__(self, tiers: Tiers, plan_is_applied: Callable[[], bool]):
-        self.tiers = tiers
-        self.plan_is_applied = plan_is_applied
-        self.tree = tiers.tree
-        self.device: Residency = tiers.device[0]
-        self.page_tokens = tiers.page_tokens
-        self.output_first = tiers.config.evict_output_first
+    def __init__(self, core: PrefixCache):
+        self.core = core
+        self.leases = core.leases
+        self.counters = core.counters
+        self.planner = core.planner
+        self.tiers = core.tiers
+        self.tree = core.tiers.tree
+        self.device: Residency = core.tiers.device[0]
+        self.page_tokens = core.tiers.page_tokens
+        self.output_first = core.config.evict_output_first
 
     @staticmethod
     def suffices(tiers: Tiers) -> bool:
-        return tiers.only_full and tiers.tenants is None
+        return tiers.only_full and tiers.tenants is None and tiers.config.caching
 
-    def admit(self, id: int, sequence: Sequence, num_new_tokens: int, max_cached_tokens: int | None) -> Lease | None:
-        """Pins up to the root, makes room, and builds the table: pages of the path, then own ones.
-
-        None: nothing has changed; whether it fits at all, the general path finds out.
-        """
-        tiers, device = self.tiers, self.device
-        if sequence.namespace.retired or not tiers.config.caching:
+    def admit(self, sequence: Sequence, num_new_tokens: int) -> Lease | None:
+        """Pins up to the root, makes room, and builds the table: pages of the path, then own ones."""
+        core, tiers, device = self.core, self.tiers, self.device
+        if type(sequence) is not Sequence or num_new_tokens < 1:
             return None
-        limit = sequence.num_tokens - 1
-        if max_cached_tokens is not None and max_cached_tokens < limit:
-            limit = max_cached_tokens
-        node, end = self.tree.find(sequence, limit)
-        page = self.page_tokens
+        if sequence.namespace.owner is not core or sequence.namespace.retired:
+            return None
+        node, end = self.tree.find(sequence, sequence.num_tokens - 1)
+        page, allocator = self.page_tokens, device.allocator
         num_found = end // page
         num_own = -(-(end + num_new_tokens) // page) - num_found
-        allocator = device.allocator
         if num_own + num_found > allocator.num_free + device.num_resident - device.num_pinned:
             return None  # it might fit: some of what was found may be pinned already
         if end < node.end:
             node = tiers.split(node, end)
+        tiers.lease_id = id = core.next_lease_id
+        core.next_lease_id = id + 1
         node.ends_here += 1
-        tiers.lease_id = id
-        lease = Lease(id, sequence, node, num_new_tokens, tiers, self.plan_is_applied)
-        path_pages = []
+        lease = self.leases[id] = Lease(id, sequence, node, num_new_tokens, tiers, core.plan_is_applied)
+        parts = []
         parent = node.parent
         while parent is not None:
             node.hits += 1
             pages, pins = node.pages[0], node.pins
-            path_pages.append(pages)
+            parts.append(pages)
             if not pins[0]:
                 device.num_pinned += len(pages)  # pyright: ignore[reportArgumentType]
                 if not node.resident_children[0]:
                     device.order.discard(node)
             pins[0] += 1
             node, parent = parent, parent.parent
-        high = allocator.num_free
-        if high < num_own:
+        if allocator.num_free < num_own:
             room = self.make_room(num_own)
             assert room, f"{device.component.name}: promised {num_own} pages"
-            high = allocator.num_free
+        high = allocator.num_free
         allocator.num_free = low = high - num_own
-        path_pages.reverse()
-        path_pages.append(allocator.stack[low:high])
-        table = np.concatenate(path_pages)
-        lease._tables[0] = read_only(table)
-        lease._quiet_end = len(table) * page
+        parts.reverse()
+        parts.append(allocator.stack[low:high])
+        lease._tables[0] = read_only(np.concatenate(parts))
+        lease._quiet_end = (num_found + num_own) * page
+        if tiers.profile is not None:
+            tiers.profile.admitted(sequence, lease._node)
+        self._count(sequence, end)
+        self.planner.note("admit", 3, id, end, crc32(sequence.data[-DIGEST_TAIL_BYTES:], sequence.num_tokens))
         return lease
 
-    def grow(self, lease: Lease, end: int) -> bool:
-        """A new table with own pages up to token `end`; False: nothing has changed."""
-        device, table = self.device, lease._tables[0]
-        assert table is not None
-        allocator = device.allocator
-        missing = -(-end // self.page_tokens) - len(table)
-        high = allocator.num_free
-        if high < missing:
-            if missing > high + device.num_resident - device.num_pinned:
-                return False
-            self.tiers.lease_id = lease.id
-            room = self.make_room(missing)
-            assert room, f"{device.component.name}: promised {missing} pages"
+    def _count(self, sequence: Sequence, num_found_tokens: int) -> None:
+        counters = self.counters
+        counters["admits"] += 1
+        counters["prompt_tokens"] += sequence.num_tokens
+        counters["device_hit_tokens"] += num_found_tokens
+
+    def grow(self, lease: Lease, num_computed: int, end: int) -> bool:
+        """A new table with own pages up to token `end`; False: nothing has changed but what is computed."""
+        lease.num_computed = num_computed
+        if end > lease._quiet_end:
+            device, table = self.device, lease._tables[0]
+            assert table is not None
+            allocator = device.allocator
+            missing = -(-end // self.page_tokens) - len(table)
+            if allocator.num_free < missing:
+                if missing > allocator.num_free + device.num_resident - device.num_pinned:
+                    return False
+                self.tiers.lease_id = lease.id
+                room = self.make_room(missing)
+                assert room, f"{device.component.name}: promised {missing} pages"
             high = allocator.num_free
-        allocator.num_free = low = high - missing
-        lease._tables[0] = table = read_only(np.concatenate((table, allocator.stack[low:high])))
-        lease._quiet_end = len(table) * self.page_tokens
+            allocator.num_free = low = high - missing
+            lease._tables[0] = table = read_only(np.concatenate((table, allocator.stack[low:high])))
+            lease._quiet_end = len(table) * self.page_tokens
+            self.planner.note("grow", 4, lease.id, num_computed, end - num_computed)
+        if end > lease.num_tokens:
+            lease.num_tokens = end
         return True
 
     def make_room(self, num_pages: int) -> bool:
@@ -135,10 +152,16 @@ class Backbone:
         return free >= num_pages
 
     def insert(self, lease: Lease, num_computed: int) -> bool:
-        """Publishes the lease's own whole pages if they make exactly one new node; False: nothing has changed."""
-        tiers, sequence = self.tiers, lease.sequence
-        at, node = lease._published, lease._node
-        page = self.page_tokens
+        """Publishes the lease's own whole pages if they make exactly one new node."""
+        tiers = self.tiers
+        if type(lease) is not Lease or lease._released or lease._tiers is not tiers:
+            return False
+        sequence = lease.sequence
+        if not lease.num_computed <= num_computed <= lease.num_tokens or num_computed > sequence.num_tokens:
+            return False
+        if sequence.namespace.retired:
+            return False
+        page, at, node = self.page_tokens, lease._published, lease._node
         end = num_computed // page * page
         if at < end:
             first_page = bytes(sequence.data[at * 4 : (at + page) * 4])
@@ -152,28 +175,36 @@ class Backbone:
             device, table = self.device, lease._tables[0]
             assert table is not None
             pages = table[at // page : end // page]  # tables never change: a view, if it keeps no much larger one alive
-            child.pages[0] = pages if 2 * len(pages) >= len(table) else pages.copy()
+            num_pages = len(pages)
+            child.pages[0] = pages if 2 * num_pages >= len(table) else pages.copy()
             if device.log is not None:
                 device.log.append((PUT, child.id, 0))
             child.pins[0] = child.ends_here = 1
-            num_pages = (end - at) // page
             device.num_resident += num_pages
             device.num_pinned += num_pages
             node.resident_children[0] += 1  # the lease pins `node`, or it is a root: it is no candidate
             node.ends_here -= 1
-            lease._node = child
+            lease._node = node = child
             lease._published = end
+        lease.num_computed = num_computed
         if tiers.profile is not None:
-            tiers.profile.inserted(sequence, lease._node, at)
+            tiers.profile.inserted(sequence, node, at)
+        self.planner.note("insert", 5, lease.id, lease._published, node.id)
         return True
 
-    def release(self, lease: Lease) -> None:
+    def release(self, lease: Lease) -> bool:
         """Gives back own pages and pins, the deepest first: it is the first to leave."""
-        device = self.device
-        table = lease._tables[0]
+        if type(lease) is not Lease or self.leases.get(lease.id) is not lease:
+            return False
+        del self.leases[lease.id]
+        lease._released = True
+        lease._quiet_end = -1
+        device, table = self.device, lease._tables[0]
         assert table is not None
         first = lease._published // self.page_tokens
         if first < len(table):
             device.allocator.free(table[first:])
         device.unpin_up(lease._node)
         lease._node.ends_here -= 1
+        self.planner.note("release", 7, lease.id)
+        return True

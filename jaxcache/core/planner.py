@@ -12,6 +12,7 @@ from jaxcache.types import Move, Plan, Transfer, TransferKind
 
 Counters = defaultdict[str, int]  # what happened, by name, from zero
 RECENT_DECISIONS = 64
+DIGEST_TAIL_BYTES = 64  # of a prompt: ranks that were given different ones should not agree
 KINDS = {kind: code for code, kind in enumerate(TransferKind)}
 
 

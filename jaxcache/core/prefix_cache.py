@@ -29,7 +29,7 @@ from jaxcache.core.explain import Explanation, explain
 from jaxcache.core.lease import Lease, read_only
 from jaxcache.core.matching import Prefix
 from jaxcache.core.page_hash import Namespace
-from jaxcache.core.planner import Counters, Planner
+from jaxcache.core.planner import DIGEST_TAIL_BYTES, Counters, Planner
 from jaxcache.core.prefetches import Prefetches
 from jaxcache.core.priorities import raise_priority
 from jaxcache.core.publishing import Publishing
@@ -40,8 +40,6 @@ from jaxcache.core.stores import Stores
 from jaxcache.core.ticket import Ticket, TicketState
 from jaxcache.core.tiers import Tiers
 from jaxcache.types import Match, Outcome, Plan, PrefetchPolicy, TransferKind, Wait
-
-DIGEST_TAIL_BYTES = 64
 
 
 class PrefixCache:
@@ -54,12 +52,13 @@ class PrefixCache:
         self.counters: Counters = defaultdict(int)
         self.planner = Planner()
         self.stores = Stores(self.tiers, self.planner, self.counters)
-        self.backbone = Backbone(self.tiers, self.plan_is_applied) if Backbone.suffices(self.tiers) else None
+        self.leases: dict[int, Lease] = {}
+        self.next_lease_id = 1
+        self.backbone = Backbone(self) if Backbone.suffices(self.tiers) else None
         self.backups = Backups(self.tiers, self.planner, self.stores, self.backbone, self.counters)
         self.admission = Admission(self.tiers, self.planner, self.backups, self.counters)
         self.publishing = Publishing(self.tiers, self.planner, self.counters)
         self.prefetches = Prefetches(self.tiers, self.planner, self.stores, self.backups, self.counters)
-        self.leases: dict[int, Lease] = {}
         self.retentions = Retentions(self.tiers, self.counters)
         tenants = self.tiers.tenants
         self.quotas = Quotas(tenants, self) if tenants is not None else None
@@ -100,7 +99,8 @@ class PrefixCache:
         self.planner.note("retire", 1, len(self.tiers.tree.roots))
 
     def sequence(self, tokens: Any, namespace: Namespace) -> Sequence:
-        bad_input.check_namespace(self, namespace)
+        if type(namespace) is not Namespace or namespace.owner is not self or namespace.retired:
+            bad_input.check_namespace(self, namespace)
         return Sequence(namespace, self.tiers.tree.root(namespace), tokens, self.config.page_tokens)
 
     def match(self, sequence: Sequence, max_tokens: int | None = None) -> Match:
@@ -131,19 +131,17 @@ class PrefixCache:
         Wait(reason): not now, and nothing has changed (but a running best_effort ticket may have been decided). While
         nothing else runs a shorter hit that fits is taken, so only a chunk larger than the device waits for ever.
         """
-        if type(sequence) is not Sequence or sequence.namespace.owner is not self:
-            bad_input.check_sequence(self, sequence)
+        if self.backbone is not None and ticket is None and max_cached_tokens is None:
+            lease = self.backbone.admit(sequence, num_new_tokens)
+            if lease is not None:
+                return lease
+        bad_input.check_sequence(self, sequence)
         if num_new_tokens < 1:
             raise ValueError(f"{num_new_tokens=} must be at least 1")
         if max_cached_tokens is not None and max_cached_tokens < 0:
             raise ValueError(f"{max_cached_tokens=} must not be negative")
         if ticket is not None and ticket.sequence is not sequence:
             raise ValueError(f"{ticket!r} was made for another sequence")
-        if self.backbone is not None and ticket is None:
-            lease = self.backbone.admit(self.admission.next_lease_id, sequence, num_new_tokens, max_cached_tokens)
-            if lease is not None:
-                self.admission.next_lease_id += 1
-                return self._admitted(lease)
         running = ticket is not None and not ticket.done and not ticket.cancelled
         if running and self.config.prefetch_policy is PrefetchPolicy.WAIT_COMPLETE:
             return self._wait("prefetch")
@@ -189,8 +187,9 @@ class PrefixCache:
         self, sequence: Sequence, prefix: Prefix, need: Need, num_new_tokens: int, ticket: Ticket | None
     ) -> Lease:
         num_cached_tokens, _, _, device_tokens = prefix
-        self.tiers.lease_id = self.admission.next_lease_id
-        lease = self.admission.admit(sequence, prefix, need, num_new_tokens, self.plan_is_applied)
+        self.tiers.lease_id = id = self.next_lease_id
+        self.next_lease_id = id + 1
+        lease = self.admission.admit(id, sequence, prefix, need, num_new_tokens, self.plan_is_applied)
         if ticket is not None:
             lease.storage_tokens = self.prefetches.use(ticket, device_tokens, num_cached_tokens)
         if num_cached_tokens > device_tokens:
@@ -210,7 +209,7 @@ class PrefixCache:
         counters["admits"] += 1
         counters["prompt_tokens"] += sequence.num_tokens
         counters["device_hit_tokens"] += lease.device_tokens
-        tail = sequence.data[-DIGEST_TAIL_BYTES:]  # ranks that were given different prompts should not agree
+        tail = sequence.data[-DIGEST_TAIL_BYTES:]
         self.planner.note("admit", 3, lease.id, lease.num_cached_tokens, crc32(tail, sequence.num_tokens))
         return lease
 
@@ -233,13 +232,7 @@ class PrefixCache:
         tiers = self.tiers
         end = num_computed + num_new_tokens
         if self.backbone is not None:
-            lease.num_computed = num_computed
-            if end > lease._quiet_end:
-                if not self.backbone.grow(lease, end):
-                    return False
-                self.planner.note("grow", 4, lease.id, num_computed, num_new_tokens)
-            lease.num_tokens = max(lease.num_tokens, end)
-            return True
+            return self.backbone.grow(lease, num_computed, end)
         self.publishing.report(lease, num_computed)
         if self.quotas is not None:
             self.quotas.serve_lease(lease)
@@ -270,23 +263,17 @@ class PrefixCache:
         priority: at least this, for all that the lease has published; only eviction_policy="priority" looks at it
         retain_steps: what resuming at the published end needs stays on the device until so many steps have begun
         """
-        if (
-            type(lease) is not Lease
-            or lease._released
-            or lease._tiers is not self.tiers
-            or not lease.num_computed <= num_computed <= lease.num_tokens
-        ):
-            bad_input.check_lease(self, lease, num_computed)
+        wishes = priority != 0 or retain_steps != 0
+        if self.backbone is not None and not wishes and self.backbone.insert(lease, num_computed):
+            return
+        bad_input.check_lease(self, lease, num_computed)
         sequence = lease.sequence
         if num_computed > sequence.num_tokens:
             raise ValueError(
                 f"{num_computed=} but the sequence has {sequence.num_tokens} tokens: call sequence.extend first"
             )
-        if self.backbone is None:
-            self.publishing.report(lease, num_computed)
-        else:
-            lease.num_computed = num_computed
-        if priority != 0 or retain_steps != 0:
+        self.publishing.report(lease, num_computed)
+        if wishes:
             bad_input.check_wishes(self, priority, retain_steps)
         if not self.config.caching or sequence.namespace.retired:
             if self.quotas is not None:
@@ -294,10 +281,9 @@ class PrefixCache:
             return
         old_end = lease._published
         self.tiers.lease_id = lease.id
-        if self.backbone is None or not self.backbone.insert(lease, num_computed):
-            self.publishing.insert(lease, num_computed)
+        self.publishing.insert(lease, num_computed)
         self.planner.note("insert", 5, lease.id, lease._published, lease._node.id)
-        if priority or retain_steps:
+        if wishes:
             self._wish(lease, priority, retain_steps)
         if self.backups.on_insert:
             self.backups.after_insert(lease._node, old_end)
@@ -312,13 +298,15 @@ class PrefixCache:
 
     def release(self, lease: Lease) -> None:
         """Gives back what the lease holds. Raises ValueError the second time."""
+        if self.backbone is not None and self.backbone.release(lease):
+            return
         bad_input.check_lease(self, lease, None)
         lease._released = True
         lease._quiet_end = -1
         del self.leases[lease.id]
         if self.quotas is not None:
             self.quotas.forget(lease)
-        (self.backbone or self.publishing).release(lease)
+        self.publishing.release(lease)
         self.planner.note("release", 7, lease.id)
 
     # ---- storage

@@ -205,9 +205,7 @@ MUTATIONS = (
     Mutation("events: a split", RadixTree, "split", "self.log is not None", "False", EVENTS),
     Mutation("events: the pages of a prefix", RadixTree, "split", "cut // self.page_bytes))", "1))", EVENTS),
     Mutation("events: a node that is trimmed", RadixTree, "shorten", "self.log is not None", "False", EVENTS),
-    Mutation(
-        "events: a node that leaves", RadixTree, "remove", "self.log is not None", "False", {**BY_HAND, **EVENTS}
-    ),
+    Mutation("events: a node that leaves", RadixTree, "remove", "self.log is not None", "False", {**BY_HAND, **EVENTS}),
     Mutation("events: a retired namespace", RadixTree, "retire", "self.log is not None", "False", EVENTS),
     Mutation("events: full attention comes", PrefixResidency, "put", "self.log is not None", "False", EVENTS),
     Mutation("events: full attention leaves", PrefixResidency, "take", "self.log is not None", "False", EVENTS),

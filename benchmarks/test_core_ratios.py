@@ -20,8 +20,8 @@ SMALLER = replace(
 AT_MOST = {
     "match_128k_page16": 1.6,
     "match_128k_page64": 1.6,
-    "match_128k_64_nodes_page16": 5.0,
-    "match_128k_64_nodes_page64": 5.0,
+    "match_128k_64_nodes_page16": 3.0,
+    "match_128k_64_nodes_page64": 3.0,
     "split": 6.0,
     "split_3_components": 6.0,
     "insert_duplicate_128k": 3.0,
@@ -34,17 +34,17 @@ AT_MOST = {
     "evict_share_3_components": 11.0,
     "bytes_per_token": 1.3,
     "bytes_per_token_all_host": 1.6,
-    "step_256": 30.0,
-    "step_256_grow_by_page": 20.0,
+    "step_256": 15.0,
+    "step_256_grow_each": 20.0,
     "step_256_3_components": 120.0,
 }
 AT_LEAST = {
-    "replay_full_page16_2M": 0.26,
-    "replay_full_page64_2M": 0.26,
-    "replay_all_page16_2M": 0.085,
-    "replay_all_page64_2M": 0.085,
-    "replay_all_host_page16_2M": 0.04,
-    "replay_all_host_page64_2M": 0.04,
+    "replay_full_page16_2M": 0.4,
+    "replay_full_page64_2M": 0.4,
+    "replay_all_page16_2M": 0.15,
+    "replay_all_page64_2M": 0.15,
+    "replay_all_host_page16_2M": 0.08,
+    "replay_all_host_page64_2M": 0.08,
 }
 GROUPS = groups(SMALLER)
 unseen = dict.fromkeys([*AT_MOST, *AT_LEAST])

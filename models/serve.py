@@ -178,14 +178,9 @@ class Server:
 
     def _extend(self, batch: list[Request], num_rows: int, num_columns: int) -> None:
         """One model step for these requests: room, run, sample, publish."""
-        spans = []
-        for request in batch:
-            loaded = request.lease is not None and request.lease.first_step <= self.cache.step_number
-            if loaded and request in self.running:  # making room for another may have retracted it
-                end = self._chunk_end(request, num_columns)
-                if self._make_room(request, end):
-                    spans.append((request, end))
-        spans = [(request, end) for request, end in spans if request in self.running]
+        step = self.cache.step_number
+        loaded = [request for request in batch if request.lease is not None and request.lease.first_step <= step]
+        spans = self._grow_by_token(loaded) if num_columns == 1 else self._grow_by_chunk(loaded, num_columns)
         if not spans:
             return
         self.pools = self.cache.apply(self.pools)
@@ -199,6 +194,26 @@ class Server:
             assert request.lease is not None
             if is_prompt_computed or end == request.lease.next_stop:  # or a state is to be kept here
                 self.cache.insert(request.lease, end)
+
+    def _grow_by_token(self, batch: list[Request]) -> list[tuple[Request, int]]:
+        """Room for one more token of each; while there is none for all, the youngest request is retracted."""
+        while batch:
+            leases = [request.lease for request in batch if request.lease is not None]
+            if self.cache.grow_all(leases, [request.num_computed for request in batch]) == len(batch):
+                break
+            self._retract(self.running[-1])
+            batch = [request for request in batch if request.lease is not None]
+        return [(request, request.num_tokens) for request in batch]
+
+    def _grow_by_chunk(self, batch: list[Request], num_columns: int) -> list[tuple[Request, int]]:
+        """Room for the next chunk of each that can have it, and where it ends."""
+        spans = []
+        for request in batch:
+            if request.lease is not None:  # making room for another may have retracted it
+                end = self._chunk_end(request, num_columns)
+                if self._make_room(request, end):
+                    spans.append((request, end))
+        return [(request, end) for request, end in spans if request.lease is not None]
 
     def _chunk_end(self, request: Request, num_columns: int) -> int:
         assert request.lease is not None

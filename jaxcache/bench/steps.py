@@ -43,23 +43,21 @@ class Request:
         self.lease: Lease | None = None
 
 
-Grow = Callable[[PrefixCache, Request], None]
+Grow = Callable[[PrefixCache, deque[Request]], None]
 
 
-def grow_by_token(core: PrefixCache, request: Request) -> None:
-    """Room for the next token, in every step, as the reference loop asks."""
-    assert request.lease is not None
-    if not core.grow(request.lease, request.num_computed, 1):
+def grow_all(core: PrefixCache, running: deque[Request]) -> None:
+    """Room for the next token of everybody, in every step, as the reference loop asks."""
+    leases = [request.lease for request in running if request.lease is not None]
+    if core.grow_all(leases, [request.num_computed for request in running]) < len(running):
         raise MemoryError("the cache of this benchmark is too small")
 
 
-def grow_by_page(core: PrefixCache, request: Request) -> None:
-    """Room for the rest of a page, when the last one is full."""
-    lease, computed = request.lease, request.num_computed
-    assert lease is not None
-    if computed >= lease.num_tokens:
-        page = core.config.page_tokens
-        if not core.grow(lease, computed, page - computed % page):
+def grow_each(core: PrefixCache, running: deque[Request]) -> None:
+    """The same, asked one by one."""
+    for request in running:
+        assert request.lease is not None
+        if not core.grow(request.lease, request.num_computed, 1):
             raise MemoryError("the cache of this benchmark is too small")
 
 
@@ -112,7 +110,7 @@ class Scheduler:
 
     def begin(self, newcomers: list[Request]) -> None:
         """commit, admit the newcomers, room for everybody's next token."""
-        core, grow = self.loaded.core, self.grow
+        core = self.loaded.core
         core.commit({})
         for request in newcomers:
             sequence = request.sequence
@@ -121,8 +119,8 @@ class Scheduler:
             assert not isinstance(lease, Wait), f"{lease}: the cache of this benchmark is too small"
             request.lease, request.num_computed = lease, lease.num_cached_tokens
         core.take_plan()
-        for request in self.running:
-            grow(core, request)
+        if self.running:
+            self.grow(core, self.running)
         core.take_plan()
 
     def sample(self, requests: deque[Request] | list[Request]) -> None:
@@ -173,23 +171,17 @@ class Scheduler:
 def steps(workload: Workload) -> list[Figure]:
     num, arriving = workload.running, workload.arriving
     what = f"step: {num} decode, {arriving} come, {arriving} go"
-    by_token, by_page, every_kind = (
+    together, each, every_kind = (
         scheduled(workload, kinds, grow)
-        for kinds, grow in ((FULL, grow_by_token), (FULL, grow_by_page), (EVERY_KIND, grow_by_token))
+        for kinds, grow in ((FULL, grow_all), (FULL, grow_each), (EVERY_KIND, grow_all))
     )
     floor = f"stripped tree serving {arriving}"
     return [
-        figure(f"step_{num}", f"{what} / {floor}", by_token.core_us, by_token.floor_us, goal=STEP_GOAL),
-        p99(f"step_{num}", what, by_token),
-        figure(f"step_{num}_tokens", f"{what}; a token for everybody", by_token.token_us),
-        figure(
-            f"step_{num}_grow_by_page",
-            f"{what}, growing by pages / {floor}",
-            by_page.core_us,
-            by_page.floor_us,
-            goal=STEP_GOAL,
-        ),
-        p99(f"step_{num}_grow_by_page", f"{what}, growing by pages", by_page),
+        figure(f"step_{num}", f"{what} / {floor}", together.core_us, together.floor_us, goal=STEP_GOAL),
+        p99(f"step_{num}", what, together),
+        figure(f"step_{num}_tokens", f"{what}; a token for everybody", together.token_us),
+        figure(f"step_{num}_grow_each", f"{what}, growing one by one / {floor}", each.core_us, each.floor_us),
+        p99(f"step_{num}_grow_each", f"{what}, growing one by one", each),
         figure(f"step_{num}_3_components", f"{what}, 3 components / {floor}", every_kind.core_us, every_kind.floor_us),
         p99(f"step_{num}_3_components", f"{what}, 3 components", every_kind),
     ]

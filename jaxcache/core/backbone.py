@@ -117,6 +117,12 @@ class Backbone:
             lease.num_tokens = end
         return True
 
+    def make_room_for(self, lease: Lease, num_pages: int) -> None:
+        """Evicts for a lease and those that grow with it, as far as that goes."""
+        device = self.device
+        self.tiers.lease_id = lease.id
+        self.make_room(min(num_pages, device.allocator.num_free + device.num_resident - device.num_pinned))
+
     def make_room(self, num_pages: int) -> bool:
         """Evicts until `num_pages` are free, the last victim only as far as needed; False if nothing can leave."""
         tiers, tree, device = self.tiers, self.tree, self.device

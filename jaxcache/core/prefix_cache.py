@@ -16,8 +16,6 @@ from collections.abc import Mapping
 from typing import Any
 from zlib import crc32
 
-import numpy as np
-
 from jaxcache.components.base import Component
 from jaxcache.config import CacheConfig
 from jaxcache.core import bad_input, matching
@@ -26,7 +24,8 @@ from jaxcache.core.backbone import Backbone
 from jaxcache.core.backups import Backups
 from jaxcache.core.clearing import Clearing
 from jaxcache.core.explain import Explanation, explain
-from jaxcache.core.lease import Lease, read_only
+from jaxcache.core.growth import Growth
+from jaxcache.core.lease import Lease
 from jaxcache.core.matching import Prefix
 from jaxcache.core.page_hash import Namespace
 from jaxcache.core.planner import DIGEST_TAIL_BYTES, Counters, Planner
@@ -58,6 +57,7 @@ class PrefixCache:
         self.backups = Backups(self.tiers, self.planner, self.stores, self.backbone, self.counters)
         self.admission = Admission(self.tiers, self.planner, self.backups, self.counters)
         self.publishing = Publishing(self.tiers, self.planner, self.counters)
+        self.growth = Growth(self)
         self.prefetches = Prefetches(self.tiers, self.planner, self.stores, self.backups, self.counters)
         self.retentions = Retentions(self.tiers, self.counters)
         tenants = self.tiers.tenants
@@ -226,36 +226,11 @@ class PrefixCache:
             if num_computed + num_new_tokens > lease.num_tokens:
                 lease.num_tokens = num_computed + num_new_tokens
             return True
-        bad_input.check_lease(self, lease, num_computed)
-        if num_new_tokens < 1:
-            raise ValueError(f"{num_new_tokens=} must be at least 1")
-        tiers = self.tiers
-        end = num_computed + num_new_tokens
-        if self.backbone is not None:
-            return self.backbone.grow(lease, num_computed, end)
-        self.publishing.report(lease, num_computed)
-        if self.quotas is not None:
-            self.quotas.serve_lease(lease)
-        wanted = -(-end // tiers.page_tokens)
-        missing = [0 if table is None else wanted - len(table) for table in lease._tables]
-        if max(missing) > 0:
-            if any(n > device.available() for n, device in zip(missing, tiers.device, strict=True)):
-                return False
-            tiers.lease_id = lease.id
-            for c, device in enumerate(tiers.device):
-                if missing[c] > 0:
-                    room = self.backups.make_room_on_device(c, missing[c])
-                    assert room, f"{device.component.name}: promised {missing[c]} pages"
-                    table = np.concatenate([lease._tables[c], device.allocator.allocate(missing[c])])  # pyright: ignore
-                    lease._tables[c] = read_only(table)
-            self.planner.note("grow", 4, lease.id, num_computed, num_new_tokens)
-        lease.num_tokens = max(lease.num_tokens, end)
-        lease._be_quiet(num_computed)
-        if tiers.point is not None:
-            self.admission.checkpoints(lease, num_computed, end)
-        if self.quotas is not None:
-            self.quotas.settle(lease)
-        return True
+        return self.growth.grow(lease, num_computed, num_new_tokens)
+
+    def grow_all(self, leases: list[Lease], num_computed: list[int], num_new_tokens: int = 1) -> int:
+        """`grow` for many at once; returns how many of them, from the first on, have their room."""
+        return self.growth.grow_all(leases, num_computed, num_new_tokens)
 
     def insert(self, lease: Lease, num_computed: int, *, priority: int = 0, retain_steps: int = 0) -> None:
         """Publishes the whole pages of what is computed, and plans their backup. Publishing again changes nothing.

@@ -47,8 +47,8 @@ NAMES = {
     *("rematch", "rematch_changed", "split", "split_3_components", "insert_duplicate_4k", "insert_512_after_128"),
     *("lock_unlock_8_nodes", "admit_8_nodes", "release_8_nodes"),
     *("evict_one", "evict_share", "evict_share_3_components", "bytes_per_token", "bytes_per_token_all_host"),
-    *("step_12", "step_12_grow_by_page", "step_12_3_components", "step_12_tokens"),
-    *("step_12_p99", "step_12_grow_by_page_p99", "step_12_3_components_p99"),
+    *("step_12", "step_12_grow_each", "step_12_3_components", "step_12_tokens"),
+    *("step_12_p99", "step_12_grow_each_p99", "step_12_3_components_p99"),
     *(f"replay_{what}_page{page}_200000" for what in ("full", "all", "all_host") for page in (16, 64)),
 }
 WITHOUT_GOAL = {
@@ -77,7 +77,7 @@ def test_every_figure_as_json(capsys):
         assert entry["meaning"] and entry["unit"] and entry["value"] > 0 and entry["noise"] >= 0, name
         if "floor" in entry:
             assert entry["floor"] > 0 and entry["ratio"] > 0 and entry["ratio_noise"] >= 0, name
-        step = name.startswith("step_12_") and name != "step_12_grow_by_page"
+        step = name.startswith("step_12_") and name != "step_12_grow_each"
         assert ("goal" in entry) is not (step or name in WITHOUT_GOAL), name
         assert ("goal" in entry) == ("met" in entry)
     replayed = figures["replay_full_page16_200000"]

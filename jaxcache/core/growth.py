@@ -1,0 +1,89 @@
+"""Room for the tokens that running requests are about to compute: one lease, or all that decode in a step.
+
+|-- computed --|-- new --|-- rest of the page --|
+0                       end                 quiet_end      up to there only numbers change: nearly always
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from jaxcache.core import bad_input
+from jaxcache.core.lease import Lease, read_only
+
+if TYPE_CHECKING:
+    from jaxcache.core.prefix_cache import PrefixCache
+
+
+class Growth:
+    """Part of PrefixCache; changes the tables of leases by replacing them."""
+
+    def __init__(self, core: PrefixCache):
+        self.core = core
+        self.tiers = core.tiers
+
+    def grow(self, lease: Lease, num_computed: int, num_new_tokens: int) -> bool:
+        """False: nothing has changed."""
+        core, tiers = self.core, self.tiers
+        bad_input.check_lease(core, lease, num_computed)
+        if num_new_tokens < 1:
+            raise ValueError(f"{num_new_tokens=} must be at least 1")
+        end = num_computed + num_new_tokens
+        if core.backbone is not None:
+            return core.backbone.grow(lease, num_computed, end)
+        core.publishing.report(lease, num_computed)
+        if core.quotas is not None:
+            core.quotas.serve_lease(lease)
+        wanted = -(-end // tiers.page_tokens)
+        missing = [0 if table is None else wanted - len(table) for table in lease._tables]
+        if max(missing) > 0:
+            if any(n > device.available() for n, device in zip(missing, tiers.device, strict=True)):
+                return False
+            self._allocate(lease, missing)
+            core.planner.note("grow", 4, lease.id, num_computed, num_new_tokens)
+        lease.num_tokens = max(lease.num_tokens, end)
+        lease._be_quiet(num_computed)
+        if tiers.point is not None:
+            core.admission.checkpoints(lease, num_computed, end)
+        if core.quotas is not None:
+            core.quotas.settle(lease)
+        return True
+
+    def _allocate(self, lease: Lease, missing: list[int]) -> None:
+        """missing: pages by component, which are there or can be made free."""
+        self.tiers.lease_id = lease.id
+        for c, device in enumerate(self.tiers.device):
+            table = lease._tables[c]
+            if table is not None and missing[c] > 0:
+                room = self.core.backups.make_room_on_device(c, missing[c])
+                assert room, f"{device.component.name}: promised {missing[c]} pages"
+                lease._tables[c] = read_only(np.concatenate([table, device.allocator.allocate(missing[c])]))
+
+    def grow_all(self, leases: Sequence[Lease], num_computed: Sequence[int], num_new_tokens: int) -> int:
+        """How many of the leases, from the first on, have room now."""
+        tiers = self.tiers
+        rest = []
+        for i, (lease, computed) in enumerate(zip(leases, num_computed, strict=True)):
+            end = computed + num_new_tokens
+            if (
+                type(lease) is Lease
+                and end <= lease._quiet_end
+                and lease.num_computed <= computed <= lease.num_tokens
+                and end > computed
+                and lease._tiers is tiers
+            ):
+                lease.num_computed = computed
+                if end > lease.num_tokens:
+                    lease.num_tokens = end
+            else:
+                rest.append(i)
+        if rest and self.core.backbone is not None:
+            bad_input.check_lease(self.core, leases[rest[0]], num_computed[rest[0]])
+            self.core.backbone.make_room_for(leases[rest[0]], len(rest))  # a page each, nearly always
+        for i in rest:
+            if not self.grow(leases[i], num_computed[i], num_new_tokens):
+                return i
+        return len(leases)

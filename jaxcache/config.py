@@ -33,7 +33,7 @@ class CacheConfig:
     host_pages:             the same for host memory; 0: no host tier
     write_policy:           when device pages are copied to host memory
     selective_hits:         write_through_selective copies a node from this many hits on
-    eviction_policy:        order of eviction
+    eviction_policy:        order of eviction; only "priority" looks at the priorities of inserts
     tenants:                limits of tenants, by the value of the namespace field `tenant`; all others share the rest
     max_retain_steps:       longest retention that `insert` may ask for, in steps
     max_retained_share:     share of the device pages of a component that retentions may keep from leaving

@@ -6,10 +6,23 @@ from pathlib import Path
 README = Path(__file__).parents[1] / "README.md"
 
 
+def run(number: int, count: int = 2) -> None:
+    examples = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert len(examples) == count
+    exec(compile(examples[number], str(README), "exec"), {})
+
+
 def test_the_pasted_lines_run_and_hit(capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    exec(compile(code, str(README), "exec"), {})
+    run(0)
     out = capsys.readouterr().out
     assert "0 of 100 tokens are cached" in out
     assert "96 of 103 tokens are cached" in out
     assert "never computed here" in out
+
+
+def test_the_pasted_tenants_have_their_shares(capsys):
+    """E7: through the face, with a priority and a retention."""
+    run(1)
+    out = capsys.readouterr().out
+    assert "96 tokens of acme are still there" in out
+    assert "{'resident': 32, 'pinned': 0, 'floor': 0, 'quota': 32}" in out

@@ -141,7 +141,7 @@ class Groups(EvictionOrder):
         tenant = self.tenants.tenant_of[account]
         rank = self._rank(account, tenant)
         if rank == OVER_QUOTA:
-            return min(num_pages, self.excess(tenant))
+            return min(self._leaving(tenant, num_pages), self.excess(tenant))
         return num_pages if rank == RETIRED else self._leaving(tenant, num_pages)
 
     def _rank(self, account: int, tenant: int) -> int | None:
@@ -150,9 +150,9 @@ class Groups(EvictionOrder):
             return None
         if self.tenants.retired[account]:
             return RETIRED
-        if self.excess(tenant) > 0:
-            return OVER_QUOTA
-        return ABOVE_FLOOR if tenant == self.served or self.resident[tenant] > self.floors[tenant] else None
+        if tenant != self.served and self.resident[tenant] <= self.floors[tenant]:
+            return None
+        return OVER_QUOTA if self.excess(tenant) > 0 else ABOVE_FLOOR
 
     def first(self) -> Node | None:
         """Retired ones, then those over their quota, then what was used longest ago; in an account the policy says."""

@@ -21,6 +21,7 @@ from jaxcache.core.eviction import POLICIES
 from jaxcache.testing.scenario import Request, Scenario
 from jaxcache.types import PrefetchPolicy, TransferKind, WritePolicy
 from tests.core.consumer import Consumer
+from tests.core.strict import Strict
 
 MIXTURES = (
     ("full",),
@@ -62,7 +63,7 @@ def drive(
     max_pages = max_pages or rng.choice([6, 12, 20])
     components = draw_components(rng, mixture or rng.choice(MIXTURES), page_tokens)
     config = draw_config(rng, components, page_tokens, max_pages, **overrides)
-    scenario = Scenario(components, config, seed, num_ranks)
+    scenario = Strict(components, config, seed, num_ranks)
     scenario.cap_chance = cap_chance
     scenario.wish_chance = wish_chance
     consumers = [Consumer(core) for core in scenario.cores if config.events]

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from jaxcache.config import TenantShare
 from jaxcache.core.admission import Admission
 from jaxcache.core.backbone import Backbone
 from jaxcache.core.backups import Backups
@@ -26,9 +27,12 @@ from jaxcache.core.eviction.lru import Lru
 from jaxcache.core.eviction.queues import Queued
 from jaxcache.core.prefetches import Prefetches
 from jaxcache.core.publishing import Publishing
-from jaxcache.core.radix_tree import RadixTree
+from jaxcache.core.quotas import Quotas
+from jaxcache.core.radix_tree import Node, RadixTree
 from jaxcache.core.residency import FreeResidency, PointResidency, PrefixResidency
+from jaxcache.core.retention import Retentions
 from jaxcache.core.stores import Stores
+from jaxcache.core.tenants import Groups, Tenants
 from jaxcache.runtime.events import EventStream
 from jaxcache.types import PrefetchPolicy, WritePolicy
 from tests.core.driver import drive
@@ -56,6 +60,9 @@ def policy(name: str) -> Mapping[str, Any]:
     return {"eviction_policy": name}
 
 
+FLOORS = {"tenants": {"a": TenantShare(floor=0.3), "b": TenantShare(floor=0.3)}, "device_pages": 40}
+QUOTAS = {"tenants": {"a": TenantShare(quota=0.5), "b": TenantShare(quota=0.5)}, "device_pages": 40}
+KEPT = {"wish_chance": 0.5, "max_retained_share": 0.25}
 THROUGH = {"write_policy": WritePolicy.WRITE_THROUGH}
 ROOMY_HOST = {"mixture": ("full",), "host_pages": 200, **THROUGH}
 MUTATIONS = (
@@ -205,7 +212,14 @@ MUTATIONS = (
     Mutation("events: a split", RadixTree, "split", "self.log is not None", "False", EVENTS),
     Mutation("events: the pages of a prefix", RadixTree, "split", "cut // self.page_bytes))", "1))", EVENTS),
     Mutation("events: a node that is trimmed", RadixTree, "shorten", "self.log is not None", "False", EVENTS),
-    Mutation("events: a node that leaves", RadixTree, "remove", "self.log is not None", "False", {**BY_HAND, **EVENTS}),
+    Mutation(
+        "events: a node that leaves",
+        RadixTree,
+        "remove",
+        "self.log is not None",
+        "False",
+        {**BY_HAND, **EVENTS, "page_tokens": 1},
+    ),
     Mutation("events: a retired namespace", RadixTree, "retire", "self.log is not None", "False", EVENTS),
     Mutation("events: full attention comes", PrefixResidency, "put", "self.log is not None", "False", EVENTS),
     Mutation("events: full attention leaves", PrefixResidency, "take", "self.log is not None", "False", EVENTS),
@@ -216,6 +230,53 @@ MUTATIONS = (
     Mutation("events: a retired namespace goes on", EventStream, "_retired", "space.retired = True", "pass", EVENTS),
     Mutation(
         "events: a restart forgets what is there", ChangeLog, "restart", "if pages is not None", "if False", OVERFLOW
+    ),
+    Mutation(
+        "a floor is promised away",
+        Groups,
+        "_leaving",
+        "max(0, min(num_pages, self.resident[tenant] - self.floors[tenant]))",
+        "num_pages",
+        FLOORS,
+    ),
+    Mutation(
+        "a floor protects only what is below it",
+        Groups,
+        "leaving",
+        "else self._leaving(tenant, num_pages)",
+        "else num_pages",
+        FLOORS,
+    ),
+    Mutation("a quota is ignored at insert", Quotas, "enforce", "if excess > 0", "if False", QUOTAS),
+    Mutation("a quota is ignored at admission", Quotas, "over", "num_pages > groups.quotas[tenant]", "False", QUOTAS),
+    Mutation("what leases own is no tenant's", Quotas, "settle", "new - old", "0", QUOTAS),
+    Mutation("a split is on nobody's account", Node, "__init__", "0 if parent is None else parent.group", "0", FLOORS),
+    Mutation(
+        "an account does not lose what leaves",
+        Groups,
+        "count",
+        "self.resident[tenant] += resident",
+        "self.resident[tenant] += max(0, resident)",
+        FLOORS,
+    ),
+    Mutation(
+        "a retired namespace keeps its floor",
+        Tenants,
+        "retire",
+        "groups.move(account, 0)",
+        "pass",
+        {**FLOORS, "accident_chance": 0.2},
+    ),
+    Mutation("a retention never ends", Retentions, "expire", "self._release(retention)", "pass", KEPT),
+    Mutation("a retention is not limited", Retentions, "_fits", "self.num_pages, costs", "costs, costs", KEPT),
+    Mutation("a retention gives nothing back", Retentions, "_release", "tiers.let_go(retention.holds)", "pass", KEPT),
+    Mutation(
+        "a split forgets a retention",
+        RadixTree,
+        "split",
+        "prefix.retained = node.retained",
+        "pass",
+        {**KEPT, "mixture": ("full",)},
     ),
 )
 

@@ -24,10 +24,11 @@ from hypothesis.stateful import (
 )
 
 from jaxcache.core import invariants
-from jaxcache.testing.scenario import Request, Scenario
+from jaxcache.testing.scenario import Request
 from jaxcache.types import PrefetchPolicy, TransferKind, WritePolicy
 from tests.core.consumer import Consumer
 from tests.core.driver import draw_components, draw_config
+from tests.core.strict import Strict
 
 MIXTURES = (("full",), ("full", "window"), ("full", "window", "state"))
 PAGE_TOKENS = (1, 4, 16)
@@ -59,7 +60,7 @@ class CoreMachine(RuleBasedStateMachine):
         self.mixture = mixture
         self.page_tokens = page_tokens
         self.happened = happened
-        self.scenario: Scenario | None = None
+        self.scenario: Strict | None = None
 
     @initialize(
         seed=st.integers(0, 2**32 - 1),
@@ -72,7 +73,7 @@ class CoreMachine(RuleBasedStateMachine):
         overrides: dict[str, Any] = {"write_policy": write_policy, "prefetch_policy": prefetch_policy}
         overrides |= {"host_pages": host_pages, **self.fixed}
         config = draw_config(Random(seed), components, self.page_tokens, MAX_PAGES, **overrides)
-        self.scenario = Scenario(components, config, seed)
+        self.scenario = Strict(components, config, seed)
         self.scenario.wish_chance = 0.2
         self.consumer = Consumer(self.core) if config.events else None
 

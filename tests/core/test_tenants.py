@@ -202,6 +202,18 @@ def test_whoever_is_over_the_quota_leaves_first():
     assert found(core, prompt(80), other).num_tokens == 80
 
 
+def test_whoever_is_over_the_quota_keeps_the_floor():
+    """E7: what its running request owns makes it too much, but only two of its pages are above the floor."""
+    core = core_of(a=TenantShare(floor=0.3, quota=0.5))  # 12 and 20 pages
+    a, b, other = spaces(core, "a", "b", "c")
+    serve(core, prompt(56), a)  # 14 pages
+    lease = start(core, prompt(40, 1000), a)  # and 10
+    serve(core, prompt(20, 2000), other)  # 5
+    assert isinstance(core.admit(core.sequence(prompt(72, 3000), b), 72), Lease)  # 18, of which 7 have to leave
+    assert (resident(core, "a"), resident(core, "")) == (12, 0)
+    core.release(lease)
+
+
 def test_a_request_over_the_quota_waits_for_others_of_its_tenant():
     """E7, A1: the answer says why; nothing has changed; others are admitted; the end of the first resolves it."""
     core = core_of(b=TenantShare(quota=0.4))  # 16 pages

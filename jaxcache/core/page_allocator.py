@@ -24,9 +24,8 @@ class PageAllocator:
     def allocate_view(self, n: int) -> PageIds:
         """The same as a view, to be copied before anything is freed."""
         high = self.num_free
-        low = high - n
+        self.num_free = low = high - n
         assert low >= 0, f"I1: {n=} pages of {high} free"
-        self.num_free = low
         return self.stack[low:high]
 
     def allocate_one(self) -> int:
@@ -41,11 +40,10 @@ class PageAllocator:
         self.num_free += 1
 
     def free(self, page_ids: PageIds) -> None:
+        """More than there are do not fit into the stack: ValueError."""
         low = self.num_free
-        high = low + len(page_ids)
-        assert high <= self.num_pages, f"I1: freed more than there are: {low=} {high=}"
+        self.num_free = high = low + len(page_ids)
         self.stack[low:high] = page_ids
-        self.num_free = high
 
     def free_ids(self) -> PageIds:
         return self.stack[: self.num_free]

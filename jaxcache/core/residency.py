@@ -105,38 +105,40 @@ class Residency(ABC):
     def pin_up(self, node: Node, top: int = 0) -> int:
         """Pins a node and its ancestors down to position `top`; returns the start of the topmost one."""
         index = self.index
-        parent = node.parent
-        while parent is not None and node.end > top:
-            pins = node.pins[index]
-            node.pins[index] = pins + 1
-            if not pins:
+        if top < 0:
+            top = 0  # where the root ends
+        while node.end > top:
+            pins = node.pins
+            if not pins[index]:
                 pages = node.pages[index]
                 if pages is not None:
                     self.num_pinned += len(pages)
                     if not node.resident_children[index]:
                         self.order.discard(node)
-            node = parent
-            parent = node.parent
+            pins[index] += 1
+            node = node.parent  # pyright: ignore[reportAssignmentType]
         return node.end
 
     def unpin_up(self, node: Node, top: int = 0) -> None:
         """Takes back what `pin_up` did, the deepest node first: it is the first to leave."""
-        index = self.index
-        parent = node.parent
+        index, order = self.index, self.order
         now = next(self.clock)
-        while parent is not None and node.end > top:
-            left = node.pins[index] - 1
-            node.pins[index] = left
+        if top < 0:
+            top = 0  # where the root ends
+        while node.end > top:
+            pins = node.pins
+            pins[index] = left = pins[index] - 1
             if left <= 0:
                 assert not left, f"I2: {node=} {self.component.name} {self.tier.name}"
                 pages = node.pages[index]
-                node.last_used = -1 if node.is_output else now
+                node.last_used = now
+                if node.is_output:
+                    node.last_used = -1
                 if pages is not None:
                     self.num_pinned -= len(pages)
                     if not node.resident_children[index]:
-                        self._candidate(node)
-            node = parent
-            parent = node.parent
+                        order.add_oldest(node) if node.is_output else order.add(node)
+            node = node.parent  # pyright: ignore[reportAssignmentType]
 
     def touch(self, node: Node) -> None:
         """Counts as used now, if it is a candidate."""
@@ -184,16 +186,14 @@ class PrefixResidency(Residency):
         page_ids = node.pages[index]
         parent = node.parent
         assert page_ids is not None and parent is not None
-        assert not node.pins[index], f"I3: {node=} is pinned"
-        assert not node.resident_children[index], f"I6: {node=} has resident children"
+        assert not node.pins[index] and not node.resident_children[index], f"I3, I6: {node=} is pinned or has children"
         node.pages[index] = None
         if self.log is not None:
             self.log.append((TAKEN, node.id, index))
         self.num_resident -= len(page_ids)
         self.order.discard(node)
-        siblings = parent.resident_children[index] - 1
-        parent.resident_children[index] = siblings
-        if not siblings and self.evictable(parent):
+        parent.resident_children[index] = siblings = parent.resident_children[index] - 1
+        if not siblings and parent.pages[index] is not None and not parent.pins[index]:
             self.order.add_back(parent)
         return page_ids
 

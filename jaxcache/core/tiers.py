@@ -155,20 +155,22 @@ class Tiers:
 
     def drop(self, residency: Residency, node: Node) -> None:
         """Frees an entry; the node goes too if nothing holds it any more."""
+        index, full, pages = residency.index, self.full, node.pages
         page_ids = residency.take(node)
         residency.allocator.free(page_ids)
-        self.num_evicted_pages[residency.index] += len(page_ids)
-        self.tree.version += 1
-        if self.full is None:
-            self._remember((node.id, residency.index), residency)
-            self.prune(node)
-        elif self.resident(self.full, node):
-            self._remember((node.id, residency.index), residency)
-        else:
+        self.num_evicted_pages[index] += len(page_ids)
+        id, what = node.id, index
+        if full is not None and pages[full] is None and pages[full + len(self.components)] is None:
             for other in self.partial_residencies:
-                if node.pages[other.index] is not None:
+                if pages[other.index] is not None:
                     other.allocator.free(other.take(node))
-            self._remove(node, residency)
+            id, what = node.parent.id, node.first_page  # pyright: ignore[reportOptionalMemberAccess]
+            self.tree.remove(node)
+        else:
+            self.tree.version += 1
+        self.evictions.append((id, what, residency, self.step, self.reason, self.lease_id))
+        if full is None:
+            self.prune(node)
 
     def drop_subtree(self, node: Node) -> None:
         """Frees everything at and below a node, deepest first; nothing of it may be pinned."""
@@ -186,14 +188,6 @@ class Tiers:
             parent = node.parent
             self.tree.remove(node)
             node = parent
-
-    def _remove(self, node: Node, residency: Residency) -> None:
-        assert node.parent is not None
-        self._remember((node.parent.id, node.first_page), residency)
-        self.tree.remove(node)
-
-    def _remember(self, key: tuple, residency: Residency) -> None:
-        self.evictions.append((*key, residency, self.step, self.reason, self.lease_id))
 
     def eviction(self, key: tuple) -> Eviction | None:
         """What is remembered about an entry (node id, residency index) or a node (parent's id, first page)."""

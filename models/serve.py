@@ -125,11 +125,11 @@ class Server:
         self._admit()
         self.pools = self.cache.apply(self.pools)
         decoding = [request for request in self.running if not request.is_prefilling]
-        self._extend(decoding, self.shape.decode_rows, 1)
+        self._extend(self._grow_by_token(decoding), self.shape.decode_rows, 1)
         finished = self._finish()
         self.pools = self.cache.apply(self.cache.step(self.pools))
         prefilling = [request for request in self.running if request.is_prefilling]
-        self._extend(prefilling, self.shape.prefill_rows, self.shape.chunk_tokens)
+        self._extend(self._grow_by_chunk(prefilling), self.shape.prefill_rows, self.shape.chunk_tokens)
         return finished + self._finish()
 
     # ---- admission
@@ -159,7 +159,7 @@ class Server:
         if isinstance(lease, jaxcache.Wait):
             if lease.reason == "prefetch":
                 request.service_start_s = start_s
-            if not self.running and lease.reason == "no room" and self.cache.idle:
+            if not self.running and lease.reason in ("no room", "floors") and self.cache.idle:
                 raise self._does_not_fit(request)
             return False
         request.lease, request.ticket = lease, None
@@ -172,15 +172,13 @@ class Server:
 
     def _does_not_fit(self, request: Request) -> MemoryError:
         pages = f"{self.cache.device_pages} pages of {self.cache.config.page_tokens} tokens"
-        return MemoryError(f"a request of {request.num_tokens} tokens does not fit the device tier: {pages}")
+        floors = ", less the floors of other tenants" if self.cache.config.tenants else ""
+        return MemoryError(f"a request of {request.num_tokens} tokens does not fit the device tier: {pages}{floors}")
 
     # ---- model steps
 
-    def _extend(self, batch: list[Request], num_rows: int, num_columns: int) -> None:
-        """One model step for these requests: room, run, sample, publish."""
-        step = self.cache.step_number
-        loaded = [request for request in batch if request.lease is not None and request.lease.first_step <= step]
-        spans = self._grow_by_token(loaded) if num_columns == 1 else self._grow_by_chunk(loaded, num_columns)
+    def _extend(self, spans: list[tuple[Request, int]], num_rows: int, num_columns: int) -> None:
+        """One model step for these requests, each up to its end: run, sample, publish."""
         if not spans:
             return
         self.pools = self.cache.apply(self.pools)
@@ -195,8 +193,14 @@ class Server:
             if is_prompt_computed or end == request.lease.next_stop:  # or a state is to be kept here
                 self.cache.insert(request.lease, end)
 
+    def _loaded(self, batch: list[Request]) -> list[Request]:
+        """Those whose pages are on the device."""
+        step = self.cache.step_number
+        return [request for request in batch if request.lease is not None and request.lease.first_step <= step]
+
     def _grow_by_token(self, batch: list[Request]) -> list[tuple[Request, int]]:
         """Room for one more token of each; while there is none for all, the youngest request is retracted."""
+        batch = self._loaded(batch)
         while batch:
             leases = [request.lease for request in batch if request.lease is not None]
             if self.cache.grow_all(leases, [request.num_computed for request in batch]) == len(batch):
@@ -205,19 +209,19 @@ class Server:
             batch = [request for request in batch if request.lease is not None]
         return [(request, request.num_tokens) for request in batch]
 
-    def _grow_by_chunk(self, batch: list[Request], num_columns: int) -> list[tuple[Request, int]]:
+    def _grow_by_chunk(self, batch: list[Request]) -> list[tuple[Request, int]]:
         """Room for the next chunk of each that can have it, and where it ends."""
         spans = []
-        for request in batch:
+        for request in self._loaded(batch):
             if request.lease is not None:  # making room for another may have retracted it
-                end = self._chunk_end(request, num_columns)
+                end = self._chunk_end(request)
                 if self._make_room(request, end):
                     spans.append((request, end))
         return [(request, end) for request, end in spans if request.lease is not None]
 
-    def _chunk_end(self, request: Request, num_columns: int) -> int:
+    def _chunk_end(self, request: Request) -> int:
         assert request.lease is not None
-        end = min(request.num_computed + num_columns, request.num_tokens)
+        end = min(request.num_computed + self.shape.chunk_tokens, request.num_tokens)
         stop = request.lease.next_stop
         return end if stop is None else min(end, stop)
 

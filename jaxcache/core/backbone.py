@@ -45,7 +45,7 @@ class Backbone:
     def admit(self, sequence: Sequence, num_new_tokens: int) -> Lease | None:
         """Pins up to the root, makes room, and builds the table: pages of the path, then own ones."""
         core, tiers, device = self.core, self.tiers, self.device
-        if type(sequence) is not Sequence or num_new_tokens < 1:
+        if type(sequence) is not Sequence or type(num_new_tokens) is not int or num_new_tokens < 1:
             return None
         if sequence.namespace.owner is not core or sequence.namespace.retired:
             return None
@@ -160,7 +160,7 @@ class Backbone:
     def insert(self, lease: Lease, num_computed: int) -> bool:
         """Publishes the lease's own whole pages if they make exactly one new node."""
         tiers = self.tiers
-        if type(lease) is not Lease or lease._released or lease._tiers is not tiers:
+        if type(lease) is not Lease or lease._released or lease._tiers is not tiers or type(num_computed) is not int:
             return False
         sequence = lease.sequence
         if not lease.num_computed <= num_computed <= lease.num_tokens or num_computed > sequence.num_tokens:

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from jaxcache.core.lease import Lease
 from jaxcache.core.page_hash import Namespace
 from jaxcache.core.sequence import Sequence
 
 if TYPE_CHECKING:
     from jaxcache.core.prefix_cache import PrefixCache
+
+
+def count(name: str, value: Any, at_least: int | None = None) -> int:
+    """A number of tokens: an int, or an integer of numpy."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} must be an int, not {value!r}")
+    if at_least is not None and value < at_least:
+        raise ValueError(f"{name}={value} must be at least {at_least}")
+    return int(value)
 
 
 def check_namespace(core: PrefixCache, namespace: Any) -> None:

@@ -28,9 +28,9 @@ class Growth:
     def grow(self, lease: Lease, num_computed: int, num_new_tokens: int) -> bool:
         """False: nothing has changed."""
         core, tiers = self.core, self.tiers
+        num_computed = bad_input.count("num_computed", num_computed)
+        num_new_tokens = bad_input.count("num_new_tokens", num_new_tokens, 1)
         bad_input.check_lease(core, lease, num_computed)
-        if num_new_tokens < 1:
-            raise ValueError(f"{num_new_tokens=} must be at least 1")
         end = num_computed + num_new_tokens
         if core.backbone is not None:
             return core.backbone.grow(lease, num_computed, end)
@@ -65,6 +65,9 @@ class Growth:
     def grow_all(self, leases: Sequence[Lease], num_computed: Sequence[int], num_new_tokens: int) -> int:
         """How many of the leases, from the first on, have room now."""
         tiers = self.tiers
+        num_new_tokens = bad_input.count("num_new_tokens", num_new_tokens, 1)
+        if len(leases) != len(num_computed):
+            raise ValueError(f"{len(leases)} leases, but {len(num_computed)} numbers of computed tokens")
         rest = []
         for i, (lease, computed) in enumerate(zip(leases, num_computed, strict=True)):
             end = computed + num_new_tokens
@@ -72,7 +75,7 @@ class Growth:
                 type(lease) is Lease
                 and end <= lease._quiet_end
                 and lease.num_computed <= computed <= lease.num_tokens
-                and end > computed
+                and type(end) is int
                 and lease._tiers is tiers
             ):
                 lease.num_computed = computed
@@ -80,8 +83,9 @@ class Growth:
                     lease.num_tokens = end
             else:
                 rest.append(i)
+        for i in rest:
+            bad_input.check_lease(self.core, leases[i], bad_input.count("num_computed", num_computed[i]))
         if rest and self.core.backbone is not None:
-            bad_input.check_lease(self.core, leases[rest[0]], num_computed[rest[0]])
             self.core.backbone.make_room_for(leases[rest[0]], len(rest))  # a page each, nearly always
         for i in rest:
             if not self.grow(leases[i], num_computed[i], num_new_tokens):

@@ -86,7 +86,7 @@ class PrefixCache:
             return known
         root = self.tiers.tree.root(namespace)
         if self.tiers.tenants is not None:
-            root.group = self.tiers.tenants.open(namespace)
+            root.group = self.tiers.tenants.open(namespace, root)
         return namespace
 
     def retire_namespace(self, namespace: Namespace) -> None:
@@ -129,17 +129,17 @@ class PrefixCache:
         0             device_tokens       num_cached_tokens    + num_new_tokens
 
         Wait(reason): not now, and nothing has changed (but a running best_effort ticket may have been decided). While
-        nothing else runs a shorter hit that fits is taken, so only a chunk larger than the device waits for ever.
+        nothing else runs a shorter hit that fits is taken, so only a chunk larger than the device waits for ever; or,
+        with the reason "floors", one larger than what the floors of other tenants leave of it.
         """
         if self.backbone is not None and ticket is None and max_cached_tokens is None:
             lease = self.backbone.admit(sequence, num_new_tokens)
             if lease is not None:
                 return lease
         bad_input.check_sequence(self, sequence)
-        if num_new_tokens < 1:
-            raise ValueError(f"{num_new_tokens=} must be at least 1")
-        if max_cached_tokens is not None and max_cached_tokens < 0:
-            raise ValueError(f"{max_cached_tokens=} must not be negative")
+        num_new_tokens = bad_input.count("num_new_tokens", num_new_tokens, 1)
+        if max_cached_tokens is not None:
+            max_cached_tokens = bad_input.count("max_cached_tokens", max_cached_tokens, 0)
         if ticket is not None and ticket.sequence is not sequence:
             raise ValueError(f"{ticket!r} was made for another sequence")
         running = ticket is not None and not ticket.done and not ticket.cancelled
@@ -151,7 +151,8 @@ class PrefixCache:
         if need is None and not self._runs():
             prefix, need = self.admission.longest_that_fits(sequence, max_cached_tokens, num_new_tokens)
         if need is None:
-            return self._wait("no room")
+            floors = self.quotas is not None and not self.is_busy() and self.quotas.floors_block(num_new_tokens)
+            return self._wait("floors" if floors else "no room")
         if self.quotas is not None and self.quotas.over(sequence, prefix, num_new_tokens):
             self.counters["quota_waits"] += 1
             return self._wait("over quota")
@@ -215,16 +216,18 @@ class PrefixCache:
 
     def grow(self, lease: Lease, num_computed: int, num_new_tokens: int) -> bool:
         """Room for the next `num_new_tokens` after `num_computed`; False: nothing has changed, retract somebody."""
+        end = num_computed + num_new_tokens
         if (
             type(lease) is Lease
-            and num_computed + num_new_tokens <= lease._quiet_end
+            and end <= lease._quiet_end
             and lease.num_computed <= num_computed <= lease.num_tokens
-            and num_new_tokens > 0
+            and num_computed < end
+            and type(end) is int
             and lease._tiers is self.tiers
         ):  # one of the many tokens that need no new page: this is called for every request in every step
             lease.num_computed = num_computed
-            if num_computed + num_new_tokens > lease.num_tokens:
-                lease.num_tokens = num_computed + num_new_tokens
+            if end > lease.num_tokens:
+                lease.num_tokens = end
             return True
         return self.growth.grow(lease, num_computed, num_new_tokens)
 
@@ -238,18 +241,19 @@ class PrefixCache:
         priority: at least this, for all that the lease has published; only eviction_policy="priority" looks at it
         retain_steps: what resuming at the published end needs stays on the device until so many steps have begun
         """
-        wishes = priority != 0 or retain_steps != 0
+        wishes = type(priority) is not int or type(retain_steps) is not int or priority != 0 or retain_steps != 0
         if self.backbone is not None and not wishes and self.backbone.insert(lease, num_computed):
             return
+        num_computed = bad_input.count("num_computed", num_computed)
         bad_input.check_lease(self, lease, num_computed)
         sequence = lease.sequence
         if num_computed > sequence.num_tokens:
             raise ValueError(
                 f"{num_computed=} but the sequence has {sequence.num_tokens} tokens: call sequence.extend first"
             )
-        self.publishing.report(lease, num_computed)
         if wishes:
             bad_input.check_wishes(self, priority, retain_steps)
+        self.publishing.report(lease, num_computed)
         if not self.config.caching or sequence.namespace.retired:
             if self.quotas is not None:
                 self.quotas.settle(lease)

@@ -85,6 +85,12 @@ class Quotas:
                 return True
         return False
 
+    def floors_block(self, num_new_tokens: int) -> bool:
+        """Whether a chunk that finds no room would have it but for the floors of other tenants."""
+        tiers = self.tiers
+        wanted = -(-num_new_tokens // tiers.page_tokens)
+        return all(wanted <= device.allocator.num_pages for c, device in enumerate(tiers.device) if c != tiers.point)
+
     def _wanted(self, c: int, prefix: Prefix, num_new_tokens: int) -> int:
         """Pages of component c that admitting at this prefix pins anew, loads back or allocates."""
         tiers = self.tiers

@@ -119,8 +119,8 @@ class Residency(ABC):
             node = node.parent  # pyright: ignore[reportAssignmentType]
         return node.end
 
-    def unpin_up(self, node: Node, top: int = 0) -> None:
-        """Takes back what `pin_up` did, the deepest node first: it is the first to leave."""
+    def unpin_up(self, node: Node, top: int = 0, is_use: bool = True) -> None:
+        """Takes back what `pin_up` did, the deepest node first: it is the first to leave. is_use: it counts as one."""
         index, order = self.index, self.order
         now = next(self.clock)
         if top < 0:
@@ -131,13 +131,17 @@ class Residency(ABC):
             if left <= 0:
                 assert not left, f"I2: {node=} {self.component.name} {self.tier.name}"
                 pages = node.pages[index]
-                node.last_used = now
-                if node.is_output:
-                    node.last_used = -1
+                if is_use:
+                    node.last_used = -1 if node.is_output else now
                 if pages is not None:
                     self.num_pinned -= len(pages)
                     if not node.resident_children[index]:
-                        order.add_oldest(node) if node.is_output else order.add(node)
+                        if not is_use:
+                            order.add_back(node)
+                        elif node.is_output:
+                            order.add_oldest(node)
+                        else:
+                            order.add(node)
             node = node.parent  # pyright: ignore[reportAssignmentType]
 
     def touch(self, node: Node) -> None:

@@ -21,23 +21,30 @@ from jaxcache.core.tiers import Hold, Tiers
 
 @dataclass(slots=True)
 class Retention:
-    """Of the end `node`, until the step `until` begins. num_pages: windows and states that it counts, by component."""
+    """Of the end `node`, which its leases asked for until some step. num_pages: windows and states, by component."""
 
     node: Node
     namespace: Namespace
-    lease_id: int
-    until: int
+    untils: dict[int, int]  # by lease id
     holds: list[Hold]
     num_pages: list[int]
 
+    @property
+    def until(self) -> int:
+        return max(self.untils.values())
+
 
 class Retentions:
-    """live: by the id of the end node. num_pages: retained device pages, by component, each at most its limit."""
+    """live: by the id of the end node. of_lease: each lease has one, of the deepest end that it asked for.
+
+    num_pages: retained device pages, by component, each at most its limit
+    """
 
     def __init__(self, tiers: Tiers, counters: Counters):
         self.tiers = tiers
         self.counters = counters
         self.live: dict[int, Retention] = {}
+        self.of_lease: dict[int, Retention] = {}
         self.num_pages = [0] * len(tiers.components)
         share = tiers.config.max_retained_share
         self.limits = [int(share * device.allocator.num_pages) for device in tiers.device]
@@ -46,7 +53,7 @@ class Retentions:
     # ---- beginning
 
     def retain(self, lease: Lease, num_steps: int) -> None:
-        """Keeps the deepest end of what a lease has published. Its earlier retention, of a shallower end, is over.
+        """Keeps the deepest end of what a lease has published, instead of the one that it asked for before.
 
         What does not fit the share is not kept, and is counted. Where nothing could be resumed from the device yet,
         there is nothing to keep.
@@ -55,23 +62,28 @@ class Retentions:
         if node is None:
             return
         until = self.tiers.step + num_steps
-        earlier = self._earlier(lease)
-        known = self.live.get(node.id)
-        if known is not None:
-            known.until, known.lease_id = max(known.until, until), lease.id
-            self._remind(known)
-            if earlier is not None and earlier is not known:
+        earlier = self.of_lease.get(lease.id)
+        if earlier is not None:
+            until = max(until, earlier.untils[lease.id])
+        retention = self.live.get(node.id)
+        if retention is None:
+            costs = self._costs(node)
+            if not self._fits(node, costs, earlier):
+                self.counters["retentions_refused"] += 1
+                return
+            if self.tiers.full is not None:
+                costs[self.tiers.full] = 0  # counted by node
+            retention = Retention(node, lease.sequence.namespace, {}, [], costs)
+            self._keep(retention)
+        retention.untils[lease.id] = until
+        self._remind(retention)
+        self.of_lease[lease.id] = retention
+        if earlier is not None and earlier is not retention:
+            del earlier.untils[lease.id]
+            if earlier.untils:
+                self._remind(earlier)
+            else:
                 self._release(earlier)
-            return
-        if earlier is not None:
-            self._release(earlier)
-        if self._fits(costs := self._costs(node)):
-            until = until if earlier is None else max(until, earlier.until)
-            self._keep(Retention(node, lease.sequence.namespace, lease.id, until, [], costs))
-            return
-        self.counters["retentions_refused"] += 1
-        if earlier is not None:
-            self._keep(earlier)
 
     def _resumable(self, node: Node) -> Node | None:
         """The deepest node, from this one up, at whose end a request could resume from the device alone."""
@@ -91,15 +103,6 @@ class Retentions:
                 return False
             node = node.parent
         return True
-
-    def _earlier(self, lease: Lease) -> Retention | None:
-        node = lease._node
-        while node.parent is not None:
-            retention = self.live.get(node.id)
-            if retention is not None and retention.lease_id == lease.id:
-                return retention
-            node = node.parent
-        return None
 
     def _top(self, c: int, node: Node) -> int:
         """Start of the topmost node that component c needs: pins end where nodes do."""
@@ -123,29 +126,40 @@ class Retentions:
             costs[tiers.full] = (end - node.end) // page
         return costs
 
-    def _fits(self, costs: list[int]) -> bool:
-        return all(map(int.__le__, map(int.__add__, self.num_pages, costs), self.limits))
+    def _fits(self, node: Node, costs: list[int], earlier: Retention | None) -> bool:
+        """Whether so many pages more may be retained, when the earlier retention of the same lease is over."""
+        tiers = self.tiers
+        if earlier is not None and len(earlier.untils) == 1:
+            costs = [cost - old for cost, old in zip(costs, earlier.num_pages, strict=True)]
+        for c, device in enumerate(tiers.device):
+            if self.num_pages[c] + costs[c] > self.limits[c]:
+                return False
+            if tiers.tenants is not None and not tiers.tenants.groups[device.index].may_retain(node.group, costs[c]):
+                return False
+        return True
 
     def _keep(self, retention: Retention) -> None:
-        tiers = self.tiers
-        node = retention.node
+        tiers, node = self.tiers, retention.node
         self.counters["retentions"] += 1
+        self._count(retention, 1)
         for c, device in enumerate(tiers.device):
             retention.holds += tiers.hold(device, node, 0 if c == tiers.full else self._top(c, node))
-            if c != tiers.full:
-                self.num_pages[c] += retention.num_pages[c]
-        self._count_full(node, 1)
         self.live[node.id] = retention
-        self._remind(retention)
 
-    def _count_full(self, node: Node, change: int) -> None:
-        """One retention more, or less, needs the full attention of a path."""
-        full = self.tiers.full
-        while full is not None and node.parent is not None:
-            if node.retained == (change < 0):  # none before, or none after
-                self.num_pages[full] += change * (len(node.edge) // self.tiers.tree.page_bytes)
-            node.retained += change
-            node = node.parent
+    def _count(self, retention: Retention, change: int) -> None:
+        """One retention more, or less: of windows and states all pages, of full attention those that only it needs."""
+        tiers, node = self.tiers, retention.node
+        changes = [change * num_pages for num_pages in retention.num_pages]
+        if tiers.full is not None:
+            while node.parent is not None:
+                if node.retained == (change < 0):  # none before, or none after
+                    changes[tiers.full] += change * (len(node.edge) // tiers.tree.page_bytes)
+                node.retained += change
+                node = node.parent
+        for c, device in enumerate(tiers.device):
+            self.num_pages[c] += changes[c]
+            if tiers.tenants is not None:
+                tiers.tenants.groups[device.index].retain(retention.node.group, changes[c])
 
     def _remind(self, retention: Retention) -> None:
         heappush(self._ends, (retention.until, retention.node.id))
@@ -164,14 +178,12 @@ class Retentions:
                 self._release(retention)
 
     def _release(self, retention: Retention) -> None:
-        tiers = self.tiers
+        """Its pages take their places by their own last use: that they were kept is none."""
         del self.live[retention.node.id]
-        for c, num_pages in enumerate(retention.num_pages):
-            if c != tiers.full:
-                self.num_pages[c] -= num_pages
-        self._count_full(retention.node, -1)
-        tiers.let_go(retention.holds)
-        retention.holds = []
+        for lease_id in retention.untils:
+            del self.of_lease[lease_id]
+        self._count(retention, -1)
+        self.tiers.let_go(retention.holds, is_use=False)
 
     def release_all(self, namespace: Namespace | None = None) -> None:
         """All of them, or those of one namespace: what is retired or lost needs none."""

@@ -69,9 +69,9 @@ class TenantResidency(Residency):
         self.groups.count(node.group, 0, self.num_pinned - before)
         return end
 
-    def unpin_up(self, node: Node, top: int = 0) -> None:
+    def unpin_up(self, node: Node, top: int = 0, is_use: bool = True) -> None:
         before = self.num_pinned
-        super().unpin_up(node, top)
+        super().unpin_up(node, top, is_use)
         self.groups.count(node.group, 0, self.num_pinned - before)
 
 

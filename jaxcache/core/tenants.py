@@ -30,20 +30,26 @@ class Tenants:
         self.numbers = {name: number for number, name in enumerate(self.names)}
         self.tenant_of = [0]
         self.retired = [False]
+        self.roots: list[Node | None] = [None]
         self.groups: list[Groups] = []
 
-    def open(self, namespace: Namespace) -> int:
+    def open(self, namespace: Namespace, root: Node) -> int:
         """The account of a new namespace. One that was retired, and has lost its last page, is used again."""
         tenant = self.numbers.get(namespace.fields.get("tenant", ""), 0)
         if not tenant:
             return 0
         for account, retired in enumerate(self.retired):
             if retired and not any(groups.num_resident[account] + groups.num_owned[account] for groups in self.groups):
+                before = self.roots[account]
+                assert before is not None
+                before.group = 0  # a request of the retired namespace may still come
                 break
         else:
             account = len(self.tenant_of)
             self.tenant_of.append(0)
             self.retired.append(False)
+            self.roots.append(None)
+        self.roots[account] = root
         self.tenant_of[account], self.retired[account] = tenant, False
         for groups in self.groups:
             groups.open(account, tenant)
@@ -62,7 +68,7 @@ class Groups(EvictionOrder):
     """The candidates of one (component, tier): one order of the configured policy for each account, and the sums.
 
     num_resident, num_pinned, num_owned: pages by account: of the tree, pinned ones of these, and what leases own
-    resident, pinned, owned: the same by tenant; floors, quotas: of a tenant, in pages
+    resident, pinned, owned: the same by tenant; retained: pages that retentions keep; floors, quotas: in pages
     served:   the tenant on whose behalf room is made; wanted: pages that it is about to allocate
     own_only: nobody else has to give any
     """
@@ -76,6 +82,7 @@ class Groups(EvictionOrder):
         self.resident = [0] * len(tenants.shares)
         self.pinned = self.resident.copy()
         self.owned = self.resident.copy()
+        self.retained = self.resident.copy()
         self.orders: list[EvictionOrder] = []
         self.num_resident: list[int] = []
         self.num_pinned: list[int] = []
@@ -122,6 +129,19 @@ class Groups(EvictionOrder):
         """Pages above the quota (negative: below), as it will be when the room that is being made is taken."""
         coming = self.wanted if tenant == self.served else 0
         return self.resident[tenant] + self.owned[tenant] + coming - self.quotas[tenant]
+
+    def retain(self, account: int, num_pages: int) -> None:
+        """So many pages more are retained."""
+        self.retained[self.tenants.tenant_of[account]] += num_pages
+
+    def may_retain(self, account: int, num_pages: int) -> bool:
+        """Whether it leaves a tenant within its quota, and every other one room for its floor."""
+        tenant = self.tenants.tenant_of[account]
+        if self.retained[tenant] + num_pages > self.quotas[tenant]:
+            return False
+        total = sum(self.retained) + num_pages
+        beside = (total - kept + floor for kept, floor in zip(self.retained, self.floors, strict=True))
+        return all(t == tenant or num <= self.place.num_pages for t, num in enumerate(beside))
 
     # ---- who leaves
 

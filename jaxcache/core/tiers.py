@@ -145,9 +145,9 @@ class Tiers:
             held.residency.pin_up(held.node, held.top)
         return holds
 
-    def let_go(self, holds: list[Hold]) -> None:
+    def let_go(self, holds: list[Hold], is_use: bool = True) -> None:
         for held in holds:
-            held.residency.unpin_up(held.node, held.top)
+            held.residency.unpin_up(held.node, held.top, is_use)
 
     def put(self, residency: Residency, node: Node, page_ids) -> None:
         residency.put(node, page_ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 
@@ -100,6 +101,26 @@ def test_mistakes_are_named(num_new_tokens):
         server.core.grow_all([lease, released], [8, 8])
     with pytest.raises(ValueError, match="must be in"):
         server.core.grow_all([lease], [3000])
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="1 leases, but 0 numbers"):
         server.core.grow_all([lease], [])
     assert server.core.grow_all([], []) == 0
+
+
+@pytest.mark.parametrize("bad", ["released", "float"])
+def test_a_mistake_changes_nothing(bad):
+    """Not even what would have been evicted for the leases before it."""
+    server = Server(device_pages=8)
+    server.prefill(prompt(16, 9000))
+    leases = [server.admit(prompt(4, 1000 * i)) for i in range(3)]
+    for lease in leases:
+        server.compute(lease, 4)
+    computed: list[Any] = [4, 4, 4]
+    if bad == "released":
+        server.release(leases[2])
+    else:
+        computed[2] = 4.0
+    num_evicted, tables = server.core.tiers.num_evicted_pages.copy(), [lease._tables[0] for lease in leases]
+    with pytest.raises((ValueError, TypeError)):
+        server.core.grow_all(leases, computed)
+    assert server.core.tiers.num_evicted_pages == num_evicted
+    assert all(lease._tables[0] is table for lease, table in zip(leases, tables, strict=True))

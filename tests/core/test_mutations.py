@@ -268,8 +268,15 @@ MUTATIONS = (
         {**FLOORS, "accident_chance": 0.2},
     ),
     Mutation("a retention never ends", Retentions, "expire", "self._release(retention)", "pass", KEPT),
-    Mutation("a retention is not limited", Retentions, "_fits", "self.num_pages, costs", "costs, costs", KEPT),
-    Mutation("a retention gives nothing back", Retentions, "_release", "tiers.let_go(retention.holds)", "pass", KEPT),
+    Mutation("a retention is not limited", Retentions, "_fits", "> self.limits[c]", "> 10**6", KEPT),
+    Mutation(
+        "a retention gives nothing back",
+        Retentions,
+        "_release",
+        "self.tiers.let_go(retention.holds, is_use=False)",
+        "pass",
+        KEPT,
+    ),
     Mutation(
         "a split forgets a retention",
         RadixTree,

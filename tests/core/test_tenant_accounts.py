@@ -11,7 +11,8 @@ import pytest
 
 from jaxcache.config import TenantShare
 from jaxcache.core import invariants
-from tests.core.helpers import FULL, NEXT, make_core, prompt, state, window
+from jaxcache.core.lease import Lease
+from tests.core.helpers import FULL, NEXT, PAGE, make_core, prompt, state, window
 from tests.core.serving import flood, found, serve, start
 from tests.core.test_tenants import core_of, resident, spaces
 
@@ -165,3 +166,22 @@ def test_floors_must_fit():
     make_core(tenants={name: TenantShare(floor=floor) for name, floor in (("a", 0.6), ("b", 0.3), ("c", 0.1))})
     with pytest.raises(ValueError, match="add up"):
         make_core(tenants={"a": TenantShare(floor=0.6), "b": TenantShare(floor=0.5)})
+
+
+def test_a_request_of_a_retired_namespace_is_nobody_elses():
+    """E7: an account that is used again belongs to the new namespace only."""
+    core = make_core(device_pages=40, tenants={"a": TenantShare(floor=0.2), "b": TenantShare(floor=0.2)})
+    old = core.new_namespace(model="1", tenant="a")
+    late = core.sequence(prompt(20 * PAGE, 5000), old)
+    core.retire_namespace(old)
+    new = core.new_namespace(model="2", tenant="b")
+    kept = prompt(8 * PAGE)
+    serve(core, kept, new)
+    lease = core.admit(late, 20 * PAGE)
+    assert isinstance(lease, Lease)
+    assert core.tiers.tenants is not None
+    assert core.tiers.tenants.groups[0].owned == [20, 0, 0]  # nobody's
+    other = core.new_namespace(model="3")
+    serve(core, prompt(12 * PAGE, 9000), other)
+    assert found(core, kept, new).num_tokens == 8 * PAGE
+    invariants.check(core)

@@ -225,6 +225,16 @@ def test_request_larger_than_the_device_raises(one, num_pages):
             list(steps)
 
 
+def test_chunks_of_one_token(one):
+    """A prefill is one because of its request, not because of its chunks."""
+    shape = replace(SHAPE, chunk_tokens=1)
+    with one.cache() as cache:
+        server = Server(cache, one.extend, one.params, cache.new_namespace(model="tiny"), shape)
+        by_token = serve(server, [Request(random_tokens(5, 9), 4)])
+    with one.cache() as cache:
+        assert serve(one.server(cache), [Request(random_tokens(5, 9), 4)]) == by_token
+
+
 # ---- recurrent states
 
 

@@ -97,7 +97,7 @@ class CacheConfig:
             raise ValueError(f"{self.prefetch_host_share=} must be in (0, 1]")
         if self.storage_deadline_s <= 0:
             raise ValueError(f"{self.storage_deadline_s=} must be positive seconds")
-        if not 0 <= self.max_retained_share < 1:
+        if not 0 <= self.max_retained_share < 1 - ROUNDING:
             raise ValueError(f"{self.max_retained_share=} must be in [0, 1): retentions must never fill the cache")
         self._check_tenants()
 
@@ -119,7 +119,13 @@ class CacheConfig:
         return count
 
 
-ROUNDING = 1e-9  # shares such as 0.6 + 0.3 + 0.1 may add up to a little more than 1
+ROUNDING = 1e-9  # 0.6 + 0.3 + 0.1 may be a little more than 1, and 0.29 * 100 a little less than 29
+
+
+def pages_of_share(share: float, num_pages: int) -> int:
+    """Whole pages that a share of `num_pages` is."""
+    return int(share * num_pages + ROUNDING)
+
 
 _POSITIVE = (
     "page_tokens",

@@ -7,10 +7,12 @@ moved: the real core decides everything, and the table says what it found on eac
 from __future__ import annotations
 
 import argparse
+import gzip
 import importlib.util
 import json
 import os
 import sys
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,6 +128,9 @@ def make_settings(args: argparse.Namespace) -> list[Any]:
         unknown = [name for name in names if name not in known]
         if unknown:
             raise ValueError(f"{what}: {unknown[0]!r} is none of {', '.join(sorted(known))}")
+    twice = [name for name in components if components.count(name) > 1]
+    if twice:
+        raise ValueError(f"--components: {twice[0]!r} is named twice")
     if args.storage_tokens and not args.host_tokens:
         raise ValueError("--storage-tokens needs --host-tokens: pages reach storage through host memory")
     if args.device_tokens < args.page_tokens:
@@ -136,14 +141,8 @@ def make_settings(args: argparse.Namespace) -> list[Any]:
 
 
 def read_all(args: argparse.Namespace) -> list[Any]:
-    from jaxcache.testing.traces import read_trace
-
     skipped: list[str] = []
-    requests = [
-        request
-        for path in args.trace
-        for request in read_trace(path, args.requests, skipped=None if args.strict else skipped)
-    ]
+    requests = [request for path in args.trace for request in read(path, args, None if args.strict else skipped)]
     for message in skipped[:SHOWN_SKIPPED]:
         print(f"replay: skipped {message}", file=sys.stderr)
     if len(skipped) > SHOWN_SKIPPED:
@@ -151,6 +150,16 @@ def read_all(args: argparse.Namespace) -> list[Any]:
     if not requests:
         raise ValueError(f"no request in {', '.join(map(str, args.trace))}")
     return requests
+
+
+def read(path: Path, args: argparse.Namespace, skipped: list[str] | None) -> list[Any]:
+    """One trace. What is no text, or no gzip to its end, is a ValueError that names the file."""
+    from jaxcache.testing.traces import read_trace
+
+    try:
+        return read_trace(path, args.requests, skipped=skipped)
+    except (UnicodeDecodeError, OverflowError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from error
 
 
 def measure(

@@ -9,12 +9,12 @@ from __future__ import annotations
 import argparse
 import gzip
 import importlib.util
-import json
-import os
 import sys
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from jaxcache.cli._output import STDOUT, prepare_file, prepare_json, write_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -85,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
         return 1
     try:
         settings = make_settings(args)
+        prepare_json(args.json)
         if args.plot:
             prepare_plot(args.plot)
         requests = read_all(args)
@@ -92,14 +93,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"replay: {error}", file=sys.stderr)
         return 1
     reports, curves, occupancy = measure(args, settings, requests)
-    text = json.dumps(reports[0] if len(reports) == 1 else reports, indent=2) + "\n"
-    if args.json == "-":
-        sys.stdout.write(text)
-    else:
+    if args.json != STDOUT:
         show(reports, num_tiers=1 + bool(args.host_tokens) + bool(args.storage_tokens))
-        if args.json:
-            Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-            Path(args.json).write_text(text)
+    write_json(args.json, reports[0] if len(reports) == 1 else reports)
     if curves is not None:  # last: whatever happens here, the figures are out
         from jaxcache.cli._replay_plot import draw
 
@@ -108,13 +104,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def prepare_plot(path: Path) -> None:
-    """Makes the folder. ValueError or OSError if nothing could be written there, before the long work begins."""
+    """Makes the folder. ValueError if the picture could not be written, before the long work begins."""
     from jaxcache.cli._replay_plot import check_format
 
     check_format(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ValueError(f"--plot: {path} cannot be written")
+    prepare_file("--plot", path)
 
 
 def make_settings(args: argparse.Namespace) -> list[Any]:

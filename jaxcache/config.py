@@ -2,10 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
 
 from jaxcache.types import PrefetchPolicy, WritePolicy
+
+V = TypeVar("V")
+
+
+class FrozenMapping(Mapping[str, V]):
+    """A copy of a mapping that nobody changes: it has a hash, and equals any mapping with the same entries."""
+
+    __slots__ = ("_entries",)
+
+    def __init__(self, entries: Mapping[str, V]):
+        self._entries = dict(entries)
+
+    def __getitem__(self, key: str) -> V:
+        return self._entries[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._entries.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._entries)
 
 
 @dataclass(frozen=True)
@@ -26,7 +53,7 @@ class TenantShare:
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """How big the tiers are and how the cache behaves.
+    """How big the tiers are and how the cache behaves. Mappings are copied, so that a config is a value with a hash.
 
     page_tokens:            tokens per page
     device_pages:           pages of every component on the device, or {component name: pages}
@@ -62,7 +89,7 @@ class CacheConfig:
     write_policy: WritePolicy = WritePolicy.WRITE_THROUGH
     selective_hits: int = 2
     eviction_policy: str = "lru"
-    tenants: Mapping[str, TenantShare] = field(default_factory=dict)
+    tenants: Mapping[str, TenantShare] = FrozenMapping({})
     max_retain_steps: int = 100_000
     max_retained_share: float = 0.25
     evict_output_first: bool = True
@@ -97,9 +124,16 @@ class CacheConfig:
             raise ValueError(f"{self.prefetch_host_share=} must be in (0, 1]")
         if self.storage_deadline_s <= 0:
             raise ValueError(f"{self.storage_deadline_s=} must be positive seconds")
-        if not 0 <= self.max_retained_share < 1:
+        if not 0 <= self.max_retained_share < 1 - ROUNDING:
             raise ValueError(f"{self.max_retained_share=} must be in [0, 1): retentions must never fill the cache")
         self._check_tenants()
+        for name in ("device_pages", "host_pages", "tenants"):
+            self._freeze(name)
+
+    def _freeze(self, name: str) -> None:
+        value = self.__dict__[name]
+        if isinstance(value, Mapping):
+            object.__setattr__(self, name, FrozenMapping(value))
 
     def _check_tenants(self) -> None:
         if not isinstance(self.tenants, Mapping):
@@ -119,7 +153,13 @@ class CacheConfig:
         return count
 
 
-ROUNDING = 1e-9  # shares such as 0.6 + 0.3 + 0.1 may add up to a little more than 1
+ROUNDING = 1e-9  # 0.6 + 0.3 + 0.1 may be a little more than 1, and 0.29 * 100 a little less than 29
+
+
+def pages_of_share(share: float, num_pages: int) -> int:
+    """Whole pages that a share of `num_pages` is."""
+    return int(share * num_pages + ROUNDING)
+
 
 _POSITIVE = (
     "page_tokens",

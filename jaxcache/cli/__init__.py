@@ -1,4 +1,6 @@
-"""The command line. Every file beside this one is a command; to add one, add a file with what `Command` lists.
+"""The command line. Every file beside this one is a command, but those whose names begin with an underscore.
+
+To add a command, add a file with what `Command` lists.
 
 Modules import quickly: what is slow to import (jax) is imported inside `run`.
 """

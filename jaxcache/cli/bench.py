@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import sys
 from pathlib import Path
 from typing import Any
+
+from jaxcache.cli._output import STDOUT, prepare_json, write_json
 
 HELP = "measure every operation of the core beside its floor of the same run, and say which goals are met (5 minutes)"
 SUITES = ("core",)
@@ -33,20 +34,16 @@ def run(args: argparse.Namespace) -> int:
         print("bench: rich is missing: pip install 'jaxcache[cli]'", file=sys.stderr)
         return CANNOT
     try:
+        prepare_json(args.json)
         figures = measure(args)
     except (ValueError, OSError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return CANNOT
     missed = [figure for figure in figures if figure.met is False]
     report = {"suite": args.suite, "missed": [figure.name for figure in missed]}
-    text = json.dumps(report | {"figures": {figure.name: figure.as_json() for figure in figures}}, indent=2) + "\n"
-    if args.json == "-":
-        sys.stdout.write(text)
-    else:
+    if args.json != STDOUT:
         show(figures)
-        if args.json:
-            Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-            Path(args.json).write_text(text)
+    write_json(args.json, report | {"figures": {figure.name: figure.as_json() for figure in figures}})
     for figure in missed:
         print(f"bench: {figure.name}: {figure.goal} is missed: {figure.measured:,.3f}", file=sys.stderr)
     return 1 if missed else 0

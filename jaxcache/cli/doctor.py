@@ -10,7 +10,6 @@ The exit code is 1 if something that was asked for is missing, else 0; a warning
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -21,6 +20,8 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from jaxcache.cli._output import STDOUT, prepare_json, write_json
 
 HELP = "say what this machine offers the cache, and why something asked for is missing"
 MESH_AXES = ("cp", "tp", "pp")
@@ -68,17 +69,18 @@ def mesh_shape(text: str) -> tuple[int, int, int]:
 
 
 def run(args: argparse.Namespace) -> int:
+    try:
+        prepare_json(args.json)
+    except ValueError as error:
+        print(f"doctor: {error}", file=sys.stderr)
+        return 1
     findings = [*versions(), *device_findings(args.platform, args.mesh)]
     if args.storage is not None:
         findings.append(probe_storage(Path(args.storage).absolute()))
     failed = [finding for finding in findings if finding.status == "FAIL"]
-    report = json.dumps({"ok": not failed, "findings": [asdict(finding) for finding in findings]}, indent=2)
-    if args.json == "-":
-        print(report)
-    else:
+    if args.json != STDOUT:
         print(*findings, sep="\n")
-        if args.json is not None:
-            Path(args.json).write_text(report + "\n")
+    write_json(args.json, {"ok": not failed, "findings": [asdict(finding) for finding in findings]})
     for finding in failed:
         print(f"doctor: {finding.check}: {finding.detail}", file=sys.stderr)
     return 1 if failed else 0

@@ -7,12 +7,14 @@ moved: the real core decides everything, and the table says what it found on eac
 from __future__ import annotations
 
 import argparse
+import gzip
 import importlib.util
-import json
-import os
 import sys
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from jaxcache.cli._output import STDOUT, prepare_file, prepare_json, write_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -83,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
         return 1
     try:
         settings = make_settings(args)
+        prepare_json(args.json)
         if args.plot:
             prepare_plot(args.plot)
         requests = read_all(args)
@@ -90,14 +93,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"replay: {error}", file=sys.stderr)
         return 1
     reports, curves, occupancy = measure(args, settings, requests)
-    text = json.dumps(reports[0] if len(reports) == 1 else reports, indent=2) + "\n"
-    if args.json == "-":
-        sys.stdout.write(text)
-    else:
+    if args.json != STDOUT:
         show(reports, num_tiers=1 + bool(args.host_tokens) + bool(args.storage_tokens))
-        if args.json:
-            Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-            Path(args.json).write_text(text)
+    write_json(args.json, reports[0] if len(reports) == 1 else reports)
     if curves is not None:  # last: whatever happens here, the figures are out
         from jaxcache.cli._replay_plot import draw
 
@@ -106,13 +104,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def prepare_plot(path: Path) -> None:
-    """Makes the folder. ValueError or OSError if nothing could be written there, before the long work begins."""
+    """Makes the folder. ValueError if the picture could not be written, before the long work begins."""
     from jaxcache.cli._replay_plot import check_format
 
     check_format(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ValueError(f"--plot: {path} cannot be written")
+    prepare_file("--plot", path)
 
 
 def make_settings(args: argparse.Namespace) -> list[Any]:
@@ -126,6 +122,9 @@ def make_settings(args: argparse.Namespace) -> list[Any]:
         unknown = [name for name in names if name not in known]
         if unknown:
             raise ValueError(f"{what}: {unknown[0]!r} is none of {', '.join(sorted(known))}")
+    twice = [name for name in components if components.count(name) > 1]
+    if twice:
+        raise ValueError(f"--components: {twice[0]!r} is named twice")
     if args.storage_tokens and not args.host_tokens:
         raise ValueError("--storage-tokens needs --host-tokens: pages reach storage through host memory")
     if args.device_tokens < args.page_tokens:
@@ -136,14 +135,8 @@ def make_settings(args: argparse.Namespace) -> list[Any]:
 
 
 def read_all(args: argparse.Namespace) -> list[Any]:
-    from jaxcache.testing.traces import read_trace
-
     skipped: list[str] = []
-    requests = [
-        request
-        for path in args.trace
-        for request in read_trace(path, args.requests, skipped=None if args.strict else skipped)
-    ]
+    requests = [request for path in args.trace for request in read(path, args, None if args.strict else skipped)]
     for message in skipped[:SHOWN_SKIPPED]:
         print(f"replay: skipped {message}", file=sys.stderr)
     if len(skipped) > SHOWN_SKIPPED:
@@ -151,6 +144,16 @@ def read_all(args: argparse.Namespace) -> list[Any]:
     if not requests:
         raise ValueError(f"no request in {', '.join(map(str, args.trace))}")
     return requests
+
+
+def read(path: Path, args: argparse.Namespace, skipped: list[str] | None) -> list[Any]:
+    """One trace. What is no text, or no gzip to its end, is a ValueError that names the file."""
+    from jaxcache.testing.traces import read_trace
+
+    try:
+        return read_trace(path, args.requests, skipped=skipped)
+    except (UnicodeDecodeError, OverflowError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from error
 
 
 def measure(

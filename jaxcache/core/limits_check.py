@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jaxcache.config import pages_of_share
 from jaxcache.core.lease import Lease
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.core.radix_tree import Node
@@ -26,7 +27,7 @@ def check_retentions(core: PrefixCache, nodes: list[Node]) -> None:
     assert all(node.retained == needed.get(node.id, 0) for node in nodes), "I14: retained"
     assert sums == retentions.num_pages, f"I14: {sums=} {retentions.num_pages=}"
     for num_pages, device in zip(sums, tiers.device, strict=True):
-        most = tiers.config.max_retained_share * device.allocator.num_pages
+        most = pages_of_share(tiers.config.max_retained_share, device.allocator.num_pages)
         assert num_pages <= most, f"I14: {num_pages} pages of {device.component.name} are retained, above {most}"
 
 

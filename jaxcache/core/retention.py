@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 
+from jaxcache.config import pages_of_share
 from jaxcache.core.lease import Lease
 from jaxcache.core.page_hash import Namespace
 from jaxcache.core.planner import Counters
@@ -47,7 +48,7 @@ class Retentions:
         self.of_lease: dict[int, Retention] = {}
         self.num_pages = [0] * len(tiers.components)
         share = tiers.config.max_retained_share
-        self.limits = [int(share * device.allocator.num_pages) for device in tiers.device]
+        self.limits = [pages_of_share(share, device.allocator.num_pages) for device in tiers.device]
         self._ends: list[tuple[int, int]] = []  # (until, id of the end node); what is not true any more is skipped
 
     # ---- beginning

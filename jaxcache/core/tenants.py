@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from itertools import chain
 
-from jaxcache.config import ROUNDING, TenantShare
+from jaxcache.config import TenantShare, pages_of_share
 from jaxcache.core.eviction.order import EvictionOrder, Place
 from jaxcache.core.page_hash import Namespace
 from jaxcache.core.radix_tree import Node
@@ -77,8 +77,8 @@ class Groups(EvictionOrder):
         super().__init__(place)
         self.tenants = tenants
         self.make = make
-        self.floors = [int(share.floor * place.num_pages + ROUNDING) for share in tenants.shares]
-        self.quotas = [int(share.quota * place.num_pages + ROUNDING) for share in tenants.shares]
+        self.floors = [pages_of_share(share.floor, place.num_pages) for share in tenants.shares]
+        self.quotas = [pages_of_share(share.quota, place.num_pages) for share in tenants.shares]
         self.resident = [0] * len(tenants.shares)
         self.pinned = self.resident.copy()
         self.owned = self.resident.copy()

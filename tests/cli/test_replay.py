@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 
 import pytest
@@ -86,7 +87,11 @@ def test_a_table_and_a_file(capsys, tmp_path):
     ("options", "message"),
     [
         (("--policy", "best"), "'best' is none of "),
+        (("--policy", ""), "'' is none of "),
         (("--components", "full,moon"), "'moon' is none of full, state, window"),
+        (("--components", ""), "'' is none of full, state, window"),
+        (("--components", "full,full"), "replay: --components: 'full' is named twice"),
+        (("--components", "full,window,window"), "replay: --components: 'window' is named twice"),
         (("--storage-tokens", "1M"), "needs --host-tokens"),
         (("--device-tokens", "10"), "less than one page"),
     ],
@@ -94,6 +99,61 @@ def test_a_table_and_a_file(capsys, tmp_path):
 def test_what_does_not_exist_is_said(capsys, options, message):
     assert main([*SHORT, *options]) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "num_rows"),
+    [
+        (("--components", "window"), 1),
+        (("--components", "state"), 1),
+        (("--components", "full,window", "--page-tokens", "2048"), 1),
+        (("--policy", "lru", "--policy", "lru"), 1),
+        (("--policy", "lru", "--policy", "fifo", "--policy", "lru"), 2),
+    ],
+)
+def test_what_is_unusual_works(capsys, options, num_rows):
+    assert main([*SHORT, "--requests", "30", *options, "--json", "-"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    rows = report if num_rows > 1 else [report]
+    assert len(rows) == num_rows
+    assert all(row["requests"] == 30 for row in rows)
+
+
+def test_a_device_of_one_page_finds_nothing(capsys, tmp_path):
+    plot = tmp_path / "replay.png"
+    options = ("--requests", "30", "--page-tokens", "16", "--device-tokens", "16")
+    assert main([*SHORT, *options, "--json", "-", "--plot", str(plot)]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["hit_rate"], report["too_long"]) == (0, 30)
+    assert plot.exists()
+
+
+@pytest.mark.parametrize(("option", "value"), [("--namespaces", "0"), ("--requests", ""), ("--device-tokens", "-1")])
+def test_numbers_that_are_none(capsys, option, value):
+    with pytest.raises(SystemExit, match="2"):
+        main([*SHORT, option, value])
+    assert f"replay: error: argument {option}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b"", "a.jsonl: no request in it"),
+        ("a.jsonl", b'nonsense\n{"a": 1}\n[]\n1\n', "a.jsonl: no request in it; "),
+        ("a.jsonl", b'{"input_length": 1e999, "output_length": 1, "hash_ids": [1]}', "a.jsonl: cannot be read: "),
+        ("a.jsonl", b"\xff\xfe\x00\n", "a.jsonl: cannot be read: "),
+        ("a.jsonl.gz", b"nonsense", "a.jsonl.gz: cannot be read: "),
+        ("a.jsonl.gz", gzip.compress(b"{}\n" * 9, mtime=0)[:-12], "a.jsonl.gz: cannot be read: "),
+        ("a.jsonl.gz", gzip.compress(b"{}\n" * 9, mtime=0)[:10] + b"nonsense", "a.jsonl.gz: cannot be read: "),
+    ],
+)
+def test_a_trace_without_requests_is_said(capsys, tmp_path, name, content, message):
+    trace = tmp_path / name
+    trace.write_bytes(content)
+    assert main(["replay", str(trace)]) == 1
+    assert f"replay: {tmp_path}/{message}" in capsys.readouterr().err
+    assert main(["replay", str(tmp_path)]) == 1
+    assert f"Is a directory: '{tmp_path}'" in capsys.readouterr().err
 
 
 def test_a_missing_file_and_malformed_lines(capsys, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from jaxcache.config import TenantShare
 from jaxcache.core.lease import Lease
 from jaxcache.types import Wait
 from tests.core.helpers import FULL, NEXT, PAGE, Server, make_core, prompt, state, window
@@ -58,6 +59,16 @@ def test_all_together_keep_at_most_their_share():
         server.step()
     keep(server, prompt(32, 9000), 20)
     assert server.core.tiers.device[0].num_pinned == 8
+    server.check_empty()
+
+
+def test_a_share_of_whole_pages_is_as_many_pages():
+    """E7: 0.29 * 100 is a little less than 29; retentions and tenants round alike."""
+    server = Server(device_pages=100, max_retained_share=0.29, tenants={"a": TenantShare(floor=0.29)})
+    assert server.core.retentions.limits == [29]
+    assert server.core.tiers.tenants.groups[0].floors[1] == 29
+    keep(server, prompt(29 * PAGE), 20)
+    assert server.core.tiers.device[0].num_pinned == 29
     server.check_empty()
 
 
@@ -221,7 +232,7 @@ def test_steps_are_an_int_up_to_a_limit(steps):
     server.core.insert(lease, 8, retain_steps=100)
 
 
-@pytest.mark.parametrize("share", [-0.1, 1.0, 2])
+@pytest.mark.parametrize("share", [-0.1, 1 - 1e-12, 1.0, 2])
 def test_the_share_is_less_than_everything(share):
     """X15."""
     with pytest.raises(ValueError, match="max_retained_share"):

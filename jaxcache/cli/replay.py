@@ -152,7 +152,7 @@ def read(path: Path, args: argparse.Namespace, skipped: list[str] | None) -> lis
 
     try:
         return read_trace(path, args.requests, skipped=skipped)
-    except (UnicodeDecodeError, OverflowError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from error
 
 

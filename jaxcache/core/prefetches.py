@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxcache.config import pages_of_share
 from jaxcache.core import matching
 from jaxcache.core.backups import Backups
 from jaxcache.core.planner import Counters, Planner
@@ -72,7 +73,7 @@ class Prefetches:
         """Host pages of component c that prefetches may still reserve."""
         host = self.tiers.host[c]
         reserved = sum(len(ticket.pages[c]) for ticket in self.live.values())
-        allowed = int(host.allocator.num_pages * self.tiers.config.prefetch_host_share) - reserved
+        allowed = pages_of_share(self.tiers.config.prefetch_host_share, host.allocator.num_pages) - reserved
         return max(0, min(allowed, host.available()))
 
     def _num_pages(self, c: int, start: int, end: int) -> int:

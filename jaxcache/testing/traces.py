@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 TRACE_BLOCK_TOKENS = 512
+MAX_BLOCK_ID = 2**64 - 1
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def _lines(path: Path, skipped: list[str] | None) -> Iterator[tuple[int, TraceRe
         for number, line in enumerate(file, 1):
             try:
                 yield number, _request(json.loads(line))
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, OverflowError) as error:
                 _malformed(f"{path}:{number}: not a trace request: {error!r}", skipped)
 
 
@@ -91,6 +92,8 @@ def _request(row) -> TraceRequest:
     request = TraceRequest(int(row["input_length"]), int(row["output_length"]), tuple(map(int, row["hash_ids"])))
     if request.input_length < 1 or request.output_length < 0 or not request.block_ids or min(request.block_ids) < 0:
         raise ValueError("it needs at least one token and one block, and nothing negative")
+    if max(request.block_ids) > MAX_BLOCK_ID:
+        raise ValueError(f"block ids must be at most {MAX_BLOCK_ID}")
     return request
 
 

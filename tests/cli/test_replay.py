@@ -140,7 +140,7 @@ def test_numbers_that_are_none(capsys, option, value):
     [
         ("a.jsonl", b"", "a.jsonl: no request in it"),
         ("a.jsonl", b'nonsense\n{"a": 1}\n[]\n1\n', "a.jsonl: no request in it; "),
-        ("a.jsonl", b'{"input_length": 1e999, "output_length": 1, "hash_ids": [1]}', "a.jsonl: cannot be read: "),
+        ("a.jsonl", b'{"input_length": 1e999, "output_length": 1, "hash_ids": [1]}', "a.jsonl: no request in it; "),
         ("a.jsonl", b"\xff\xfe\x00\n", "a.jsonl: cannot be read: "),
         ("a.jsonl.gz", b"nonsense", "a.jsonl.gz: cannot be read: "),
         ("a.jsonl.gz", gzip.compress(b"{}\n" * 9, mtime=0)[:-12], "a.jsonl.gz: cannot be read: "),

@@ -24,7 +24,18 @@ def test_the_block_size_is_found_from_the_lengths(tmp_path, block_tokens):
     assert {request.block_tokens for request in read_trace(path)} == {block_tokens}
 
 
-BAD = ["{", "[]", row(0, [1]), row(5, []), row(5, [-1]), {"input_length": 5}, row(600, [1]), row(5, ["x"])]
+BAD = [
+    "{",
+    "[]",
+    row(0, [1]),
+    row(5, []),
+    row(5, [-1]),
+    {"input_length": 5},
+    row(600, [1]),
+    row(5, ["x"]),
+    row(5, [2**64]),
+    row(1e999, [1]),
+]
 
 
 @pytest.mark.parametrize("bad", BAD, ids=str)

@@ -12,6 +12,7 @@ from jaxcache.core.eviction import POLICIES, policy
 from jaxcache.core.eviction.adaptive import Adaptive
 from jaxcache.core.eviction.lru import Lru
 from jaxcache.core.eviction.order import EvictionOrder, Place
+from jaxcache.core.eviction.queues import S3Fifo
 from jaxcache.core.radix_tree import Node
 from jaxcache.core.reuse_profile import ReuseProfile
 from jaxcache.types import Tier
@@ -94,3 +95,24 @@ def test_nodes_that_left_are_not_kept(name):
     gone = churn(order, 2000)
     gc.collect()
     assert sum(node() is not None for node in gone) <= 2 * len(order) + 65
+
+
+def test_s3fifo_remembers_the_chances_of_few_that_left():
+    """Of a node that is only pinned it knows them when it comes back."""
+    order = make("s3fifo")
+    assert isinstance(order, S3Fifo)
+    candidates = Candidates(order)
+    gone = []
+    for _ in range(500):
+        node = candidates.node(hits=1, num_pages=NUM_PAGES)
+        order.add(node)
+        assert order.first() is node and node in order.main  # it was hit, and has no more chances there
+        order.discard(node)
+        order.add(node)
+        assert node in order.main and order.spent[node] == 1
+        order.discard(node)
+        gone.append(weakref.ref(node))
+    del node
+    gc.collect()
+    assert not any(node() for node in gone)
+    assert len(order.away) <= 64 and not order.spent

@@ -74,15 +74,10 @@ def test_what_leaves_the_memory_is_said_by_uses_alone():
     for first in (0, 1000, 2000, 0, 3000):
         server.prefill(prompt(10 * PAGE, first))
     profile._forget()
-    used = {slot: end for slot, end in zip(*_slots_and_ends(profile), strict=True)}
     assert len(profile._slots) == 36
-    assert all(profile._slots[profile._point_of[slot]] == slot for slot in used)
-    of_1000 = sorted(end for slot, end in used.items() if profile._at[slot] == 10 * PAGE)
-    assert of_1000 == [PAGE * (1 + i) for i in range(6)]
-
-
-def _slots_and_ends(profile: ReuseProfile) -> tuple[list[int], list[int]]:
-    return list(profile._slots.values()), [(point >> 32 & (1 << 32) - 1) // 4 for point in profile._slots]
+    assert all(profile._point_of[slot] == point for point, slot in profile._slots.items())
+    of_1000 = [point for point, slot in profile._slots.items() if profile._at[slot] == 10 * PAGE]
+    assert sorted((point >> 32 & (1 << 32) - 1) // 4 for point in of_1000) == [PAGE * (1 + i) for i in range(6)]
 
 
 def test_memory_is_bounded_while_long_outputs_follow_short_prompts():

@@ -32,6 +32,7 @@ CONTEXT_BYTES = 128  # tokens that tell points at the same position apart
 USES, SHARES, PAUSES = 4, 6, 8  # how many of each a kind tells apart; the last share is generated text
 NUM_KINDS = USES * SHARES * PAUSES
 GENERATED = SHARES - 1
+TOLERATED = 5  # quarters of what is remembered, when much is generated between two recounts
 RECOUNTS = 4  # while as many tokens come as the device holds
 HALVE_REQUESTS = 4096  # older counts weigh half
 AGES_BELOW, AGES_ABOVE = 4, 4  # octaves around the capacity of the device that ages tell apart
@@ -70,12 +71,13 @@ class ReuseProfile:
         self.now = 0
         self.version = 0
         self._slots: dict[int, int] = {}  # point -> its place in the arrays
+        self._point_of: list[int] = []  # the other way round; of a free place, the point that was there
         self._free: list[int] = []
         self._at = np.zeros(0, np.int64)
         self._before = np.zeros(0, np.int64)
-        self._count = np.zeros(0, np.int64)
+        self._count = np.zeros(0, np.int64)  # -1: the place is free
         self._kind = np.zeros(0, np.int64)
-        self._stamp = np.zeros(0, np.int64)  # order of uses: of one prompt, the first point's is the latest
+        self._stamp = np.zeros(0, np.int64)  # order of uses, all different: of one prompt, the first point's is latest
         self._num_uses = 0
         self._num_tokens = 0  # that these uses stand for
         num_ages = len(self.edges) + 1
@@ -139,7 +141,7 @@ class ReuseProfile:
         num_known = next((i for i, slot in enumerate(slots) if slot < 0), len(slots))
         for i, slot in enumerate(slots):
             if slot < 0:
-                slots[i] = self._slots[points[i]] = self._new_slot()
+                slots[i] = self._new_slot(points[i])
         place = np.array(slots)
         count = self._count[place]
         if generated:
@@ -160,6 +162,8 @@ class ReuseProfile:
         self._cut(sequence, first, np.minimum(count, USES - 1))
         columns = (before.tolist(), count.tolist(), kinds.tolist())
         sequence.uses += [(self.now, b, c, k) for b, c, k in zip(*columns, strict=True)]
+        if len(self._slots) > self.max_points * TOLERATED // 4:
+            self._forget()
 
     def _cut(self, sequence: Sequence, first: int, levels: np.ndarray) -> None:
         """Nodes end where the number of uses changes: what leaves first should not take along what was used more."""
@@ -200,19 +204,23 @@ class ReuseProfile:
         octaves = self.device_tokens * np.array([1, 2, 4, 8, 16, 32]) // 4
         return 1 + np.searchsorted(octaves, pause)
 
-    def _new_slot(self) -> int:
+    def _new_slot(self, point: int) -> int:
         if not self._free:
             old, new = len(self._at), max(1024, 2 * len(self._at))
             for name in ("_at", "_before", "_count", "_kind", "_stamp"):
                 grown = np.full(new, -1, np.int64)
                 grown[:old] = getattr(self, name)
                 setattr(self, name, grown)
+            self._point_of += [-1] * (new - old)
             self._free = list(range(new - 1, old - 1, -1))
             for duel in self.duels:
                 duel.grow(new)
-        slot = self._free.pop()
-        self._count[slot] = -1
+        slot = self._slots[point] = self._free.pop()
+        self._point_of[slot] = point
         return slot
+
+    def _used_slots(self) -> np.ndarray:
+        return np.flatnonzero(self._count >= 0)
 
     # ---- what is learned from it
 
@@ -220,7 +228,7 @@ class ReuseProfile:
         """Adds the exposure since the last time, forgets the oldest points, and values every kind and age anew."""
         if len(self._slots) > self.max_points:
             self._forget()
-        slots = np.fromiter(self._slots.values(), np.int64, len(self._slots))
+        slots = self._used_slots()
         ages = np.searchsorted(self._edges, self.now - self._at[slots])
         cells = self._kind[slots] * self._exposure.shape[1] + ages
         at_risk = np.bincount(cells, minlength=self._exposure.size).reshape(self._exposure.shape)
@@ -233,12 +241,19 @@ class ReuseProfile:
         self._learn()
 
     def _forget(self) -> None:
-        """The points used longest ago, until a tenth is free."""
-        points = sorted(self._slots, key=lambda point: (int(self._at[self._slots[point]]), point))
-        slots = [self._slots.pop(point) for point in points[: len(points) - self.max_points * 9 // 10]]
-        self._free += slots
+        """The points used longest ago, of one prompt the last ones first, until a tenth is free."""
+        slots = self._used_slots()
+        stamps = self._stamp[slots]
+        num_leaving = len(slots) - self.max_points * 9 // 10
+        last = np.partition(stamps, num_leaving - 1)[num_leaving - 1]  # stamps differ: one set, however it is found
+        leaving = slots[stamps <= last]
+        self._count[leaving] = -1
+        freed = leaving.tolist()
+        for slot in freed:
+            del self._slots[self._point_of[slot]]
+        self._free += freed
         for duel in self.duels:
-            duel.forget(np.array(slots, np.int64))
+            duel.forget(leaving)
 
     def _learn(self) -> None:
         uses = self._uses.reshape(USES, SHARES, PAUSES, -1)
@@ -256,7 +271,7 @@ class ReuseProfile:
 
     def _prior(self) -> np.ndarray:
         """Before anything was seen: the longer ago, the less likely, as lru believes."""
-        middle = np.diff(self._edges, prepend=0, append=2 * self._edges[-1]) / 2 + np.append(0, self._edges)
+        middle = self._widths() / 2 + np.append(0, self._edges)
         return 1 / (4 * (middle + self._edges[0]))
 
 

@@ -10,12 +10,12 @@ import pytest
 
 from jaxcache.core.eviction import POLICIES, policy
 from jaxcache.core.eviction.adaptive import Adaptive
-from jaxcache.core.eviction.queues import S3Fifo, WTinyLfu
+from jaxcache.core.eviction.queues import Queued, S3Fifo, WTinyLfu
 from jaxcache.core.invariants import all_nodes
 from jaxcache.core.radix_tree import Node
 from jaxcache.testing import workloads
 from jaxcache.testing.replay import Replay, Setting
-from tests.core.helpers import FULL, Server, prompt, state
+from tests.core.helpers import FULL, PAGE, Server, prompt, state
 
 LETTERS = "ABCDEFGH"
 IN_ORDER = sorted(set(POLICIES) - {"s3fifo", "w-tinylfu"})
@@ -91,8 +91,8 @@ def test_s3fifo_remembers_what_it_evicted():
     use(server, "AB")
     order = order_of(server)
     assert isinstance(order, S3Fifo)
-    assert [letter_of(node) for node in order.main.nodes] == ["A"]
-    assert [letter_of(node) for node in order.small.nodes] == ["B"]
+    assert [letter_of(node) for node in order.main] == ["A"]
+    assert [letter_of(node) for node in order.small] == ["B"]
 
 
 def test_s3fifo_gives_second_chances():
@@ -111,14 +111,86 @@ def test_w_tinylfu_lets_in_what_was_used_more_often():
     use(server, "A")
     order = order_of(server)
     assert isinstance(order, WTinyLfu)
-    assert [letter_of(node) for node in order.window.nodes] == ["A"]
+    assert [letter_of(node) for node in order.window] == ["A"]
     for _ in range(2):  # looking twice finds the same
         first = order.first()
         assert first is not None and letter_of(first) == "B"
     use(server, "C")
-    assert departures(server) == "CBA"
+    assert departures(server) == "BCA"
     refused = serve("w-tinylfu", "BBA")
     assert departures(refused) == "AB"
+
+
+def test_w_tinylfu_moves_nobody_by_being_asked():
+    """Tenants and victims that are trimmed in place ask again and again though nobody leaves."""
+    server = serve("w-tinylfu", "AABBCCDDEEFFGG", device_pages=40)
+    departures(server)
+    use(server, "H")
+    order = order_of(server)
+    assert isinstance(order, WTinyLfu)
+    order.move(next(iter(order.window)), order.window, order.probation)
+    use(server, "ABCDEFG")
+    queues = [list(queue) for queue in order.queues]
+    assert [letter_of(node) for node in order.window] == list("ABCDEFG")
+    firsts = [order.first() for _ in range(5)]
+    assert firsts == 5 * [order.probation.oldest()]
+    assert [list(queue) for queue in order.queues] == queues
+    assert firsts[0] is not None and letter_of(firsts[0]) == "H"
+    server.core.tiers.drop(server.core.tiers.device[0], firsts[0])
+    assert [letter_of(node) for node in order.probation] == ["A"]  # it takes the place
+    assert [letter_of(node) for node in order.window] == list("BCDEFG")
+
+
+def test_w_tinylfu_a_winner_that_is_gone_takes_no_place():
+    server = serve("w-tinylfu", "AA", device_pages=40)
+    departures(server)
+    use(server, "H")
+    order = order_of(server)
+    assert isinstance(order, WTinyLfu)
+    order.move(next(iter(order.window)), order.window, order.probation)
+    use(server, "A")
+    old = order.first()
+    assert old is not None and letter_of(old) == "H"
+    newcomer = next(iter(order.window))
+    server.core.tiers.drop(server.core.tiers.device[0], newcomer)
+    server.core.tiers.drop(server.core.tiers.device[0], old)
+    assert order.first() is None and not len(order)
+
+
+@pytest.mark.parametrize("name", ["slru", "s3fifo", "w-tinylfu"])
+def test_a_parent_whose_last_child_left_leaves_by_its_own_last_use(name):
+    """In its queue: before what was used later, behind what was used before."""
+    server = Server(device_pages=100, eviction_policy=name)
+    parents = [prompt(8, 1000 * i) for i in range(3)]
+    use(server, "DEDE")
+    for parent in parents:
+        server.prefill([*parent, *prompt(5, 50_000)])
+    use(server, "FGF")
+    for parent in parents:
+        server.prefill([*parent, *prompt(5, 60_000)])
+    use(server, "GHH")
+    device = server.core.tiers.device[0]
+    for node in [node for node in all_nodes(server.core) if node.start]:
+        server.core.tiers.drop(device, node)
+    order = order_of(server)
+    assert isinstance(order, Queued)
+    (queue,) = [queue for queue in order.queues if {letter_of(node) for node in queue} >= set("ABC")]
+    letters = "".join(letter_of(node) for node in queue)
+    assert letters.removeprefix("DE") == "FABCGH"  # s3fifo gives these two a second chance
+
+
+@pytest.mark.parametrize("name", ["slru", "s3fifo", "w-tinylfu"])
+def test_queues_know_that_the_oldest_was_trimmed(name):
+    """In place, a page at a time, which nobody tells the order."""
+    server = Server(device_pages=20, eviction_policy=name)
+    server.prefill(prompt(60))
+    order = order_of(server)
+    assert isinstance(order, Queued)
+    (node,) = order
+    for num_pages in (14, 9, 3):
+        server.core.tiers.make_room(server.core.tiers.device[0], 20 - num_pages)
+        assert order.first() is node and node.end == num_pages * PAGE
+        assert [queue.num_pages for queue in order.queues if queue] == [num_pages]
 
 
 def test_lru_2_remembers_what_it_evicted():

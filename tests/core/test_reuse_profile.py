@@ -67,6 +67,33 @@ def test_memory_is_bounded_and_the_oldest_points_are_forgotten():
         assert node.use.count == count
 
 
+def test_what_leaves_the_memory_is_said_by_uses_alone():
+    """R9: last used first, of one prompt the end first; that the hashes of points differ changes nothing."""
+    server, profile = server_with_profile()
+    profile.max_points = 40
+    for first in (0, 1000, 2000, 0, 3000):
+        server.prefill(prompt(10 * PAGE, first))
+    profile._forget()
+    assert len(profile._slots) == 36
+    assert all(profile._point_of[slot] == point for point, slot in profile._slots.items())
+    of_1000 = [point for point, slot in profile._slots.items() if profile._at[slot] == 10 * PAGE]
+    assert sorted((point >> 32 & (1 << 32) - 1) // 4 for point in of_1000) == [PAGE * (1 + i) for i in range(6)]
+
+
+def test_memory_is_bounded_while_long_outputs_follow_short_prompts():
+    """No time passes for the profile then, so it does not count anew; yet the points come."""
+    server, profile = server_with_profile(device_pages=400)
+    profile.max_points = 100
+    for i in range(10):
+        sequence = server.sequence(prompt(PAGE, 1000 * i))
+        server.prefill(sequence)
+        sequence.extend(prompt(80 * PAGE, 1000 * i + 500))
+        server.prefill(sequence)
+        assert len(profile._slots) <= 125
+    assert profile._counted < profile.now == 10 * PAGE
+    assert len(profile._slots) + len(profile._free) == len(profile._at)
+
+
 def test_uses_and_exposure_are_counted_in_integers():
     """A point that is used after so many tokens counts once, at that age; until then it was at risk."""
     server, profile = server_with_profile()

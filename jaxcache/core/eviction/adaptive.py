@@ -75,6 +75,14 @@ class Adaptive(EvictionOrder):
             heappush(self._heap, (self._value(cell), cell))
         nodes[node] = None
         self._cell_of[node] = cell
+        if len(self._heap) > 2 * len(self._cells) + 64:
+            self._index()
+
+    def _index(self) -> None:
+        """Cells that are empty go, and the heap is made anew."""
+        self._cells = {cell: nodes for cell, nodes in self._cells.items() if nodes}
+        self._heap = [(self._value(cell), cell) for cell in self._cells]
+        heapify(self._heap)
 
     def _value(self, cell: Cell) -> float:
         weight, kind, age = cell
@@ -102,9 +110,7 @@ class Adaptive(EvictionOrder):
     def _refresh(self) -> None:
         """Moves what has aged, oldest ages first so that nothing moves twice, and values the cells anew."""
         age_now = self.profile.age
-        for cell in sorted(self._cells, key=lambda cell: -cell[2]):
-            weight, kind, age = cell
-            nodes = self._cells[cell]
+        for (weight, kind, age), nodes in sorted(self._cells.items(), key=lambda item: -item[0][2]):
             while nodes:
                 oldest = next(iter(nodes))
                 now = age_now(use(oldest).at)
@@ -112,9 +118,7 @@ class Adaptive(EvictionOrder):
                     break
                 del nodes[oldest]
                 self._put(oldest, (weight, kind, now))
-        self._cells = {cell: nodes for cell, nodes in self._cells.items() if nodes}
-        self._heap = [(self._value(cell), cell) for cell in self._cells]
-        heapify(self._heap)
+        self._index()
         self._version = self.profile.version
 
     def __iter__(self) -> Iterator[Node]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from heapq import heappop, heappush, merge
+from heapq import heapify, heappop, heappush, merge
 from typing import Any
 
 from jaxcache.core.eviction.order import EvictionOrder, Place
@@ -40,6 +40,9 @@ class Lru(EvictionOrder):
         else:
             self._back[node] = node.last_used
             heappush(self._heap, (node.last_used, node.id, node))
+            if len(self._heap) > 2 * len(self._back) + 64:
+                self._heap = [(last_used, node.id, node) for node, last_used in self._back.items()]
+                heapify(self._heap)
 
     def discard(self, node: Node) -> None:
         if self._nodes.pop(node, MISSING) is MISSING and self._back:

@@ -51,7 +51,7 @@ class EvictionOrder(ABC):
 
     @abstractmethod
     def add_back(self, node: Node) -> None:
-        """A parent whose last child has left: its place is by its own last use."""
+        """A parent whose last child has left: its place, in its queue if there are several, is by its own last use."""
 
     @abstractmethod
     def discard(self, node: Node) -> None:
@@ -59,7 +59,7 @@ class EvictionOrder(ABC):
 
     @abstractmethod
     def first(self) -> Node | None:
-        """The best victim. Queues may move on for it (a newcomer is compared once)."""
+        """The best victim; asked again, it is the same. Chances may be spent to find it (see S3Fifo)."""
 
     @abstractmethod
     def __iter__(self) -> Iterator[Node]:

@@ -1,36 +1,78 @@
-"""Policies of several queues. Sizes are in pages, as they were when a node joined its queue."""
+"""Policies of several queues. Sizes are in pages: as they were when a node joined its queue, or was its oldest.
+
+S3Fifo:    new --> small --> main <--> (chances)       Slru:  new --> probation <--> protected <-- hit
+WTinyLfu:  new --> window --> probation <--> protected <-- hit
+"""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterator
 from itertools import chain
 from typing import ClassVar
 
 from jaxcache.core.eviction.keyed import use
+from jaxcache.core.eviction.lru import Lru
 from jaxcache.core.eviction.order import EvictionOrder, Place
 from jaxcache.core.radix_tree import Node
 
 
 class Queue:
-    """Nodes, oldest first, and their pages together."""
+    """Nodes, oldest first, and their pages together; a parent comes in where its last use belongs (see Lru)."""
 
-    def __init__(self):
-        self.nodes: OrderedDict[Node, int] = OrderedDict()
+    def __init__(self, place: Place):
+        self.index = place.index
+        self.order = Lru(place)
+        self.sizes: dict[Node, int] = {}
         self.num_pages = 0
 
-    def push(self, node: Node, num_pages: int) -> None:
-        self.nodes[node] = num_pages
-        self.num_pages += num_pages
+    def push(self, node: Node) -> None:
+        self.order.add(node)
+        self._count(node)
 
-    def remove(self, node: Node) -> int:
-        """Returns its pages; 0 if it is not there."""
-        num_pages = self.nodes.pop(node, 0)
-        self.num_pages -= num_pages
-        return num_pages
+    def push_oldest(self, node: Node) -> None:
+        self.order.add_oldest(node)
+        self._count(node)
+
+    def push_back(self, node: Node) -> None:
+        self.order.add_back(node)
+        self._count(node)
+
+    def _count(self, node: Node) -> None:
+        pages = node.pages[self.index]
+        assert pages is not None, f"{node=} is a candidate without pages"
+        self.num_pages += len(pages) - self.sizes.get(node, 0)
+        self.sizes[node] = len(pages)
+
+    def again(self, node: Node) -> None:
+        """Goes to the end."""
+        self.order.discard(node)
+        self.order.add(node)
+
+    def remove(self, node: Node) -> None:
+        self.order.discard(node)
+        self.num_pages -= self.sizes.pop(node)
 
     def oldest(self) -> Node | None:
-        return next(iter(self.nodes), None)
+        """Counts its pages anew: whoever is first is trimmed in place, and nobody says so."""
+        node = self.order.first()
+        if node is not None:
+            self._count(node)
+        return node
+
+    def exceeds(self, num_pages: float) -> bool:
+        self.oldest()
+        return self.num_pages > num_pages
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter(self.order)
+
+    def __contains__(self, node: Node) -> bool:
+        return node in self.sizes
+
+    def __len__(self) -> int:
+        return len(self.sizes)
 
 
 class Queued(EvictionOrder):
@@ -41,100 +83,119 @@ class Queued(EvictionOrder):
 
     def __init__(self, place: Place, num_queues: int):
         super().__init__(place)
-        self.queues = tuple(Queue() for _ in range(num_queues))
+        self.queues = tuple(Queue(place) for _ in range(num_queues))
 
-    def num_pages(self, node: Node) -> int:
-        pages = node.pages[self.place.index]
-        assert pages is not None, f"{node=} is a candidate without pages"
-        return len(pages)
+    @abstractmethod
+    def queue_of(self, node: Node) -> Queue:
+        """Which queue a node joins that becomes a candidate."""
 
-    def move(self, node: Node, source: Queue, target: Queue) -> None:
-        target.push(node, source.remove(node))
+    def add(self, node: Node) -> None:
+        self.queue_of(node).push(node)
 
     def add_oldest(self, node: Node) -> None:
-        queue = self.queues[0]
-        queue.push(node, self.num_pages(node))
-        queue.nodes.move_to_end(node, last=False)
+        self.queues[0].push_oldest(node)
 
     def add_back(self, node: Node) -> None:
         if node.last_used < 0:
             self.add_oldest(node)
         else:
-            self.add(node)
+            self.queue_of(node).push_back(node)
+
+    def move(self, node: Node, source: Queue, target: Queue) -> None:
+        source.remove(node)
+        target.push(node)
 
     def discard(self, node: Node) -> None:
         for queue in self.queues:
-            if node in queue.nodes:
+            if node in queue:
                 queue.remove(node)
 
     def first(self) -> Node | None:
         for queue in self.queues:
-            if queue.nodes:
+            if queue:
                 return queue.oldest()
         return None
 
     def __iter__(self) -> Iterator[Node]:
-        return chain.from_iterable(queue.nodes for queue in self.queues)
+        return chain.from_iterable(self.queues)
 
     def __contains__(self, node: Node) -> bool:
-        return any(node in queue.nodes for queue in self.queues)
+        return any(node in queue for queue in self.queues)
 
     def __len__(self) -> int:
-        return sum(len(queue.nodes) for queue in self.queues)
+        return sum(len(queue) for queue in self.queues)
 
 
-class Slru(Queued):
-    """Segmented LRU: what was hit is protected, up to a share of the pages; the oldest of it goes back on probation."""
+class Protecting(Queued):
+    """What was hit is protected, up to a share of the pages; the oldest of it goes back on probation."""
 
     PROTECTED_SHARE = 0.8
 
-    def __init__(self, place: Place):
-        super().__init__(place, 2)
-        self.probation, self.protected = self.queues
+    def __init__(self, place: Place, num_queues: int):
+        super().__init__(place, num_queues)
+        self.probation, self.protected = self.queues[:2]
 
     def add(self, node: Node) -> None:
-        (self.protected if node.hits else self.probation).push(node, self.num_pages(node))
-        while self.protected.num_pages > self.PROTECTED_SHARE * self.place.num_pages:
+        super().add(node)
+        self._bound()
+
+    def add_back(self, node: Node) -> None:
+        super().add_back(node)
+        self._bound()
+
+    def _bound(self) -> None:
+        while self.protected.exceeds(self.PROTECTED_SHARE * self.place.num_pages):
             oldest = self.protected.oldest()
             assert oldest is not None
             self.move(oldest, self.protected, self.probation)
 
 
-class WTinyLfu(Queued):
+class Slru(Protecting):
+    """Segmented LRU: new ones are on probation, so a scan takes nothing from those that were hit."""
+
+    def __init__(self, place: Place):
+        super().__init__(place, 2)
+
+    def queue_of(self, node: Node) -> Queue:
+        return self.protected if node.hits else self.probation
+
+
+class WTinyLfu(Protecting):
     """New pages prove themselves in a small window; from there they replace older ones only if used more often.
 
     How often counts also what was used while it was not in the cache (Einziger et al. 2017, with exact counts).
+    winner: a newcomer and the old one that it replaces, once that is not there any more
     """
 
     remembers: ClassVar[bool] = True
     WINDOW_SHARE = 0.01
-    PROTECTED_SHARE = 0.8
 
     def __init__(self, place: Place):
         super().__init__(place, 3)
-        self.probation, self.protected, self.window = self.queues
+        self.window = self.queues[2]
+        self.winner: tuple[Node, Node] | None = None
 
-    def add(self, node: Node) -> None:
-        if not node.hits:
-            self.window.push(node, self.num_pages(node))
-            return
-        self.protected.push(node, self.num_pages(node))
-        while self.protected.num_pages > self.PROTECTED_SHARE * self.place.num_pages:
-            oldest = self.protected.oldest()
-            assert oldest is not None
-            self.move(oldest, self.protected, self.probation)
+    def queue_of(self, node: Node) -> Queue:
+        return self.protected if node.hits else self.window
 
     def first(self) -> Node | None:
-        while self.window.num_pages > self.WINDOW_SHARE * self.place.num_pages:
-            newcomer, old = self.window.oldest(), self.probation.oldest() or self.protected.oldest()
-            assert newcomer is not None
-            if old is None or use(newcomer).count <= use(old).count:
-                return newcomer
-            if old in self.protected.nodes:
-                self.move(old, self.protected, self.probation)
-            self.move(newcomer, self.window, self.probation)  # behind the old one
-            return old
-        return super().first()
+        self.winner = None
+        if not self.window.exceeds(self.WINDOW_SHARE * self.place.num_pages):
+            return super().first()
+        newcomer, old = self.window.oldest(), self.probation.oldest() or self.protected.oldest()
+        assert newcomer is not None
+        if old is None or use(newcomer).count <= use(old).count:
+            return newcomer
+        self.winner = newcomer, old
+        return old
+
+    def discard(self, node: Node) -> None:
+        super().discard(node)
+        if self.winner is not None and node in self.winner:
+            newcomer, old = self.winner
+            self.winner = None
+            if node is old:  # it left, or is used again after it was the first to lose pages
+                self.move(newcomer, self.window, self.probation)
 
 
 class S3Fifo(Queued):
@@ -142,38 +203,50 @@ class S3Fifo(Queued):
 
     What is remembered from before it left goes to the main queue at once. A node joins its queue when it is released:
     pinned nodes are in none.
+    spent: hits of the nodes of the main queue that were spent; away: the same of those discarded last, by node id
     """
 
     remembers: ClassVar[bool] = True
     SMALL_SHARE = 0.1
     MAX_CHANCES = 3
+    MIN_AWAY = 64
 
     def __init__(self, place: Place):
         super().__init__(place, 2)
         self.small, self.main = self.queues
-        self.chances: dict[Node, int] = {}  # hits of a node of the main queue that were spent
+        self.spent: dict[Node, int] = {}
+        self.away: OrderedDict[int, int] = OrderedDict()  # pinned ones, which come back, and some that left
 
-    def add(self, node: Node) -> None:
-        is_known = node in self.chances or use(node).count > node.hits
-        (self.main if is_known else self.small).push(node, self.num_pages(node))
-        if len(self.chances) > 2 * len(self.main.nodes) + 1024:
-            self.chances = {node: spent for node, spent in self.chances.items() if node.parent is not None}
+    def queue_of(self, node: Node) -> Queue:
+        spent = self.away.pop(node.id, None)
+        if spent is None and use(node).count <= node.hits:
+            return self.small
+        self.spent[node] = spent or 0
+        return self.main
+
+    def discard(self, node: Node) -> None:
+        super().discard(node)
+        spent = self.spent.pop(node, None)
+        if spent is not None:
+            self.away[node.id] = spent
+            while len(self.away) > len(self.spent) + self.MIN_AWAY:
+                self.away.popitem(last=False)
 
     def first(self) -> Node | None:
         small, main = self.small, self.main
         while True:
-            from_small = small.num_pages > self.SMALL_SHARE * self.place.num_pages or not main.nodes
+            from_small = small.exceeds(self.SMALL_SHARE * self.place.num_pages) or not main
             node = small.oldest() if from_small else main.oldest()
             if node is None:
                 return None
             if from_small:
                 if not node.hits or node.is_output:
                     return node
-                self.chances[node] = node.hits
+                self.spent[node] = node.hits
                 self.move(node, small, main)
             else:
-                spent = self.chances.get(node, 0)
+                spent = self.spent[node]
                 if node.hits <= spent:
                     return node
-                self.chances[node] = max(spent + 1, node.hits - self.MAX_CHANCES)
-                main.nodes.move_to_end(node)
+                self.spent[node] = max(spent + 1, node.hits - self.MAX_CHANCES)
+                main.again(node)

@@ -81,7 +81,7 @@ class Retentions:
         self.of_lease[lease.id] = retention
         if earlier is not None and earlier is not retention:
             del earlier.untils[lease.id]
-            if earlier.untils:
+            if earlier.untils and earlier.until > self.tiers.step:  # the time of the others may be over already
                 self._remind(earlier)
             else:
                 self._release(earlier)

@@ -49,6 +49,19 @@ def test_a_request_keeps_its_longest_time():
     assert ends(core)[16] > 90
 
 
+def test_it_ends_when_who_stays_has_no_time_left():
+    """E7: the one whose time was longer moves on; the other's is over already."""
+    core = make_core(device_pages=64, max_retained_share=0.6)
+    space = core.new_namespace(model="test")
+    serve(core, KEPT, space, retain_steps=10)
+    lease = start(core, LONGER, space)
+    core.insert(lease, 16, retain_steps=50)
+    for _ in range(15):
+        core.commit({})
+    compute(core, lease, retain_steps=50)
+    assert sorted(ends(core)) == [40]
+
+
 def test_a_refusal_is_not_counted_as_a_retention():
     core = make_core(device_pages=32)
     space = core.new_namespace(model="test")

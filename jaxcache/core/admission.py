@@ -28,9 +28,6 @@ class Need(NamedTuple):
     lows: list[int]
 
 
-NO_LOADS = Need([[]], [0])
-
-
 class Loading(NamedTuple):
     """A load-back pins what it writes until it has been scattered, even if its lease is released before."""
 
@@ -86,8 +83,6 @@ class Admission:
         page = tiers.page_tokens
         num_tokens, path = prefix.num_tokens, prefix.path
         own_pages = -(-(num_tokens + num_new_tokens) // page) - num_tokens // page
-        if tiers.only_full and own_pages + num_tokens // page <= tiers.device[0].available():
-            return NO_LOADS  # it would fit even if nothing of the path were pinned yet
         loads: list[list[Node]] = []
         lows: list[int] = []
         for c, device in enumerate(tiers.device):

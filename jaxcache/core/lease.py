@@ -85,7 +85,7 @@ class Lease:
         self._plan_is_applied = plan_is_applied
         self._tables: list[PageIds | None] = [None] * len(tiers.components)
         self._pin_tops = [0] * len(tiers.components)  # start of the topmost pinned node
-        self._window_starts = [0] * len(tiers.components)  # no pages of the table below this are there
+        self._window_starts = [0] * len(tiers.components)  # no own pages of the table below this are there
         self._state_node: Node | None = None  # whose state it still reads
         self._stops: tuple[int, ...] = ()  # where prefill chunks end
         self._filled: dict[int, None] = (

@@ -211,13 +211,13 @@ class Tiers:
             surplus = len(pages) - missing
             if surplus <= 0:
                 self.drop(residency, victim)
-            elif self._ends_here(residency, victim):
+            elif self._can_be_shortened(residency, victim):
                 self._shorten(residency, victim, surplus)
             else:
                 self.drop(residency, self.trim(residency, victim, missing))
         return True
 
-    def _ends_here(self, residency: Residency, node: Node) -> bool:
+    def _can_be_shortened(self, residency: Residency, node: Node) -> bool:
         """Whether a victim of full attention can be trimmed in place: nothing hangs below, and no other tier has it."""
         if residency.component.reach is not Reach.PREFIX or node.children:
             return False

@@ -43,7 +43,8 @@ class Scenario:
         pairs = enumerate(zip(self.cores, storages, strict=True))
         self.planes = [FakePlane(core, storage, seed * 97 + rank) for rank, (core, storage) in pairs]
         for core in self.cores:
-            core.stores.attached = True
+            if core.tiers.has_host:
+                core.attachment.attach()
         self.namespaces: list[list[Namespace]] = []
         self.waiting: list[Request] = []
         self.running: list[Request] = []

@@ -1,1 +1,1 @@
-"""Fakes for testing a serving loop without devices: a data plane that checks the content of every page it reads."""
+"""For testing serving loops: a fake data plane that checks every page it reads, and fleets of local processes."""

@@ -9,14 +9,14 @@ Serving thread only. Every process makes the same calls in the same order; only 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from typing import Any
 
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.pools.device_pool import DevicePools
+from jaxcache.runtime import carried
 from jaxcache.runtime.agreement import Agreed, Agreement
-from jaxcache.runtime.transfer_engine import Status, TransferEngine
-from jaxcache.types import Outcome, RanksDiverged
+from jaxcache.runtime.transfer_engine import TransferEngine
+from jaxcache.types import RanksDiverged
 
 
 class Controller:
@@ -41,7 +41,7 @@ class Controller:
                 self.engine.forget(id)
         for id in self.core.unwanted_transfers():
             self.engine.cancel(id)
-        self._issue(live)
+        self._issue()
 
     def _read(self) -> Agreed | None:
         try:
@@ -49,30 +49,11 @@ class Controller:
         except RanksDiverged as error:
             raise RanksDiverged(f"{error}; last decisions: {list(self.core.planner.recent)[-16:]}") from error
 
-    def _issue(self, live: list[int]) -> None:
-        """Storage transfers are carried every step, as far as there are lanes: undecided ones first, in the order of
-        their ids, so that those which only await quiet never keep others waiting. Without any, only the digest is
-        exchanged, every few steps. All ranks know which it is."""
-        config = self.core.config
-        if not live and self.core.step_number % config.agreement_every_steps:
-            return
-        statuses = self.engine.poll()
-        unwanted = dict.fromkeys(self.core.unwanted_transfers())
-        carried = sorted(live, key=lambda id: (id in unwanted, id))[: config.max_live_transfers]
-        outcomes = {id: self._outcome(id, statuses) for id in sorted(carried)}
-        ok = self.engine.fault is None
-        self.agreement.issue(self.core.step_number, self.core.digest, outcomes, _clock_ms(), ok)
-
-    def _outcome(self, id: int, statuses: Mapping[int, Status]) -> Outcome:
-        status = statuses.get(id)
-        if status is None:  # planned, but not applied yet
-            return Outcome(done=False, quiet=False)
-        if status.exists is None:
-            return Outcome(status.done, status.quiet, status.pages)
-        if not status.done:
-            return Outcome(done=False, quiet=status.quiet)
-        end = self.core.largest_end(id, status.exists)
-        return Outcome(True, status.quiet, smallest_end=end, largest_end=end)
+    def _issue(self) -> None:
+        core = self.core
+        if carried.is_due(core):
+            outcomes = carried.outcomes(core, self.engine.poll())
+            self.agreement.issue(core.step_number, core.digest, outcomes, _clock_ms(), self.engine.fault is None)
 
     def apply(self, pools: DevicePools) -> DevicePools:
         """Dispatches everything planned so far, in plan order; load-backs of earlier steps are scattered first."""

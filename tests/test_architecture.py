@@ -26,6 +26,7 @@ class Layer:
 
 
 FOUNDATION = ("jaxcache.types", "jaxcache.components", "jaxcache.storage")
+TRYING_OUT = ("jaxcache.testing.traces", "jaxcache.testing.processes")
 MIDDLE = (*FOUNDATION, "jaxcache.config", "jaxcache.core", "jaxcache.pools", "jaxcache.runtime", "kernels_pallas")
 
 # The longest matching name counts. "jaxcache!" is the package and its public names, but none of its modules.
@@ -50,7 +51,7 @@ LAYERS = {
     "jaxcache.__main__": Layer(("jaxcache.cli",), ()),
     "jaxcache": Layer(("jaxcache",), ()),
     "models": Layer(
-        ("jaxcache!", "jaxcache.components", "jaxcache.testing.traces", "kernels_pallas", "models"),
+        ("jaxcache!", "jaxcache.components", *TRYING_OUT, "kernels_pallas", "models"),
         ("jax", "flax", "numpy", "ml_dtypes", "safetensors", "matplotlib", "rich"),
     ),
 }

@@ -2,11 +2,11 @@
 
     | digest: d, ~d (low and high half) | ok | slot 0 | slot 1 | ... | clock |
     |<------------- unanimous: minimum over all ranks ------------->| leader: stage 0's minimum |
-    slot = | id, ~id | done | quiet | units ... |      one per live storage transfer, in the order of their ids
-    units = FETCH, STORE: good pages by component      QUERY: smallest end, ~largest end
+    slot = | id, ~id | done | quiet | smallest end, ~largest end | good pages, by component ... |
+                                                       one per live storage transfer, in the order of their ids
 
 A maximum is ~min(~x), and all ranks hold the same x if min(x) == ~min(~x). An absent slot is neutral in every lane, and
-its id differs from every id. Pure numpy; knows no mesh.
+its id differs from every id; what a rank does not know of a live transfer is a zero. Pure numpy; knows no mesh.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ID_MODULUS = NEUTRAL  # so that no id is NEUTRAL
 DIGEST_LANES = 4
 OK_LANE = DIGEST_LANES
 FIRST_SLOT = OK_LANE + 1
-ID, NOT_ID, DONE, QUIET, UNITS = range(5)  # within a slot
+ID, NOT_ID, DONE, QUIET, SMALLEST_END, NOT_LARGEST_END, PAGES = range(7)  # within a slot
 NUM_LEADER_LANES = 1
 
 
@@ -41,12 +41,8 @@ class Lanes:
     max_live: int
 
     @property
-    def num_units(self) -> int:
-        return max(2, len(self.components))
-
-    @property
     def slot_lanes(self) -> int:
-        return UNITS + self.num_units
+        return PAGES + len(self.components)
 
     @property
     def num_unanimous(self) -> int:
@@ -60,7 +56,7 @@ class Lanes:
         """One rank's row.
 
         digest:   of 64 bits
-        outcomes: of the live transfers, by id; an outcome without pages is a QUERY's
+        outcomes: of the live transfers, by id
         """
         assert len(outcomes) <= self.max_live, f"{len(outcomes)=} live transfers for {self.max_live=} slots"
         row = np.full(self.num_lanes, NEUTRAL, np.int32)
@@ -84,8 +80,7 @@ class Lanes:
         slots = self._slots(row)
         _check_ids(slots, step, sorted(outcomes))
         return {
-            transfer_id: self._unpack_slot(slot, outcomes[transfer_id])
-            for slot, transfer_id in zip(slots, sorted(outcomes), strict=False)
+            transfer_id: self._unpack_slot(slot) for slot, transfer_id in zip(slots, sorted(outcomes), strict=False)
         }
 
     def clock_ms(self, row: Row) -> int:
@@ -98,20 +93,13 @@ class Lanes:
 
     def _pack_slot(self, slot: Row, transfer_id: int, outcome: Outcome) -> None:
         low = transfer_id % ID_MODULUS
-        slot[[ID, NOT_ID]] = low, ~low
-        slot[[DONE, QUIET]] = outcome.done, outcome.quiet
-        units = slot[UNITS:]
-        if outcome.pages:
-            units[: len(self.components)] = [outcome.pages.get(name, 0) for name in self.components]
-        else:
-            units[:2] = outcome.smallest_end, ~outcome.largest_end
+        pages = [outcome.pages.get(name, 0) for name in self.components]
+        slot[:] = low, ~low, outcome.done, outcome.quiet, outcome.smallest_end, ~outcome.largest_end, *pages
 
-    def _unpack_slot(self, slot: Row, own: Outcome) -> Outcome:
-        done, quiet, units = bool(slot[DONE]), bool(slot[QUIET]), slot[UNITS:].tolist()
-        if own.pages:
-            agreed = dict(zip(self.components, units, strict=False))
-            return Outcome(done, quiet, {name: agreed[name] for name in own.pages})
-        return Outcome(done, quiet, {}, units[0], ~units[1])
+    def _unpack_slot(self, slot: Row) -> Outcome:
+        _, _, done, quiet, smallest_end, not_largest_end, *pages = slot.tolist()
+        by_component = dict(zip(self.components, pages, strict=True))
+        return Outcome(bool(done), bool(quiet), by_component, smallest_end, ~not_largest_end)
 
     def _check_digest(self, row: Row, step: int, digest: int) -> None:
         smallest, largest = row[: DIGEST_LANES // 2], ~row[DIGEST_LANES // 2 : DIGEST_LANES]

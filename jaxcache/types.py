@@ -181,5 +181,9 @@ class RanksDiverged(RuntimeError):
     """Ranks hold different caches; serving must stop."""
 
 
+class RankUnresponsive(RuntimeError):
+    """A rank died, stopped, or is elsewhere: what needs all ranks did not come within `agreement_timeout_s`."""
+
+
 class TransferFault(RuntimeError):
     """A copy between device and host failed; serving must stop."""

@@ -102,10 +102,9 @@ class Lanes:
         return Outcome(bool(done), bool(quiet), by_component, smallest_end, ~not_largest_end)
 
     def _check_digest(self, row: Row, step: int, digest: int) -> None:
-        smallest, largest = row[: DIGEST_LANES // 2], ~row[DIGEST_LANES // 2 : DIGEST_LANES]
-        if np.array_equal(smallest, largest):
+        if are_equal(row):
             return
-        low, high = (_hex(part) for part in (smallest, largest))
+        low, high = (_hex(part) for part in (row[: DIGEST_LANES // 2], ~row[DIGEST_LANES // 2 : DIGEST_LANES]))
         raise RanksDiverged(f"{step=}: this rank's digest is {digest:#018x}, all ranks' halves lie in [{low}, {high}]")
 
 
@@ -113,6 +112,11 @@ def digest_lanes(digest: int) -> np.ndarray:
     """A 64-bit digest as int32[4]: low and high half, then their complements."""
     halves = np.array([digest & (2**64 - 1)], np.uint64).view(np.int32)
     return np.concatenate([halves, ~halves])
+
+
+def are_equal(row: Row) -> bool:
+    """Whether the digests, which are the first lanes of a reduced row, were the same on all ranks."""
+    return np.array_equal(row[: DIGEST_LANES // 2], ~row[DIGEST_LANES // 2 : DIGEST_LANES])
 
 
 def _check_ids(slots: np.ndarray, step: int, live_ids: Sequence[int]) -> None:

@@ -85,7 +85,7 @@ def test_both_forms_agree(make_mesh, rng, shape):
     rows = random_rows(rng, mesh.size)
     for form in forms:
         form.start(rows)
-    np.testing.assert_array_equal(*(form.finish() for form in forms))
+    np.testing.assert_array_equal(*(form.finish(60.0) for form in forms))
 
 
 def forwards_nothing(value, num_stages):
@@ -114,12 +114,12 @@ def test_every_axis_matters(make_mesh, rng, monkeypatch, name, mutant):
 @pytest.mark.parametrize("form", [None, CollectiveReduction])
 def test_issue_and_read(make_mesh, form):
     agreement = Agreement(make_mesh(2, 2, 2), ("full", "window", "state"), 3, form)
-    assert agreement.read() is None
+    assert agreement.read(60.0) is None
     agreement.issue(4, 99, OUTCOMES, 1234, True)
     with pytest.raises(AssertionError, match="has not been read"):
         agreement.issue(5, 99, OUTCOMES, 1235, True)
-    assert agreement.read() == Agreed(4, OUTCOMES, 1234)
-    assert agreement.read() is None
+    assert agreement.read(60.0) == Agreed(4, OUTCOMES, 1234)
+    assert agreement.read(60.0) is None
 
 
 @pytest.mark.parametrize("form", [None, CollectiveReduction])
@@ -127,4 +127,4 @@ def test_a_fault_here_is_raised_at_the_read(make_mesh, form):
     agreement = Agreement(make_mesh(1, 2, 1), ("full",), 1, form)
     agreement.issue(4, 99, {}, 0, False)
     with pytest.raises(TransferFault, match="step=4"):
-        agreement.read()
+        agreement.read(60.0)

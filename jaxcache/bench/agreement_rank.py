@@ -25,6 +25,7 @@ COMPONENTS = ("full", "window", "state")
 SHAPES = {2: (2, 1, 1), 8: (2, 2, 2)}  # cp, tp, pp by number of devices
 LIVE = {id: Outcome(False, False, dict.fromkeys(COMPONENTS, id)) for id in range(1, 6)}
 WIDTH = 256
+TIMEOUT_S = 60.0
 
 
 def main(num_steps: int, warmup_steps: int, model_ms: float) -> dict[str, list[float]]:
@@ -42,7 +43,7 @@ def main(num_steps: int, warmup_steps: int, model_ms: float) -> dict[str, list[f
                 values.clear()
         timed(times["issue_us"], partial(issue, agreement, step))
         timed(times["model_us"], work)
-        timed(times["read_us"], agreement.read)
+        timed(times["read_us"], partial(agreement.read, TIMEOUT_S))
         timed(times["round_us"], partial(issue_and_read, agreement, step))
         timed(times["local_us"], partial(issue_and_read, local, step))
     return times
@@ -54,7 +55,7 @@ def issue(agreement: Agreement, step: int) -> None:
 
 def issue_and_read(agreement: Agreement, step: int) -> None:
     issue(agreement, step)
-    agreement.read()
+    agreement.read(TIMEOUT_S)
 
 
 def timed(values: list[float], call: Callable[[], Any]) -> None:

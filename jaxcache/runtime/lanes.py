@@ -11,8 +11,11 @@ its id differs from every id; what a rank does not know of a live transfer is a 
 
 from __future__ import annotations
 
+import struct
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -40,11 +43,11 @@ class Lanes:
     components: tuple[str, ...]
     max_live: int
 
-    @property
+    @cached_property
     def slot_lanes(self) -> int:
         return PAGES + len(self.components)
 
-    @property
+    @cached_property
     def num_unanimous(self) -> int:
         return FIRST_SLOT + self.max_live * self.slot_lanes
 
@@ -59,75 +62,77 @@ class Lanes:
         outcomes: of the live transfers, by id
         """
         assert len(outcomes) <= self.max_live, f"{len(outcomes)=} live transfers for {self.max_live=} slots"
-        row = np.full(self.num_lanes, NEUTRAL, np.int32)
-        row[:DIGEST_LANES] = digest_lanes(digest)
-        row[OK_LANE] = int(ok)
-        slots = self._slots(row)
-        slots[:, NOT_ID] = ~NEUTRAL
-        for slot, transfer_id in zip(slots, sorted(outcomes), strict=False):
-            self._pack_slot(slot, transfer_id, outcomes[transfer_id])
-        row[self.num_unanimous] = clock_ms % CLOCK_MODULUS
-        return row
+        lanes = [*digest_lanes(digest), int(ok)]
+        for transfer_id in sorted(outcomes):
+            lanes += self._slot(transfer_id, outcomes[transfer_id])
+        lanes += self._absent_slots[: self.num_unanimous - len(lanes)]
+        lanes.append(clock_ms % CLOCK_MODULUS)
+        return np.frombuffer(array("i", lanes), np.int32)
 
     def unpack(self, row: Row, step: int, digest: int, outcomes: Mapping[int, Outcome]) -> dict[int, Outcome]:
         """What all ranks agreed on, given what this one said.
 
         RanksDiverged: the digests or the live transfers differ; TransferFault: some rank's copy failed
         """
-        self._check_digest(row, step, digest)
-        if not row[OK_LANE]:
+        lanes, live_ids = row.tolist(), sorted(outcomes)
+        _check_digest(lanes, step, digest)
+        if not lanes[OK_LANE]:
             raise TransferFault(f"{step=}: a copy between device and host failed on some rank")
-        slots = self._slots(row)
-        _check_ids(slots, step, sorted(outcomes))
-        return {
-            transfer_id: self._unpack_slot(slot) for slot, transfer_id in zip(slots, sorted(outcomes), strict=False)
-        }
+        _check_ids(self._lane(lanes, ID), self._lane(lanes, NOT_ID), step, live_ids)
+        starts = range(FIRST_SLOT, self.num_unanimous, self.slot_lanes)
+        return {id: self._outcome(lanes[at : at + self.slot_lanes]) for id, at in zip(live_ids, starts, strict=False)}
 
     def clock_ms(self, row: Row) -> int:
         """The leader's clock, modulo CLOCK_MODULUS."""
         return int(row[self.num_unanimous])
 
-    def _slots(self, row: Row) -> np.ndarray:
-        """A view [max_live, slot_lanes]."""
-        return row[FIRST_SLOT : self.num_unanimous].reshape(self.max_live, self.slot_lanes)
+    @cached_property
+    def _absent_slots(self) -> list[int]:
+        slot = [NEUTRAL] * self.slot_lanes
+        slot[NOT_ID] = ~NEUTRAL
+        return slot * self.max_live
 
-    def _pack_slot(self, slot: Row, transfer_id: int, outcome: Outcome) -> None:
+    def _lane(self, lanes: list[int], lane: int) -> list[int]:
+        """One lane of every slot."""
+        return lanes[FIRST_SLOT + lane : self.num_unanimous : self.slot_lanes]
+
+    def _slot(self, transfer_id: int, outcome: Outcome) -> list[int]:
         low = transfer_id % ID_MODULUS
         pages = [outcome.pages.get(name, 0) for name in self.components]
-        slot[:] = low, ~low, outcome.done, outcome.quiet, outcome.smallest_end, ~outcome.largest_end, *pages
+        return [low, ~low, outcome.done, outcome.quiet, outcome.smallest_end, ~outcome.largest_end, *pages]
 
-    def _unpack_slot(self, slot: Row) -> Outcome:
-        _, _, done, quiet, smallest_end, not_largest_end, *pages = slot.tolist()
+    def _outcome(self, slot: list[int]) -> Outcome:
+        _, _, done, quiet, smallest_end, not_largest_end, *pages = slot
         by_component = dict(zip(self.components, pages, strict=True))
         return Outcome(bool(done), bool(quiet), by_component, smallest_end, ~not_largest_end)
 
-    def _check_digest(self, row: Row, step: int, digest: int) -> None:
-        if are_equal(row):
-            return
-        low, high = (_hex(part) for part in (row[: DIGEST_LANES // 2], ~row[DIGEST_LANES // 2 : DIGEST_LANES]))
+
+def digest_lanes(digest: int) -> list[int]:
+    """A 64-bit digest as four int32: low and high half, then their complements."""
+    low, high = struct.unpack("<ii", struct.pack("<Q", digest & (2**64 - 1)))
+    return [low, high, ~low, ~high]
+
+
+def are_equal(lanes: Sequence[int] | Row) -> bool:
+    """Whether the digests, which are the first lanes of a reduced row, were the same on all ranks."""
+    return bool(lanes[0] == ~lanes[2] and lanes[1] == ~lanes[3])
+
+
+def _check_digest(lanes: list[int], step: int, digest: int) -> None:
+    if not are_equal(lanes):
+        low, high = _hex(lanes[0], lanes[1]), _hex(~lanes[2], ~lanes[3])
         raise RanksDiverged(f"{step=}: this rank's digest is {digest:#018x}, all ranks' halves lie in [{low}, {high}]")
 
 
-def digest_lanes(digest: int) -> np.ndarray:
-    """A 64-bit digest as int32[4]: low and high half, then their complements."""
-    halves = np.array([digest & (2**64 - 1)], np.uint64).view(np.int32)
-    return np.concatenate([halves, ~halves])
-
-
-def are_equal(row: Row) -> bool:
-    """Whether the digests, which are the first lanes of a reduced row, were the same on all ranks."""
-    return np.array_equal(row[: DIGEST_LANES // 2], ~row[DIGEST_LANES // 2 : DIGEST_LANES])
-
-
-def _check_ids(slots: np.ndarray, step: int, live_ids: Sequence[int]) -> None:
-    smallest, largest = slots[:, ID], ~slots[:, NOT_ID]
-    if not np.array_equal(smallest, largest):
-        bad = int(np.argmax(smallest != largest))
+def _check_ids(smallest: list[int], not_largest: list[int], step: int, live_ids: Sequence[int]) -> None:
+    largest = [~lane for lane in not_largest]
+    if smallest != largest:
+        bad = next(i for i, (low, high) in enumerate(zip(smallest, largest, strict=True)) if low != high)
         raise RanksDiverged(
             f"{step=}: this rank's live transfers are {list(live_ids)}, "
             f"slot {bad} holds ids from {smallest[bad]} to {largest[bad]} ({NEUTRAL}: none)"
         )
 
 
-def _hex(halves: np.ndarray) -> str:
-    return f"{int(np.ascontiguousarray(halves).view(np.uint64)[0]):#018x}"
+def _hex(low: int, high: int) -> str:
+    return f"{int.from_bytes(struct.pack('<ii', low, high), 'little'):#018x}"

@@ -34,8 +34,8 @@ def groups(only: Sequence[str] | None = None) -> dict[str, Measure]:
     return {name: measure for name, measure in everything.items() if not only or name.startswith(tuple(only))}
 
 
-def fleet(num_processes: int, num_devices: int, num_steps: int = NUM_STEPS) -> list[Figure]:
-    program = ["-m", "jaxcache.bench.agreement_rank", str(num_steps), str(WARMUP_STEPS), str(MODEL_MS)]
+def fleet(num_processes: int, num_devices: int) -> list[Figure]:
+    program = ["-m", "jaxcache.bench.agreement_rank", str(NUM_STEPS), str(WARMUP_STEPS), str(MODEL_MS)]
     with Processes(program, num_processes, num_devices) as processes:
         printed = processes.check(TIMEOUT_S)[0].stdout
     measured = json.loads(printed.splitlines()[-1])  # libraries print, too

@@ -54,7 +54,7 @@ class Cache:
             _check_storage(storage)
         self.config = config
         self.mesh = mesh
-        self.layouts = page_layouts(tuple(components), mesh)
+        self.layouts = page_layouts(tuple(components), mesh, config.storage_grid)
         self.core = PrefixCache(tuple(components), config)
         if storage is not None:
             self.core.attachment.attach()

@@ -93,6 +93,7 @@ def parser() -> argparse.ArgumentParser:
     add("--device-pages", type=int, default=1024, help="pages of the device tier")
     add("--host-pages", type=int, default=1536, help="pages of the host tier")
     add("--storage", type=Path, help="folder of the storage tier, shared by all; default: a temporary one")
+    add("--storage-grid", help="cp,tp,pp of the values in storage; meshes with one grid share it; default: the mesh")
     add(
         "--write-policy",
         choices=[p.value for p in jaxcache.WritePolicy],
@@ -115,10 +116,10 @@ def main(argv: Sequence[str]) -> int:
     errors = Console(stderr=True)
     try:
         if args.processes != 1:
-            return fleet.start(argv, args.processes, math.prod(mesh_shape(args.mesh)), args.storage)
+            return fleet.start(argv, args.processes, math.prod(three_numbers("--mesh", args.mesh)), args.storage)
         is_first = fleet.join(args.coordinator, args.num_processes, args.process_id) == 0
         console = Console(stderr=args.json == "-", quiet=not is_first)
-        demo = Demo(args, make_mesh(mesh_shape(args.mesh)), console)
+        demo = Demo(args, make_mesh(three_numbers("--mesh", args.mesh)), console)
         figures = demo.without_cache() if args.no_cache else demo.compare()
     except (ValueError, OSError, MemoryError, fleet.ProcessesFailed) as error:
         errors.print("[red]error:[/]", Text(str(error)), soft_wrap=True)
@@ -129,12 +130,13 @@ def main(argv: Sequence[str]) -> int:
     return 0 if is_same else 1
 
 
-def mesh_shape(text: str) -> tuple[int, ...]:
+def three_numbers(option: str, text: str) -> tuple[int, int, int]:
     """ "cp,tp,pp" as numbers."""
     numbers = text.split(",")
     if len(numbers) != 3 or not all(n.strip().isdecimal() and int(n) for n in numbers):
-        raise ValueError(f"--mesh must be three positive numbers cp,tp,pp, not {text!r}")
-    return tuple(map(int, numbers))
+        raise ValueError(f"{option} must be three positive numbers cp,tp,pp, not {text!r}")
+    cp, tp, pp = map(int, numbers)
+    return cp, tp, pp
 
 
 def make_mesh(shape: tuple[int, ...]) -> jax.sharding.Mesh:
@@ -183,6 +185,7 @@ class Demo:
             host_pages=args.host_pages if caching else 0,
             write_policy=jaxcache.WritePolicy(args.write_policy),
             prefetch_policy=prefetch,
+            storage_grid=three_numbers("--storage-grid", args.storage_grid) if args.storage_grid else None,
             prefetch_min_tokens=2**30 if args.prefetch == "off" else 2 * args.page_tokens,
             max_transfer_pages=128,
             caching=caching,

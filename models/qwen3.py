@@ -311,15 +311,15 @@ def make_extend(
 def init_params(cfg: Qwen3Config, mesh: Mesh, seed: int, dtype: DTypeLike) -> Params:
     """Random parameters, sharded; the same numbers on every mesh. Each process makes all of them, one by one."""
     rng = np.random.default_rng(seed)
-    params = [param for _, param in nnx.to_flat_state(nnx.state(_abstract_model(cfg)))]
-    targets, tree = jax.tree.flatten(param_targets(cfg, mesh, dtype))
+    params = (param for _, param in nnx.to_flat_state(nnx.state(_abstract_model(cfg))))
 
-    def draw(param: nnx.Param, target: jax.ShapeDtypeStruct) -> Array:
-        values = param.mean + param.std * rng.standard_normal(param.shape, np.float32)
-        padded = _pad_param(values.astype(target.dtype), target.shape)
-        return jax.make_array_from_callback(target.shape, target.sharding, lambda shard: padded[shard])
+    def draw(target: jax.ShapeDtypeStruct) -> Array:
+        param = next(params)
+        values = (param.mean + param.std * rng.standard_normal(param.shape, np.float32)).astype(target.dtype)
+        padded = _pad_param(values, target.shape)
+        return jax.make_array_from_callback(padded.shape, target.sharding, padded.__getitem__)
 
-    return tree.unflatten(map(draw, params, targets))
+    return jax.tree.map(draw, param_targets(cfg, mesh, dtype))
 
 
 def _pad_param(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

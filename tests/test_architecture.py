@@ -46,7 +46,7 @@ LAYERS = {
     "jaxcache.runtime": Layer(MIDDLE, ("jax", "numpy", "xxhash", "prometheus_client", "orbax")),
     "jaxcache.cache": Layer(MIDDLE, ("jax", "numpy")),
     "jaxcache.testing": Layer(("jaxcache",), ("jax", "numpy", "xxhash", "hypothesis")),
-    "jaxcache.bench": Layer(("jaxcache",), ("numpy",)),
+    "jaxcache.bench": Layer(("jaxcache",), ("jax", "numpy")),
     "jaxcache.cli": Layer(("jaxcache", "kernels_pallas"), ("jax", "numpy", "xxhash", "rich", "matplotlib")),
     "jaxcache.__main__": Layer(("jaxcache.cli",), ()),
     "jaxcache": Layer(("jaxcache",), ()),

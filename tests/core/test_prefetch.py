@@ -251,19 +251,6 @@ def test_what_the_tree_has_meanwhile_is_a_duplicate():
     check_accounts(server)
 
 
-def test_two_prefetches_of_the_same_prompt_bring_it_once():
-    """L4, L9: what the second brings is there already, and is freed."""
-    server = server_with_storage()
-    server.store(prompt(24))
-    tickets = [server.prefetch(prompt(24)) for _ in range(2)]
-    server.settle()
-    assert server.host_free() == 64 - 6
-    leases = [server.admit(ticket.sequence, ticket=ticket) for ticket in tickets]
-    assert [lease.num_cached_tokens for lease in leases] == [24, 24]
-    assert server.core.counters["storage_tokens_used"] == 24
-    check_accounts(server)
-
-
 # ---- policies
 
 

@@ -72,13 +72,15 @@ def _ask(driver: Driver, tier: str | None, tokens: np.ndarray, turn: Turn) -> An
     return driver.ask(tokens, num_decode=turn.num_decode)
 
 
-def check_turns(rig: Rig, driver: Driver, tier: str) -> list[list[int]]:
-    """Hit equals miss in every turn, with exactly the cached tokens of TURNS, all from `tier`. Returns the answers."""
-    with rig.cache(caching=False, host_pages=0) as uncached:
-        want = serve_turns(Driver(rig, uncached), None)
-    got = serve_turns(driver, tier)
-    for turn, hit, miss in zip(TURNS, got, want, strict=True):
+def uncached_turns(rig: Rig) -> list[Answer]:
+    """What every turn is answered without a cache."""
+    with rig.cache(caching=False, host_pages=0) as cache:
+        return serve_turns(Driver(rig, cache), None)
+
+
+def check_turns(driver: Driver, tier: str, want: list[Answer]) -> None:
+    """Hit equals miss in every turn, with exactly the cached tokens of TURNS, all from `tier`."""
+    for turn, hit, miss in zip(TURNS, serve_turns(driver, tier), want, strict=True):
         found = tuple(turn.num_cached if name == tier else 0 for name in TIERS)
         assert hit.hits == found, f"{tier}: {turn.name}: {hit.hits=} {found=}"
         check_equal(hit, miss)
-    return [answer.tokens for answer in got]

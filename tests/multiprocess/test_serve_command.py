@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,9 @@ COMMAND = [sys.executable, "-m", "models.serve", "--processes", "2", "--mesh", "
 
 
 def serve(*options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *options], cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S)
+    """On CPU devices, wherever the tests run."""
+    command, env = [*COMMAND, *options], {**os.environ, "JAX_PLATFORMS": "cpu"}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=TIMEOUT_S)
 
 
 @pytest.mark.slow

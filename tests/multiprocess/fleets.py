@@ -12,7 +12,7 @@ from jaxcache.testing.processes import Processes
 from tests.multiprocess.rank import Job
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT_S = 240.0
+TIMEOUT_S = 280.0
 
 
 def run(platform: str, job: Job, num_processes: int) -> list[list[dict[str, Any]]]:

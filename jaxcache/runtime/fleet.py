@@ -92,7 +92,8 @@ class Fleet:
         lines = [f"{what} {error} (process {self.process})", *_by_process(heard)]
         if silent:
             why = f" ({self._bulletin.why_silent})" if self._bulletin.why_silent else ""
-            lines.append(f"nothing was heard of: process {', '.join(map(str, silent))}{why}")
+            whom = f"process {', '.join(map(str, silent))}"
+            lines.append(f"nothing was heard within {self.listen_s:g} s of: {whom}{why}")
         return RankUnresponsive("\n  ".join(lines))
 
     def diverged(self, error: RanksDiverged, state: State) -> RanksDiverged:

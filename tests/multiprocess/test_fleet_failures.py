@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -45,6 +46,14 @@ def fail(
     return [exits[index] for index in others], seconds
 
 
+def assert_names_step(exit: Exit, model: bool) -> None:
+    """A step of the model needs all ranks at once; an agreement is read one step later, if it did not fail before."""
+    steps = f"{AT + 1}" if model else f"[{AT + 1}{AT + 2}]"  # the cache counts its steps from 1
+    assert re.search(
+        rf"step {steps}, digest 0x[0-9a-f]{{16}}, last decision .* in step {steps}, last agreed", exit.stderr
+    )
+
+
 @pytest.mark.parametrize("model", [False, True], ids=["agreement", "model"])
 @pytest.mark.parametrize("end", [Processes.kill, Processes.stop])
 def test_a_process_that_dies_or_stops_is_reported_by_all_others(end, model):
@@ -54,10 +63,13 @@ def test_a_process_that_dies_or_stops_is_reported_by_all_others(end, model):
     for exit in exits:
         assert (exit.code, exit.was_ended) == (1, False), exit.stderr
         assert f"jaxcache.types.RankUnresponsive: {what}" in exit.stderr
-        assert "nothing was heard of: process 2" in exit.stderr
-        assert f"process {1 - exit.index}: {what}" in exit.stderr
-        assert f"in step {AT + 1}, last agreed in step {AT}" in exit.stderr
-    assert ("Gloo" in exits[0].stderr) == (end is Processes.kill)
+        assert re.search(r"nothing was heard within 1 s of: process (0, |1, )?2\n", exit.stderr)
+        assert_names_step(exit, model)
+        if end is Processes.kill:  # whoever is not connected to the dead process may notice later
+            assert f"RankUnresponsive: {what} failed: UNKNOWN: Gloo" in exit.stderr
+        else:
+            assert f"RankUnresponsive: {what} was not ready after 4 s" in exit.stderr
+            assert f"\n  process {1 - exit.index}: {what} was not ready" in exit.stderr
 
 
 @pytest.mark.parametrize("model", [False, True], ids=["agreement", "model"])
@@ -67,8 +79,7 @@ def test_when_the_coordinators_process_dies_the_others_have_reported_before_jax_
     for exit in exits:
         assert exit.code in (1, -signal.SIGABRT), exit.stderr
         assert f"jaxcache: process {exit.index}: " in exit.stderr
-        assert f"step {AT + 1}, digest 0x" in exit.stderr
-        assert "last decision " in exit.stderr
+        assert_names_step(exit, model)
 
 
 def test_a_tree_that_was_damaged_in_one_process_ends_all_within_two_steps():

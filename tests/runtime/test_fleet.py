@@ -166,6 +166,7 @@ def test_too_many_components(make_mesh):
 
 
 def test_the_agreement_that_does_not_come_ends_the_loop_with_a_report(cache, monkeypatch):
+    cache._controller.fleet.processes = [0, 1]
     pools = cache.step(cache.init_pools())
 
     def never(timeout_s):
@@ -188,10 +189,10 @@ def test_wait_returns_what_it_was_given(cache):
 def test_in_one_process_an_error_is_nobody_elses(cache, monkeypatch):
     own = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
-    def fails(arrays):
-        raise own
+    def fails(arrays, timeout_s):
+        raise RankUnresponsive(f"failed: {own}") from own
 
-    monkeypatch.setattr(jax, "block_until_ready", fails)
+    monkeypatch.setattr("jaxcache.runtime.controller.wait_until_ready", fails)
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
         cache.wait(jax.numpy.ones(2))
     cache._controller.fleet.processes = [0, 1]

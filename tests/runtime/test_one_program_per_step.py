@@ -61,6 +61,7 @@ def test_launches_per_step(make_mesh, launches, shape, num_requests):
     component = jaxcache.FullAttention("full", (KV,))
     storage = jaxcache.MemoryStorage()
     with jaxcache.Cache([component], make_mesh(*shape), CONFIG, storage=storage) as cache:
+        cache._controller.fleet.processes = [0, 1]  # one process alone exchanges nothing while nothing is in flight
         pools, most = cache.init_pools(), 0
         namespace = cache.new_namespace(model="test")
         sequences = [cache.sequence([i] * 17, namespace) for i in range(num_requests)]
@@ -78,3 +79,11 @@ def test_launches_per_step(make_mesh, launches, shape, num_requests):
         assert len(set(launches)) == 1
         assert most >= min(num_requests, CONFIG.max_stores)
         assert bool(most) == bool(num_requests)
+
+
+def test_one_process_alone_exchanges_only_what_is_in_flight(make_mesh, launches):
+    with jaxcache.Cache([jaxcache.FullAttention("full", (KV,))], make_mesh(2, 2, 2), CONFIG) as cache:
+        pools = cache.init_pools()
+        for _ in range(16):
+            pools = cache.step(pools)
+    assert not launches

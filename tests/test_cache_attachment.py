@@ -124,7 +124,7 @@ def test_what_is_refused_changes_nothing(rig):
 
 def test_storage_without_a_host_tier(rig):
     before = threading.active_count()
-    with pytest.raises(ValueError, match="set CacheConfig.host_pages"):
+    with pytest.raises(ValueError, match="a host tier to read into"):
         rig.cache(jaxcache.MemoryStorage(), host_pages=0)
     assert threading.active_count() == before
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from jaxcache.core.lease import Lease
 from jaxcache.core.prefetch import PrefetchState
 from jaxcache.core.ticket import Ticket
-from jaxcache.core.lease import Lease
 from jaxcache.types import CLOCK_MODULUS, Outcome, PrefetchPolicy, Wait
 from tests.core.helpers import Server, prompt, server_with_storage
 

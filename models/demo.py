@@ -119,7 +119,7 @@ def main(argv: Sequence[str]) -> int:
             return fleet.start(argv, args.processes, math.prod(three_numbers("--mesh", args.mesh)), args.storage)
         is_first = fleet.join(args.coordinator, args.num_processes, args.process_id) == 0
         console = Console(stderr=args.json == "-", quiet=not is_first)
-        demo = Demo(args, make_mesh(three_numbers("--mesh", args.mesh)), console)
+        demo = Demo(args, make_mesh(three_numbers("--mesh", args.mesh), args.num_processes or 1), console)
         figures = demo.without_cache() if args.no_cache else demo.compare()
     except (ValueError, OSError, MemoryError, fleet.ProcessesFailed) as error:
         errors.print("[red]error:[/]", Text(str(error)), soft_wrap=True)
@@ -139,12 +139,12 @@ def three_numbers(option: str, text: str) -> tuple[int, int, int]:
     return cp, tp, pp
 
 
-def make_mesh(shape: tuple[int, ...]) -> jax.sharding.Mesh:
-    """A mesh (cp, tp, pp) of the devices of all processes; of one without GPUs, as many CPU devices as it takes."""
+def make_mesh(shape: tuple[int, ...], num_processes: int = 1) -> jax.sharding.Mesh:
+    """A mesh (cp, tp, pp) of the devices of all processes; without GPUs, of as many CPU devices as it takes."""
     num_devices = math.prod(shape)
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         flags = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={num_devices}"
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={num_devices // num_processes}"
     if len(jax.devices()) < num_devices:
         raise ValueError(f"--mesh {shape} needs {num_devices} devices, there are {len(jax.devices())}")
     devices = jax.devices()[:num_devices]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,29 @@ def test_the_first_process_shows_the_results_of_all(tmp_path):
     assert figures["compiles_after_warmup"] == 0
     assert done.stderr.count("every token as without a cache") == 1
     assert any((tmp_path / "storage" / "values").glob("*/*"))
+
+
+@pytest.mark.slow
+def test_processes_that_somebody_else_starts_find_their_coordinator(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_BIND_ADDRESS": address, "XLA_FLAGS": ""}
+    one = [sys.executable, "-m", "models.serve", "--mesh", "1,1,2", "--requests", "2", "--no-cache"]
+    fleet = [*one, "--coordinator", address, "--num-processes", "2", "--process-id"]
+    outputs = [tmp_path / "0.json", tmp_path / "1.json"]
+    started = [
+        subprocess.Popen([*fleet, str(i), "--json", str(outputs[i])], cwd=ROOT, env=env, stderr=subprocess.PIPE)
+        for i in range(2)
+    ]
+    try:
+        errors = [process.communicate(timeout=TIMEOUT_S)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0], errors
+    assert json.loads(outputs[0].read_text())["requests"] == 2
+    assert not outputs[1].exists()
 
 
 def test_an_error_is_shown_with_the_number_of_its_process():

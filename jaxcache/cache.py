@@ -61,7 +61,7 @@ class Cache:
         self.config = config
         self.core = PrefixCache(tuple(components), config)
         if storage is not None:
-            self.core.attachment.attach()
+            self.core.attachment.attach(type(storage).__name__)
         self._events = EventStream(self.core.tiers) if config.events else None
         self.storage = storage
         self.device_pages = {r.component.name: r.allocator.num_pages for r in self.core.tiers.device}
@@ -250,14 +250,14 @@ class Cache:
     # ---- storage and policies, at run time
 
     def attach_storage(self, storage: Storage) -> None:
-        """From now on asks this storage, and writes to it; what host memory holds is written, too, as far as it queues.
+        """Asks this storage from now on, and writes to it: what host memory holds already, too.
 
         Raises TypeError for what is no Storage, RuntimeError if one is attached, ValueError without a host tier; then
         nothing has changed. Every process of a replica does the same in the same step, here and below.
         """
         self._check_open()
         _check_storage(storage)
-        self.core.attachment.attach()
+        self.core.attachment.attach(type(storage).__name__)
         self.storage = storage
         self.engine.set_storage(storage)
 
@@ -273,13 +273,14 @@ class Cache:
 
     @property
     def storage_in_use(self) -> bool:
-        """Whether a transfer still uses the storage that is, or was, attached; true until steps have ended it."""
-        return self.core.attachment.is_busy
+        """Whether the storage that is, or was, attached is still used; steps end transfers, its own calls the rest."""
+        return self.core.attachment.is_busy or self.engine.calls_storage
 
     def clear_storage(self) -> None:
-        """Removes every value of ours from the storage, and forgets what was believed stored. Blocks while it does.
+        """Removes every value of ours from the storage; what host memory holds is then written again. Blocks.
 
-        Raises RuntimeError if none is attached, StorageError if the storage cannot be used.
+        Raises RuntimeError if none is attached, StorageError if it cannot be emptied: what it holds is then written
+        again all the same, so that all processes go on alike.
         """
         self._check_open()
         if self.storage is None:
@@ -292,6 +293,7 @@ class Cache:
     ) -> None:
         """Other policies from now on; None leaves one as it is. Raises ValueError, and changes nothing, for one that
         cannot be: write_back can neither come nor go at run time."""
+        self._check_open()
         self.core.attachment.change(prefetch_policy, write_policy)
 
     # ---- everything at once
@@ -359,7 +361,7 @@ class Cache:
         while True:
             pools = self.apply(self.step(pools))
             core = self.core
-            if not (core.live_transfers() or core.stores.queue or core.admission.loading):
+            if not (core.needs_exchange() or core.stores.is_waiting or core.admission.loading):
                 return pools
             if not self.engine.drain(deadline - time.monotonic()):
                 raise TimeoutError(f"storage transfers {core.live_transfers()} were still running after {timeout_s} s")

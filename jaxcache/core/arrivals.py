@@ -47,7 +47,7 @@ class Arrivals:
             else:
                 self.counters["rejected_windows_and_states"] += 1
         usable = matching.longest_prefix(tiers, prefetch.sequence, prefetch.agreed_end).num_tokens
-        self.resolve(prefetch, reason, tokens_in(prefetch.accepted, usable, prefetch.agreed_end))
+        self._settle(prefetch, reason, usable, prefetch.agreed_end)
 
     def resolve(self, prefetch: Prefetch, reason: str, tokens: int) -> None:
         """I12: every agreed token is counted once, as used or as unfulfilled for one reason."""
@@ -56,19 +56,31 @@ class Arrivals:
         if tokens:
             self.counters["storage_tokens_used" if reason == "used" else f"unfulfilled_{reason}"] += tokens
 
-    def use(self, prefetch: Prefetch, sequence: Sequence, device_tokens: int, cached_tokens: int) -> int:
-        """Settles its tokens at the first admit that it was made for; returns how many of the cached ones it brought.
+    def use(self, prefetch: Prefetch, device_tokens: int, cached_tokens: int) -> int:
+        """An admission that it was made for: returns how many of the cached tokens it brought. Each counts once."""
+        self._settle(prefetch, "already_present", 0, device_tokens)
+        return self._settle(prefetch, "used", device_tokens, cached_tokens)
 
-        What is there and was not taken: a load-back below the threshold, a capped hit, no room on the device.
-        """
-        there = matching.longest_prefix(self.tiers, sequence, None).num_tokens
-        spans, prefetch.accepted = prefetch.accepted, []
-        used = min(tokens_in(spans, device_tokens, cached_tokens), prefetch.unresolved_tokens)
-        self.resolve(prefetch, "used", used)
-        for reason, start, stop in (("already_present", 0, device_tokens), ("not_taken", cached_tokens, there)):
-            self.resolve(prefetch, reason, min(tokens_in(spans, start, stop), prefetch.unresolved_tokens))
+    def settle_rest(self, prefetch: Prefetch) -> None:
+        """Nobody wants more of it. What is there was not taken: a load-back below the threshold, a capped hit, no room
+        on the device."""
+        there = matching.longest_prefix(self.tiers, prefetch.sequence, None).num_tokens
+        self._settle(prefetch, "not_taken", 0, there)
         self.resolve(prefetch, "host_capacity", prefetch.unresolved_tokens)
-        return used
+
+    def _settle(self, prefetch: Prefetch, reason: str, start: int, stop: int) -> int:
+        """Counts the accepted tokens in [start, stop), which then no longer count as unresolved."""
+        rest, num_tokens = [], 0
+        for span in prefetch.accepted:
+            low, high = max(span.start, start), min(span.stop, stop)
+            if low >= high:
+                rest.append(span)
+                continue
+            num_tokens += high - low
+            rest += [part for part in (Span(span.start, low), Span(high, span.stop)) if part.start < part.stop]
+        prefetch.accepted = rest
+        self.resolve(prefetch, reason, num_tokens)
+        return num_tokens
 
     def _place(self, sequence: Sequence, base: int) -> Node | None:
         """The node that ends at `base`, with every full page up to there in host memory; None if that cannot be had."""
@@ -147,8 +159,3 @@ class Arrivals:
     def _holdable(self, node: Node) -> bool:
         full = self.tiers.full
         return full is None or node.pages[self.tiers.host[full].index] is not None
-
-
-def tokens_in(spans: list[Span], start: int, stop: int) -> int:
-    """How many tokens of the spans lie in [start, stop)."""
-    return sum(max(0, min(span.stop, stop) - max(span.start, start)) for span in spans)

@@ -7,8 +7,11 @@ rank is quiet, as always, and what it says of a storage that is gone is not beli
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+from zlib import crc32
 
 from jaxcache.types import PrefetchPolicy, WritePolicy
+
+EXCHANGES_TO_KNOW = 2  # the first one read afterwards may have been issued before
 
 if TYPE_CHECKING:
     from jaxcache.core.prefix_cache import PrefixCache
@@ -29,9 +32,12 @@ class Attachment:
         """Whether a transfer still uses the storage that is, or was, attached."""
         return bool(self.core.live_transfers())
 
-    def attach(self) -> None:
-        """From now on storage is asked, and host pages go there: what is in host memory already, too, as far as the
-        queue reaches. Raises RuntimeError if one is attached, ValueError without host memory."""
+    def attach(self, kind: str = "") -> None:
+        """From now on storage is asked, and host pages go there: what is in host memory already, too.
+
+        kind: what storage it is, in a word; equal on all ranks
+        Raises RuntimeError if one is attached, ValueError without host memory.
+        """
         core = self.core
         if core.stores.attached:
             raise RuntimeError("a storage is attached: detach it first")
@@ -39,10 +45,10 @@ class Attachment:
             raise ValueError("a storage needs a host tier to read into: set CacheConfig.host_pages")
         core.stores.attached = True
         core.stores.back_fill()
-        core.planner.note("attach", 16, 0)
+        core.planner.note("attach", 16, crc32(kind.encode()))
 
     def detach(self) -> None:
-        """Nothing more is asked or stored. Prefetches end with what they have brought; their requests go on.
+        """Nothing more is asked or stored. Prefetches that are not decided bring nothing; their requests go on.
 
         Raises RuntimeError if none is attached.
         """
@@ -51,14 +57,17 @@ class Attachment:
             raise RuntimeError("no storage is attached")
         core.stores.attached = False
         core.prefetches.abandon_all()
-        core.counters["dropped_stores"] += len(core.stores.queue)
-        core.stores.queue.clear()
+        core.stores.drop_waiting()
         core.stores.forget()
         core.planner.note("detach", 17, 0)
 
     def cleared(self) -> None:
-        """Storage was emptied: what it held will be written again when there is an occasion."""
-        self.core.stores.forget()
+        """This rank's storage is about to be emptied: what host memory holds will be written again, once all ranks have
+        said so; what one wrote before could be removed by another."""
+        stores = self.core.stores
+        stores.forget()
+        stores.back_fill()
+        stores.num_awaited_exchanges = EXCHANGES_TO_KNOW
         self.core.planner.note("cleared", 18, 0)
 
     def change(self, prefetch_policy: PrefetchPolicy | None, write_policy: WritePolicy | None) -> None:

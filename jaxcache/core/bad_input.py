@@ -9,6 +9,7 @@ import numpy as np
 from jaxcache.core.lease import Lease
 from jaxcache.core.page_hash import Namespace
 from jaxcache.core.sequence import Sequence
+from jaxcache.core.ticket import Ticket
 
 if TYPE_CHECKING:
     from jaxcache.core.prefix_cache import PrefixCache
@@ -30,6 +31,13 @@ def check_namespace(core: PrefixCache, namespace: Any) -> None:
         raise ValueError(f"{namespace!r} belongs to another cache")
     if namespace.retired:
         raise ValueError(f"{namespace!r} was retired")
+
+
+def check_ticket(core: PrefixCache, ticket: Any) -> None:
+    if not isinstance(ticket, Ticket):
+        raise TypeError(f"a Ticket is needed, not {type(ticket).__name__}")
+    if ticket.sequence.namespace.owner is not core:
+        raise ValueError(f"{ticket!r} belongs to another cache")
 
 
 def check_sequence(core: PrefixCache, sequence: Any) -> None:

@@ -38,7 +38,7 @@ class Clearing:
         """reset: no node stays."""
         core = self.core
         core.prefetches.abandon_all()
-        core.stores.queue.clear()
+        core.stores.drop_waiting()
         self._keep({}, {})
         core.tiers.tree.retired_roots.clear()
         core.tiers.evictions.clear()

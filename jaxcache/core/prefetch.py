@@ -34,7 +34,7 @@ class Prefetch:
     progress:    leading good pages per component, as last agreed
     accepted:    token spans that became the tree's; unresolved_tokens are not yet counted as used or unfulfilled
     num_wanting: requests whose tickets stand for it; without any it is cancelled
-    is_held, held_since_ms: whether an admission waits for it; from when, by the agreed clock (None: not known yet)
+    num_held, held_since_ms: of those, whose admissions wait for it; since when, by the agreed clock (None: not known)
     """
 
     __slots__ = (
@@ -46,8 +46,8 @@ class Prefetch:
         "held_since_ms",
         "holds",
         "id",
-        "is_held",
         "matched_end",
+        "num_held",
         "num_wanting",
         "pages",
         "progress",
@@ -71,9 +71,8 @@ class Prefetch:
         self.holds: list[Hold] = []
         self.accepted: list[Span] = []
         self.unresolved_tokens = 0
-        self.num_wanting = 0
+        self.num_wanting = self.num_held = 0
         self.cancelled = False
-        self.is_held = False
         self.held_since_ms: int | None = None
 
     @property

@@ -25,12 +25,11 @@ from jaxcache.core.ticket import Ticket
 from jaxcache.core.tiers import Tiers
 from jaxcache.types import CLOCK_MODULUS, NO_PAGES, Move, Outcome, PageIds, TransferKind
 
+MAX_HELD_MS = CLOCK_MODULUS // 2  # what looks longer is a clock that went back
+
 
 class Prefetches:
-    """live: id of its QUERY or FETCH -> prefetch. by_first_key: the same, by the key of the first page asked for.
-
-    policy: what an admission does with one that is still running
-    """
+    """live: id of its QUERY or FETCH -> prefetch. policy: what an admission does with one that is still running."""
 
     def __init__(self, tiers: Tiers, planner: Planner, stores: Stores, backups: Backups, counters: Counters):
         self.tiers = tiers
@@ -40,7 +39,6 @@ class Prefetches:
         self.arrivals = Arrivals(tiers, backups, counters)
         self.policy = tiers.config.prefetch_policy
         self.live: dict[int, Prefetch] = {}
-        self.by_first_key: dict[bytes, Prefetch] = {}
 
     # ---- asking
 
@@ -59,11 +57,10 @@ class Prefetches:
         if wanted_end - prefix.num_tokens < worthwhile:
             self.counters["prefetch_too_short"] += 1
             return None
-        first_key = sequence.page_keys(start // page + 1)[-1] if start < wanted_end else b""
-        shared = self.by_first_key.get(first_key)
-        if shared is not None and self._serves(shared, sequence, wanted_end, worthwhile):
-            self.counters["joined_prefetches"] += 1
-            return self._ticket(sequence, shared)
+        for shared in self.live.values():
+            if self._serves(shared, sequence, start, wanted_end, worthwhile):
+                self.counters["joined_prefetches"] += 1
+                return self._ticket(sequence, shared)
         end = min(wanted_end, self._last_end(start + self._share(tiers.full) * page))
         pages = self._reserve(sequence, start, end) if end - prefix.num_tokens >= worthwhile else None
         if pages is None:
@@ -72,8 +69,6 @@ class Prefetches:
         prefetch = Prefetch(sequence, prefix.num_tokens, start, end, pages)
         prefetch.id = self.planner.add(TransferKind.QUERY, self._questions(prefetch))
         self.live[prefetch.id] = prefetch
-        if start < wanted_end:
-            self.by_first_key[first_key] = prefetch
         self.counters["prefetches"] += 1
         return self._ticket(sequence, prefetch)
 
@@ -82,15 +77,18 @@ class Prefetches:
         prefetch.num_wanting += 1
         return Ticket(sequence, prefetch)
 
-    def _serves(self, shared: Prefetch, sequence: Sequence, wanted_end: int, worthwhile: int) -> bool:
+    def _serves(self, shared: Prefetch, sequence: Sequence, start: int, wanted_end: int, worthwhile: int) -> bool:
         """Whether what is being read already is what this sequence wants, but for less than is worth asking for.
 
         A window or state comes only for the end that is agreed on, so that must not lie beyond this sequence's.
         """
         stop = min(shared.end, wanted_end)
-        if shared.is_over or wanted_end - stop >= worthwhile or (self.tiers.partial and shared.end > wanted_end):
+        if shared.is_over or shared.sequence.root is not sequence.root or shared.start > start:
             return False
-        return shared.sequence.data.startswith(bytes(sequence.data[: stop * 4]))
+        if wanted_end - stop >= worthwhile or (self.tiers.partial and shared.end > wanted_end):
+            return False
+        num_pages = stop // self.tiers.page_tokens
+        return shared.sequence.page_keys(num_pages)[-1:] == sequence.page_keys(num_pages)[-1:]
 
     def _last_end(self, num_tokens: int) -> int:
         """The last place up to there where a request could resume."""
@@ -235,21 +233,37 @@ class Prefetches:
         clock_ms: stage 0's clock as agreed, modulo CLOCK_MODULUS; no other clock is ever looked at
         """
         for prefetch in list(self.live.values()):
-            if not prefetch.is_held or prefetch.is_over:
+            if not prefetch.num_held or prefetch.is_over:
                 continue
-            if prefetch.held_since_ms is None:
+            since = prefetch.held_since_ms
+            held_ms = 0 if since is None else (clock_ms - since) % CLOCK_MODULUS
+            if since is None or held_ms >= MAX_HELD_MS:  # the clock of another host of stage 0 was taken: count anew
                 prefetch.held_since_ms = clock_ms
-            elif (clock_ms - prefetch.held_since_ms) % CLOCK_MODULUS >= self._allowance_ms(prefetch):
+            elif held_ms >= self._allowance_ms(prefetch):
                 self.counters["prefetch_timeouts"] += 1
-                self.take_what_came(prefetch)
+                self._stop(prefetch)
 
     def _allowance_ms(self, prefetch: Prefetch) -> float:
         config = self.tiers.config
-        num_tokens = prefetch.end - prefetch.start
-        return config.prefetch_timeout_s * 1000 + config.prefetch_timeout_s_per_1k_tokens * num_tokens
+        num_tokens = prefetch.end - prefetch.matched_end
+        allowance = config.prefetch_timeout_s * 1000 + config.prefetch_timeout_s_per_1k_tokens * num_tokens
+        return min(allowance, MAX_HELD_MS - 1)
 
-    def take_what_came(self, prefetch: Prefetch) -> None:
-        """What is agreed so far becomes the tree's, and nothing more is wanted."""
+    def hold_up(self, ticket: Ticket) -> None:
+        """Its admission waits for nothing but the prefetch: from now on the deadline counts."""
+        if not ticket.is_held:
+            ticket.is_held = True
+            ticket.prefetch.num_held += 1
+
+    def take_what_came(self, ticket: Ticket) -> None:
+        """What is agreed so far becomes the tree's, and nothing more is wanted; unless others want all of it: then this
+        request goes without."""
+        if ticket.prefetch.num_wanting > 1:
+            self._leave(ticket)
+        else:
+            self._stop(ticket.prefetch)
+
+    def _stop(self, prefetch: Prefetch) -> None:
         if prefetch.state is PrefetchState.FETCH:
             self._decide(prefetch, "deadline")
         else:
@@ -267,20 +281,27 @@ class Prefetches:
 
     def cancel(self, ticket: Ticket) -> None:
         """This request wants nothing more of it; when nobody does, its pages are freed once every rank is quiet."""
-        if not ticket.cancelled:
-            ticket.cancelled = True
-            ticket.prefetch.num_wanting -= 1
+        if ticket.is_wanted:
+            self._leave(ticket)
             if not ticket.prefetch.num_wanting:
                 self._abandon(ticket.prefetch)
 
+    @staticmethod
+    def _leave(ticket: Ticket) -> None:
+        prefetch = ticket.prefetch
+        prefetch.num_wanting -= 1
+        prefetch.num_held -= ticket.is_held
+        if not prefetch.num_held:
+            prefetch.held_since_ms = None
+        ticket.is_wanted = ticket.is_held = False
+
     def abandon_all(self) -> None:
-        """Nobody's prefetch is wanted any more."""
+        """Those that are not decided are not wanted any more."""
         for prefetch in self.live.values():
-            self._abandon(prefetch)
+            if not prefetch.is_over:
+                self._abandon(prefetch)
 
     def _abandon(self, prefetch: Prefetch) -> None:
-        if prefetch.cancelled:
-            return
         prefetch.cancelled = True
         self.arrivals.resolve(prefetch, "aborted", prefetch.unresolved_tokens)
         if prefetch.state is PrefetchState.FETCH:
@@ -290,9 +311,13 @@ class Prefetches:
 
     def use(self, ticket: Ticket, device_tokens: int, cached_tokens: int) -> int:
         """Settles a ticket at the admit it was made for; returns how many of the cached tokens its prefetch brought."""
-        if ticket.cancelled:
+        if not ticket.is_wanted:
             return 0
-        return self.arrivals.use(ticket.prefetch, ticket.sequence, device_tokens, cached_tokens)
+        self._leave(ticket)
+        used = self.arrivals.use(ticket.prefetch, device_tokens, cached_tokens)
+        if not ticket.prefetch.num_wanting:
+            self.arrivals.settle_rest(ticket.prefetch)
+        return used
 
     def _finish(self, prefetch: Prefetch) -> None:
         for host, pages in zip(self.tiers.host, prefetch.pages, strict=True):
@@ -302,5 +327,4 @@ class Prefetches:
         prefetch.holds = []
         prefetch.state = PrefetchState.DONE
         del self.live[prefetch.id]
-        self.by_first_key = {key: other for key, other in self.by_first_key.items() if other is not prefetch}
         self.planner.note("quiet", 13, prefetch.id)

@@ -140,9 +140,10 @@ class PrefixCache:
         |---- on device ----|---- loaded back ----|---- new pages ----|
         0             device_tokens       num_cached_tokens    + num_new_tokens
 
-        Wait(reason): not now, and nothing has changed (but a running best_effort ticket may have been decided). While
-        nothing else runs a shorter hit that fits is taken, so only a chunk larger than the device waits for ever; or,
-        with the reason "floors", one larger than what the floors of other tenants leave of it.
+        Wait(reason): not now, and nothing has changed (but a running best_effort ticket may have been decided, and
+        with "prefetch" the time of PrefetchPolicy.TIMEOUT begins). While nothing else runs a shorter hit that fits is
+        taken, so only a chunk larger than the device waits for ever; or, with the reason "floors", one larger than
+        what the floors of other tenants leave of it.
         """
         if self.backbone is not None and ticket is None and max_cached_tokens is None:
             lease = self.backbone.admit(sequence, num_new_tokens)
@@ -152,13 +153,10 @@ class PrefixCache:
         num_new_tokens = bad_input.count("num_new_tokens", num_new_tokens, 1)
         if max_cached_tokens is not None:
             max_cached_tokens = bad_input.count("max_cached_tokens", max_cached_tokens, 0)
-        if ticket is not None and ticket.sequence is not sequence:
-            raise ValueError(f"{ticket!r} was made for another sequence")
-        running = ticket is not None and not ticket.done
-        if running and self.prefetches.policy is not PrefetchPolicy.BEST_EFFORT:
-            assert ticket is not None
-            ticket.prefetch.is_held = True
-            return self._wait("prefetch")
+        if ticket is not None:
+            bad_input.check_ticket(self, ticket)
+            if ticket.sequence is not sequence:
+                raise ValueError(f"{ticket!r} was made for another sequence")
         if self.quotas is not None:
             self.quotas.serve(sequence.root)
         prefix, need = self.admission.longest(sequence, max_cached_tokens, num_new_tokens)
@@ -170,9 +168,11 @@ class PrefixCache:
         if self.quotas is not None and self.quotas.over(sequence, prefix, num_new_tokens):
             self.counters["quota_waits"] += 1
             return self._wait("over quota")
-        if running:
-            assert ticket is not None
-            self.prefetches.take_what_came(ticket.prefetch)
+        if ticket is not None and not ticket.done:
+            if self.prefetches.policy is not PrefetchPolicy.BEST_EFFORT:
+                self.prefetches.hold_up(ticket)
+                return self._wait("prefetch")
+            self.prefetches.take_what_came(ticket)
             prefix, need = self.admission.longest_that_fits(sequence, max_cached_tokens, num_new_tokens)
             if need is None:  # under write_back the pages that came pin those above them
                 return self._wait("no room")
@@ -306,15 +306,16 @@ class PrefixCache:
 
     def cancel(self, ticket: Ticket) -> None:
         """Nothing more is wanted of it. Harmless when it is over."""
-        if not isinstance(ticket, Ticket):
-            raise TypeError(f"a Ticket is needed, not {type(ticket).__name__}")
-        if ticket.sequence.namespace.owner is not self:
-            raise ValueError(f"{ticket!r} belongs to another cache")
+        bad_input.check_ticket(self, ticket)
         self.prefetches.cancel(ticket)
 
     def live_transfers(self) -> list[int]:
         """Ids of the storage transfers whose outcomes are awaited, ascending."""
         return sorted([*self.stores.live, *self.prefetches.live])
+
+    def needs_exchange(self) -> bool:
+        """Whether something waits for what the ranks have to tell each other."""
+        return bool(self.stores.live or self.prefetches.live or self.stores.num_awaited_exchanges)
 
     def unwanted_transfers(self) -> list[int]:
         """Those of which only quiet is awaited: their workers may stop."""
@@ -345,8 +346,10 @@ class PrefixCache:
                 self.stores.commit(id, agreed[id])
             elif id in self.prefetches.live:
                 self.prefetches.commit(self.prefetches.live[id], agreed[id])
-        if clock_ms is not None and self.prefetches.policy is PrefetchPolicy.TIMEOUT:
-            self.prefetches.expire(clock_ms)
+        if clock_ms is not None:
+            self.stores.exchanged()
+            if self.prefetches.policy is PrefetchPolicy.TIMEOUT:
+                self.prefetches.expire(clock_ms)
         self.clearing.settle()
         self.stores.start()
         log = self.tiers.log

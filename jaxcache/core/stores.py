@@ -16,6 +16,8 @@ from jaxcache.core.radix_tree import Node
 from jaxcache.core.tiers import Hold, Tiers
 from jaxcache.types import Move, Outcome, PageIds, TransferKind
 
+MAX_EMPTY = 256  # nodes with nothing to store that one step looks at
+
 
 class Waiting(NamedTuple):
     """An entry of component c that covers [start, node.end) of its path (the node may be split while it waits)."""
@@ -33,7 +35,12 @@ class LiveStore(NamedTuple):
 
 
 class Stores:
-    """live: STORE id -> what it pins. attached: whether there is a storage at all."""
+    """live: STORE id -> what it pins. attached: whether there is a storage at all.
+
+    queue:                 entries that have just been backed up; they go first
+    unvisited:             nodes (and where each began) whose host pages are still to be stored, and all below them
+    num_awaited_exchanges: no STORE begins before so many exchanges of ranks have been read
+    """
 
     def __init__(self, tiers: Tiers, planner: Planner, counters: Counters):
         self.tiers = tiers
@@ -41,6 +48,8 @@ class Stores:
         self.counters = counters
         self.attached = False
         self.queue: deque[list[Waiting]] = deque()
+        self.unvisited: list[tuple[Node, int]] = []
+        self.num_awaited_exchanges = 0
         self.live: dict[int, LiveStore] = {}
         self.believed: OrderedDict[tuple[str, bytes], None] = OrderedDict()
 
@@ -51,31 +60,59 @@ class Stores:
         if len(self.queue) >= self.tiers.config.max_queued_stores:
             self.counters["dropped_stores"] += 1
             return
-        point = self.tiers.point
-        self.queue.append([Waiting(n, c, n.end - 1 if c == point else n.start) for n, c in entries])
+        self.queue.append([self._waiting(node, c) for node, c in entries])
+
+    def _waiting(self, node: Node, c: int) -> Waiting:
+        return Waiting(node, c, node.end - 1 if c == self.tiers.point else node.start)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether there is something to store for which no STORE was planned yet."""
+        return bool(self.queue or self.unvisited)
 
     def start(self) -> None:
-        """Plans queued stores while fewer than max_stores are in flight. Only between requests: it pins pages."""
-        while self.queue and len(self.live) < self.tiers.config.max_stores:
-            waiting = [entry for entry in self.queue.popleft() if self._may_be_held(entry.node)]
+        """Plans stores while fewer than max_stores are in flight. Only between requests: it pins pages."""
+        if self.num_awaited_exchanges or not self.is_waiting:
+            return
+        num_empty = 0
+        num_live = sum(bool(store.keys) for store in self.live.values())
+        while num_live < self.tiers.config.max_stores and self.is_waiting:
+            entries = self.queue.popleft() if self.queue else self._visit()
+            waiting = [entry for entry in entries if self._may_be_held(entry.node)]
             moves = tuple(move for c in self.tiers.top_first if (move := self._move(c, waiting)) is not None)
             if not moves:
-                self.counters["empty_stores"] += 1
+                num_empty += 1
+                if num_empty == MAX_EMPTY:
+                    return  # a large tree of which little is in host memory: the rest in later steps
                 continue
             store = self.planner.add(TransferKind.STORE, moves)
             self.live[store] = LiveStore(self._hold(waiting), {move.component: move.page_keys for move in moves})
             self.counters["store_pages"] += sum(len(move.src_page_ids) for move in moves)
+            num_live += 1
 
     def back_fill(self) -> None:
-        """Queues everything that is in host memory, parents first; the rest is dropped and counted."""
-        num = len(self.tiers.components)
-        stack = list(self.tiers.tree.roots.values())[::-1]
-        while stack:
-            node = stack.pop()
-            stack += list(node.children.values())[::-1]
-            entries = [(node, c) for c in self.tiers.top_first if node.pages[c + num] is not None]
-            if entries:
-                self.later(entries)
+        """Everything that is in host memory is to be stored, parents first, when nothing newer waits."""
+        roots = self.tiers.tree.roots.values()
+        self.unvisited = [(child, 0) for root in roots for child in root.children.values()][::-1]
+
+    def _visit(self) -> list[Waiting]:
+        """The next node's entries; if it was split meanwhile, those of all its parts."""
+        node, start = self.unvisited.pop()
+        if node.parent is None:  # it has left
+            return []
+        self.unvisited += [(child, node.end) for child in node.children.values()][::-1]
+        num, order = len(self.tiers.components), self.tiers.top_first
+        parts = self._between(node, start)
+        return [self._waiting(part, c) for part in parts for c in order if part.pages[c + num] is not None]
+
+    def drop_waiting(self) -> None:
+        self.counters["dropped_stores"] += len(self.queue)
+        self.queue.clear()
+        self.unvisited.clear()
+
+    def exchanged(self) -> None:
+        """An exchange of ranks has been read."""
+        self.num_awaited_exchanges -= self.num_awaited_exchanges > 0
 
     def forget(self) -> None:
         """What was believed stored, and what is being stored, may not be there."""
@@ -93,7 +130,7 @@ class Stores:
         holds = []
         for entry in waiting:
             host = tiers.host[entry.c]
-            for node in self._nodes(entry):
+            for node in self._between(entry.node, entry.start):
                 if node.pages[host.index] is not None:
                     holds += tiers.hold(host, node, node.end - 1 if entry.c == tiers.point else node.start)
         return holds
@@ -105,7 +142,7 @@ class Stores:
         keys: list[bytes] = []
         for entry in waiting:
             if entry.c == c:
-                for node in self._nodes(entry):
+                for node in self._between(entry.node, entry.start):
                     page_ids = node.pages[self.tiers.host[c].index]
                     if page_ids is not None:
                         pages.append(page_ids)
@@ -116,11 +153,10 @@ class Stores:
         return Move(name, np.concatenate(pages)[new], page_keys=tuple(keys[i] for i in new))
 
     @staticmethod
-    def _nodes(entry: Waiting) -> list[Node]:
-        """The nodes that cover an entry now, top first."""
+    def _between(node: Node, start: int) -> list[Node]:
+        """The nodes that cover [start, node.end) of its path, top first."""
         nodes = []
-        node = entry.node
-        while node.parent is not None and node.end > entry.start:
+        while node.parent is not None and node.end > start:
             nodes.append(node)
             node = node.parent
         return nodes[::-1]

@@ -9,16 +9,19 @@ from jaxcache.core.sequence import Sequence
 class Ticket:
     """Returned by `prefetch`; give it to `admit`, or to `cancel`.
 
+    sequence:  what it was asked for
     prefetch:  what is being read
-    cancelled: this request wants no more of it; others may
+    is_wanted: until it was used or cancelled; others may want the same prefetch longer
+    is_held:   its admission waits for the prefetch
     """
 
-    __slots__ = ("cancelled", "prefetch", "sequence")
+    __slots__ = ("is_held", "is_wanted", "prefetch", "sequence")
 
     def __init__(self, sequence: Sequence, prefetch: Prefetch):
         self.sequence = sequence
         self.prefetch = prefetch
-        self.cancelled = False
+        self.is_wanted = True
+        self.is_held = False
 
     @property
     def state(self) -> PrefetchState:
@@ -27,7 +30,7 @@ class Ticket:
     @property
     def done(self) -> bool:
         """Nothing more will come of it."""
-        return self.cancelled or self.prefetch.is_over
+        return not self.is_wanted or self.prefetch.is_over
 
     def __repr__(self) -> str:
-        return f"Ticket({'cancelled, ' if self.cancelled else ''}{self.prefetch})"
+        return f"Ticket({'' if self.is_wanted else 'not wanted, '}{self.prefetch})"

@@ -14,7 +14,7 @@ from jaxcache.types import Outcome
 
 def is_due(core: PrefixCache) -> bool:
     """Whether ranks exchange anything in this step: without live storage transfers the digest, as often as wanted."""
-    return bool(core.live_transfers()) or core.step_number % core.config.agreement_every_steps == 0
+    return core.needs_exchange() or core.step_number % core.config.agreement_every_steps == 0
 
 
 def digest(core: PrefixCache) -> int:
@@ -25,11 +25,20 @@ def digest(core: PrefixCache) -> int:
 def outcomes(core: PrefixCache, statuses: Mapping[int, Status]) -> dict[int, Outcome]:
     """By id, of as many live storage transfers as there are lanes.
 
-    Undecided ones first, in the order of their ids, so that those which only await quiet never keep others waiting.
+    Where those are too few, the undecided ones have all but one, in the order of their ids; those which only await
+    quiet share that one by turns: neither keeps the other waiting for ever.
     """
-    unwanted = dict.fromkeys(core.unwanted_transfers())
-    carried = sorted(core.live_transfers(), key=lambda id: (id in unwanted, id))[: core.config.max_live_transfers]
-    return {id: _outcome(core, id, statuses.get(id)) for id in sorted(carried)}
+    return {id: _outcome(core, id, statuses.get(id)) for id in sorted(_carried(core))}
+
+
+def _carried(core: PrefixCache) -> list[int]:
+    live, num_lanes = core.live_transfers(), core.config.max_live_transfers
+    if len(live) <= num_lanes:
+        return live
+    unwanted = core.unwanted_transfers()
+    undecided = [id for id in live if id not in unwanted][: num_lanes - bool(unwanted)]
+    turn = core.step_number % max(1, len(unwanted))
+    return undecided + (unwanted[turn:] + unwanted[:turn])[: num_lanes - len(undecided)]
 
 
 def _outcome(core: PrefixCache, id: int, status: Status | None) -> Outcome:

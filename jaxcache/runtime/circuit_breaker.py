@@ -14,7 +14,6 @@ class CircuitBreaker:
         self._lock = threading.Lock()
         self._num_failures = 0
         self._open_until = 0.0
-        self.num_openings = 0
 
     def is_open(self) -> bool:
         """Whether storage must not be asked now."""
@@ -24,9 +23,11 @@ class CircuitBreaker:
         with self._lock:
             self._num_failures = 0
 
-    def failed(self) -> None:
+    def failed(self) -> bool:
+        """Whether that has opened it."""
         with self._lock:
             self._num_failures += 1
-            if self._num_failures >= self._max_failures and not self.is_open():
+            opens = self._num_failures >= self._max_failures and not self.is_open()
+            if opens:
                 self._open_until = time.monotonic() + self._rest_s
-                self.num_openings += 1
+            return opens

@@ -69,7 +69,7 @@ class Controller:
         """Nothing is exchanged by a process that has nobody to differ from and nothing in flight."""
         core = self.core
         is_alone = len(self.fleet.processes) == 1
-        if not (core.live_transfers() if is_alone else carried.is_due(core)):
+        if not (core.needs_exchange() if is_alone else carried.is_due(core)):
             return
         outcomes = carried.outcomes(core, self.engine.poll())
         ok = self.engine.fault is None

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
@@ -96,6 +97,7 @@ def reduction_of(mesh: Mesh) -> type[Reduction]:
     return LocalReduction if len(local_devices(mesh)) == mesh.size else CollectiveReduction
 
 
+@functools.lru_cache(maxsize=16)  # caches of one mesh share it: nothing to compile for the second
 def collective(mesh: Mesh, num_unanimous: int):
     """jit int32[num_ranks, num_lanes] -> the same shape, every rank's row reduced; both sharded one row per rank."""
     spec = _rank_spec(mesh)

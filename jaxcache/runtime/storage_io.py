@@ -7,6 +7,7 @@ Nothing here raises for what storage does: a failure, a deadline or an open brea
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,18 +17,16 @@ import numpy as np
 from jaxcache.pools.device_pool import chunks
 from jaxcache.pools.host_pool import HostPool
 from jaxcache.pools.storage_cells import Cell, storage_cells
-from jaxcache.runtime.circuit_breaker import CircuitBreaker
 from jaxcache.runtime.counters import Counters
 from jaxcache.runtime.host_page_order import HostPageOrder
-from jaxcache.runtime.job_graph import Job, JobGraph
+from jaxcache.runtime.job_graph import Job
+from jaxcache.runtime.storage_connection import StorageConnection
 from jaxcache.runtime.storage_operation import Status, StorageOperation
 from jaxcache.storage.base import ObjectKey, Storage
 from jaxcache.types import Move, Transfer, TransferKind
 
 BATCH_PAGES = 8  # of one STORE or FETCH job: small, so that several threads share a transfer and a cancel takes effect
 QUERY_PAGES = 256
-MAX_FAILURES = 3
-REST_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,18 +90,42 @@ class StorageIO:
         num_threads: int,
         counters: Counters,
     ):
-        self.storage = storage
-        self.breaker = CircuitBreaker(MAX_FAILURES, REST_S)
-        self.jobs = JobGraph(num_threads, "jaxcache-storage")
+        self._num_threads = num_threads
+        self._connections: list[StorageConnection] = []  # of storages that are gone, as long as a thread calls them
+        self._connection: StorageConnection | None = None
+        self.connect(storage)
         self._shares = {name: local_shares(pool) for name, pool in host_pools.items()}
         self._orders, self._deadline_s, self._counters = orders, deadline_s, counters
         self._live: dict[int, StorageOperation] = {}
 
+    def connect(self, storage: Storage | None) -> None:
+        """From now on asks this storage; transfers under way stay with the one that they began with."""
+        for connection in self._connections:
+            if connection is not self._connection and not connection.jobs.num_open:
+                connection.jobs.close()
+        self._connections = [c for c in self._connections if c is self._connection or c.jobs.num_open]
+        self._connection = None if storage is None else StorageConnection(storage, self._num_threads)
+        self._connections += [self._connection] if self._connection is not None else []
+
+    @property
+    def num_open(self) -> int:
+        """Calls of storages that are waiting or under way."""
+        return sum(connection.jobs.num_open for connection in self._connections)
+
+    def drain(self, timeout_s: float | None = None) -> bool:
+        """Waits until there are none; False if that took longer."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        return all(
+            connection.jobs.drain(None if deadline is None else deadline - time.monotonic())
+            for connection in self._connections
+        )
+
     def start(self, transfer: Transfer) -> None:
         """Submits a transfer; without a storage, or with the breaker open, it is done at once, with nothing."""
         assert transfer.id not in self._live, f"{transfer.id=} is live already"
-        operation = self._live[transfer.id] = StorageOperation(transfer, self._deadline_s)
-        if self.storage is None or self.breaker.is_open():
+        connection = self._connection
+        operation = self._live[transfer.id] = StorageOperation(transfer, connection, self._deadline_s)
+        if connection is None or connection.breaker.is_open():
             operation.stop()
             self._counters.add(storage_not_asked=1)
             return
@@ -112,14 +135,13 @@ class StorageIO:
             TransferKind.FETCH: self._start_fetch,
         }[transfer.kind]
         for move in transfer.moves:
-            start_move(self.storage, operation, move)
+            start_move(connection, operation, move)
 
     def poll(self) -> dict[int, Status]:
         """What every live transfer has delivered; here deadlines are noticed."""
         for operation in self._live.values():
             if operation.expire():
-                self._counters.add(storage_timeouts=1)
-                self.breaker.failed()
+                self._failed(operation.connection, storage_timeouts=1)
         return {transfer_id: operation.status() for transfer_id, operation in self._live.items()}
 
     def cancel(self, transfer_id: int) -> None:
@@ -135,39 +157,47 @@ class StorageIO:
     def close(self) -> None:
         for operation in self._live.values():
             operation.stop()
-        self.jobs.close()
+        for connection in self._connections:
+            connection.jobs.close()
 
-    def _start_store(self, storage: Storage, operation: StorageOperation, move: Move) -> None:
+    def _failed(self, connection: StorageConnection | None, **counts: int) -> None:
+        self._counters.add(**counts)
+        if connection is not None and connection.breaker.failed():
+            self._counters.add(breaker_openings=1)
+
+    def _start_store(self, connection: StorageConnection, operation: StorageOperation, move: Move) -> None:
         order = self._orders[move.component]
         for batch in chunks(len(move.page_keys), BATCH_PAGES):
             page_ids = move.src_page_ids[batch]
-            pages = _Pages(partial(self._store_page, storage), operation, move, batch, page_ids)
+            pages = _Pages(partial(self._store_page, connection.storage), operation, move, batch, page_ids)
             after = order.before_read(page_ids)
             for page_id, job in zip(page_ids, pages.jobs, strict=True):
                 order.add_reader(page_id[None], job)
-            self._submit(operation, pages.run, after).add_done_callback(pages.job_ended)
+            self._submit(connection, operation, pages.run, after).add_done_callback(pages.job_ended)
 
-    def _start_fetch(self, storage: Storage, operation: StorageOperation, move: Move) -> None:
+    def _start_fetch(self, connection: StorageConnection, operation: StorageOperation, move: Move) -> None:
         order = self._orders[move.component]
         for batch in chunks(len(move.page_keys), BATCH_PAGES):
             page_ids = move.dst_page_ids[batch]
-            pages = _Pages(partial(self._fetch_page, storage), operation, move, batch, page_ids)
+            pages = _Pages(partial(self._fetch_page, connection.storage), operation, move, batch, page_ids)
             after = order.before_write(page_ids)
             for page_id, job in zip(page_ids, pages.jobs, strict=True):
                 order.add_writer(page_id[None], job)
-            self._submit(operation, pages.run, after).add_done_callback(pages.job_ended)
+            self._submit(connection, operation, pages.run, after).add_done_callback(pages.job_ended)
 
-    def _start_query(self, storage: Storage, operation: StorageOperation, move: Move) -> None:
+    def _start_query(self, connection: StorageConnection, operation: StorageOperation, move: Move) -> None:
         for batch in chunks(len(move.page_keys), QUERY_PAGES):
-            self._submit(operation, partial(self._query, storage, operation, move, batch), ())
+            self._submit(connection, operation, partial(self._query, connection.storage, operation, move, batch), ())
 
-    def _submit(self, operation: StorageOperation, work: Callable[[], None], after: Sequence[Job]) -> Job:
+    def _submit(
+        self, connection: StorageConnection, operation: StorageOperation, work: Callable[[], None], after: Sequence[Job]
+    ) -> Job:
         operation.add_job()
-        job = self.jobs.submit(partial(self._guarded, operation, work), after)
+        job = connection.jobs.submit(partial(self._guarded, connection, operation, work), after)
         job.add_done_callback(operation.job_ended)
         return job
 
-    def _guarded(self, operation: StorageOperation, work: Callable[[], None]) -> None:
+    def _guarded(self, connection: StorageConnection, operation: StorageOperation, work: Callable[[], None]) -> None:
         """A worker's outermost frame: what storage raises becomes a miss."""
         if not operation.keep_going():
             return
@@ -176,11 +206,10 @@ class StorageIO:
                 work()
         except Exception:
             operation.stop()
-            self._counters.add(storage_failures=1)
-            self.breaker.failed()
+            self._failed(connection, storage_failures=1)
         else:
             if operation.keep_going():
-                self.breaker.succeeded()
+                connection.breaker.succeeded()
 
     def _store_page(self, storage: Storage, component: str, page_key: bytes, page_id: int) -> bool:
         good = True

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from jaxcache.runtime.job_graph import Job
+from jaxcache.runtime.storage_connection import StorageConnection
 from jaxcache.types import Transfer, TransferKind
 
 
@@ -38,10 +39,14 @@ class Status:
 
 
 class StorageOperation:
-    """Results of one transfer, filled by workers and read by the serving thread."""
+    """Results of one transfer, filled by workers and read by the serving thread.
 
-    def __init__(self, transfer: Transfer, deadline_s: float):
+    connection: the storage that it began with, and stays with
+    """
+
+    def __init__(self, transfer: Transfer, connection: StorageConnection | None, deadline_s: float):
         self.transfer = transfer
+        self.connection = connection
         self._good = {move.component: np.zeros(len(move.page_keys), bool) for move in transfer.moves}
         self._deadline = time.monotonic() + deadline_s
         self._lock = threading.Lock()

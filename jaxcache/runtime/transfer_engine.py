@@ -112,11 +112,16 @@ class TransferEngine:
 
     def set_storage(self, storage: Storage | None) -> None:
         """From now on asks this storage; transfers under way stay with the one they started with."""
-        self._storage_io.storage = storage
+        self._storage_io.connect(storage)
+
+    @property
+    def calls_storage(self) -> bool:
+        """Whether a thread calls a storage, or soon will: the present one, or one that was there before."""
+        return bool(self._storage_io.num_open)
 
     def drain(self, timeout_s: float | None = None) -> bool:
         """Waits until no thread has work; False if that took longer."""
-        return self._copies.drain(timeout_s) and self._storage_io.jobs.drain(timeout_s)
+        return self._copies.drain(timeout_s) and self._storage_io.drain(timeout_s)
 
     def close(self) -> None:
         """Stops storage transfers and joins the threads; waits for native calls that are under way."""
@@ -125,8 +130,8 @@ class TransferEngine:
 
     def stats(self) -> dict[str, float]:
         """Sums since the start, and the present queues."""
-        queues = {"copy_queue_depth": self._copies.num_open, "storage_queue_depth": self._storage_io.jobs.num_open}
-        return self._counters.sums() | queues | {"breaker_openings": self._storage_io.breaker.num_openings}
+        queues = {"copy_queue_depth": self._copies.num_open, "storage_queue_depth": self._storage_io.num_open}
+        return {"breaker_openings": 0} | self._counters.sums() | queues
 
     def _back_up(self, pools: DevicePools, transfer: Transfer) -> None:
         for move in transfer.moves:

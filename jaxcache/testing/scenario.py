@@ -258,7 +258,7 @@ class Scenario:
         for _ in range(500):
             self.step()
             self.apply()
-            if not (self.core.live_transfers() or self.core.is_busy() or self.core.stores.queue):
+            if not (self.core.live_transfers() or self.core.is_busy() or self.core.stores.is_waiting):
                 break
         self.step()
         self._check_accounts()

@@ -12,7 +12,8 @@ from jaxcache.pools.device_pool import bucket_pages, init_pools
 from jaxcache.pools.page_layout import page_layouts
 from jaxcache.runtime import transfer_engine
 from jaxcache.runtime.compiles import compile_count
-from jaxcache.runtime.storage_io import BATCH_PAGES, MAX_FAILURES
+from jaxcache.runtime.storage_connection import MAX_FAILURES
+from jaxcache.runtime.storage_io import BATCH_PAGES
 from jaxcache.runtime.transfer_engine import TransferEngine
 from jaxcache.storage.base import Storage
 from jaxcache.types import Move, Transfer, TransferFault, TransferKind
@@ -416,7 +417,7 @@ def test_failures_are_misses_and_open_the_breaker(make_rig, storage):
     assert storage.num_calls == num_calls
     assert (stats["breaker_openings"], stats["storage_not_asked"], stats["storage_failures"]) == (1, 1, MAX_FAILURES)
     storage.broken = False
-    rig.engine._storage_io.breaker._open_until = 0.0
+    rig.engine._storage_io._connection.breaker._open_until = 0.0
     again = rig.query(keys(1))
     rig.apply(again)
     assert rig.wait(again).ok

@@ -1,1 +1,1 @@
-"""Fakes for testing a serving loop without devices: a data plane that checks the content of every page it reads."""
+"""Traces and replays; and the simulation: ranks in virtual time, without devices, under faults. For your tests too."""

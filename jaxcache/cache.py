@@ -27,7 +27,7 @@ from jaxcache.runtime.controller import Controller
 from jaxcache.runtime.events import EventStream
 from jaxcache.runtime.transfer_engine import TransferEngine
 from jaxcache.storage.base import Storage
-from jaxcache.types import Event, Match, Tier, Wait
+from jaxcache.types import Event, Match, PrefetchPolicy, Tier, Wait, WritePolicy
 
 
 class Cache:
@@ -50,13 +50,14 @@ class Cache:
     def __init__(
         self, components: Sequence[Component], mesh: Mesh, config: CacheConfig, storage: Storage | None = None
     ):
-        if storage is not None and not isinstance(storage, Storage):
-            raise TypeError(f"storage must be a jaxcache Storage, not {type(storage).__name__}")
+        if storage is not None:
+            _check_storage(storage)
         self.config = config
         self.mesh = mesh
         self.layouts = page_layouts(tuple(components), mesh)
         self.core = PrefixCache(tuple(components), config)
-        self.core.stores.attached = storage is not None and any(self._host_pages().values())
+        if storage is not None:
+            self.core.attachment.attach()
         self._events = EventStream(self.core.tiers) if config.events else None
         self.storage = storage
         self.device_pages = {r.component.name: r.allocator.num_pages for r in self.core.tiers.device}
@@ -232,6 +233,53 @@ class Cache:
         """Why a prompt is a hit or a miss: first page that differs, tier of every page, who evicted the missing one."""
         return self.core.explain(sequence)
 
+    # ---- storage and policies, at run time
+
+    def attach_storage(self, storage: Storage) -> None:
+        """From now on asks this storage, and writes to it; what host memory holds is written, too, as far as it queues.
+
+        Raises TypeError for what is no Storage, RuntimeError if one is attached, ValueError without a host tier; then
+        nothing has changed. Every process of a replica does the same in the same step, here and below.
+        """
+        self._check_open()
+        _check_storage(storage)
+        self.core.attachment.attach()
+        self.storage = storage
+        self.engine.set_storage(storage)
+
+    def detach_storage(self) -> None:
+        """Nothing more is asked or written; no request is lost. Raises RuntimeError if none is attached.
+
+        Does not wait: while `storage_in_use`, transfers that had begun still use it, so close it only afterwards.
+        """
+        self._check_open()
+        self.core.attachment.detach()
+        self.storage = None
+        self.engine.set_storage(None)
+
+    @property
+    def storage_in_use(self) -> bool:
+        """Whether a transfer still uses the storage that is, or was, attached; true until steps have ended it."""
+        return self.core.attachment.is_busy
+
+    def clear_storage(self) -> None:
+        """Removes every value of ours from the storage, and forgets what was believed stored. Blocks while it does.
+
+        Raises RuntimeError if none is attached, StorageError if the storage cannot be used.
+        """
+        self._check_open()
+        if self.storage is None:
+            raise RuntimeError("no storage is attached")
+        self.core.attachment.cleared()
+        self.storage.clear()
+
+    def set_policies(
+        self, *, prefetch_policy: PrefetchPolicy | None = None, write_policy: WritePolicy | None = None
+    ) -> None:
+        """Other policies from now on; None leaves one as it is. Raises ValueError, and changes nothing, for one that
+        cannot be: write_back can neither come nor go at run time."""
+        self.core.attachment.change(prefetch_policy, write_policy)
+
     # ---- everything at once
 
     def reset(self) -> None:
@@ -307,6 +355,11 @@ class Cache:
         if not self._closed:
             self._closed = True
             self.engine.close()
+
+
+def _check_storage(storage: Storage) -> None:
+    if not isinstance(storage, Storage):
+        raise TypeError(f"storage must be a jaxcache Storage, not {type(storage).__name__}")
 
 
 def one_device_mesh() -> Mesh:

@@ -68,6 +68,8 @@ class CacheConfig:
     load_back_min_tokens:   a shorter load-back is recomputed instead
     max_states_per_path:    recurrent states kept along one path; the shallow ones go first
     prefetch_policy:        what `admit` does with a running prefetch
+    prefetch_timeout_s, prefetch_timeout_s_per_1k_tokens:
+                            how long PrefetchPolicy.TIMEOUT waits, from the first time that the request was held up
     prefetch_min_tokens:    storage is not asked for less
     prefetch_host_share:    share of the host pages that prefetches may reserve at once
     max_stores:             STORE transfers in flight; later ones queue
@@ -96,6 +98,8 @@ class CacheConfig:
     load_back_min_tokens: int = 1
     max_states_per_path: int = 4
     prefetch_policy: PrefetchPolicy = PrefetchPolicy.BEST_EFFORT
+    prefetch_timeout_s: float = 1.0
+    prefetch_timeout_s_per_1k_tokens: float = 0.25
     prefetch_min_tokens: int = 256
     prefetch_host_share: float = 0.5
     max_stores: int = 4
@@ -122,7 +126,11 @@ class CacheConfig:
             raise ValueError(f"{self.max_stores=} must leave some of {self.max_live_transfers=} to prefetches")
         if not 0 < self.prefetch_host_share <= 1:
             raise ValueError(f"{self.prefetch_host_share=} must be in (0, 1]")
-        if self.storage_deadline_s <= 0:
+        for name in ("storage_deadline_s", "prefetch_timeout_s", "prefetch_timeout_s_per_1k_tokens"):
+            seconds = self.__dict__[name]
+            if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < 1e6:
+                raise ValueError(f"{name} must be seconds, not {seconds!r}")
+        if not self.storage_deadline_s:
             raise ValueError(f"{self.storage_deadline_s=} must be positive seconds")
         if not 0 <= self.max_retained_share < 1 - ROUNDING:
             raise ValueError(f"{self.max_retained_share=} must be in [0, 1): retentions must never fill the cache")

@@ -20,6 +20,8 @@ PageIds = np.ndarray  # int32[n], read-only once handed out
 NO_PAGES: PageIds = np.empty(0, np.int32)
 NO_PAGES.flags.writeable = False
 
+CLOCK_MODULUS = 1 << 31  # ms; the agreed clock wraps after 24 days
+
 
 class Tier(enum.IntEnum):
     """Where a page is."""
@@ -51,8 +53,9 @@ class WritePolicy(enum.Enum):
 class PrefetchPolicy(enum.Enum):
     """What `admit` does with a ticket that is still running."""
 
-    BEST_EFFORT = "best_effort"
-    WAIT_COMPLETE = "wait_complete"
+    BEST_EFFORT = "best_effort"  # takes what has come
+    WAIT_COMPLETE = "wait_complete"  # waits for the end
+    TIMEOUT = "timeout"  # waits for so long, then takes what has come
 
 
 class Span(NamedTuple):

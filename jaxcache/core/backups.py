@@ -41,8 +41,11 @@ class Backups:
         self.planner = planner
         self.stores = stores
         self.counters = counters
-        self.policy = tiers.config.write_policy if tiers.has_host else WritePolicy.NONE
-        self.on_insert = self.policy in ON_INSERT
+        self.use(tiers.config.write_policy if tiers.has_host else WritePolicy.NONE)
+
+    def use(self, policy: WritePolicy) -> None:
+        self.policy = policy
+        self.on_insert = policy in ON_INSERT
 
     def after_insert(self, node: Node, old_end: int) -> None:
         """Backs up what is new on the path of `node`, and what could not be backed up before, top first.

@@ -37,8 +37,7 @@ class Clearing:
     def clear_all(self) -> None:
         """reset: no node stays."""
         core = self.core
-        for ticket in core.prefetches.live.values():
-            core.prefetches.cancel(ticket)
+        core.prefetches.abandon_all()
         core.stores.queue.clear()
         self._keep({}, {})
         core.tiers.tree.retired_roots.clear()

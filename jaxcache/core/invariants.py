@@ -101,7 +101,7 @@ def _held_elsewhere(core: PrefixCache, residency: Residency) -> list[np.ndarray]
     held = [pages for limbo in core.clearing.limbo for owner, pages in limbo.pages if owner is residency]
     c = residency.index % len(tiers.components)
     if residency in tiers.host:
-        return held + [ticket.pages[c] for ticket in core.prefetches.live.values()]
+        return held + [prefetch.pages[c] for prefetch in core.prefetches.live.values()]
     for lease in core.leases.values():
         if c == tiers.point:
             held.append(np.array([lease.write_slot, *lease.checkpoints.values()], np.int32))

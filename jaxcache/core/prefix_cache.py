@@ -20,6 +20,7 @@ from jaxcache.components.base import Component
 from jaxcache.config import CacheConfig
 from jaxcache.core import bad_input, matching
 from jaxcache.core.admission import Admission, Need
+from jaxcache.core.attachment import Attachment
 from jaxcache.core.backbone import Backbone
 from jaxcache.core.backups import Backups
 from jaxcache.core.clearing import Clearing
@@ -36,7 +37,7 @@ from jaxcache.core.quotas import Quotas
 from jaxcache.core.retention import Retentions
 from jaxcache.core.sequence import Sequence
 from jaxcache.core.stores import Stores
-from jaxcache.core.ticket import Ticket, TicketState
+from jaxcache.core.ticket import Ticket
 from jaxcache.core.tiers import Tiers
 from jaxcache.types import Match, Outcome, Plan, PrefetchPolicy, TransferKind, Wait
 
@@ -63,6 +64,7 @@ class PrefixCache:
         tenants = self.tiers.tenants
         self.quotas = Quotas(tenants, self) if tenants is not None else None
         self.clearing = Clearing(self)
+        self.attachment = Attachment(self)
         self._scatter_is_due = False
 
     @property
@@ -142,8 +144,10 @@ class PrefixCache:
             max_cached_tokens = bad_input.count("max_cached_tokens", max_cached_tokens, 0)
         if ticket is not None and ticket.sequence is not sequence:
             raise ValueError(f"{ticket!r} was made for another sequence")
-        running = ticket is not None and not ticket.done and not ticket.cancelled
-        if running and self.config.prefetch_policy is PrefetchPolicy.WAIT_COMPLETE:
+        running = ticket is not None and not ticket.done
+        if running and self.prefetches.policy is not PrefetchPolicy.BEST_EFFORT:
+            assert ticket is not None
+            ticket.prefetch.is_held = True
             return self._wait("prefetch")
         if self.quotas is not None:
             self.quotas.serve(sequence.root)
@@ -158,7 +162,7 @@ class PrefixCache:
             return self._wait("over quota")
         if running:
             assert ticket is not None
-            self._take_what_came(ticket)
+            self.prefetches.take_what_came(ticket.prefetch)
             prefix, need = self.admission.longest_that_fits(sequence, max_cached_tokens, num_new_tokens)
             if need is None:  # under write_back the pages that came pin those above them
                 return self._wait("no room")
@@ -176,13 +180,6 @@ class PrefixCache:
         """Whether anything runs whose end could make room on the device (storage: only under write_back)."""
         storage = self.tiers.writes_back and (self.prefetches.live or self.stores.live)
         return bool(self.leases or self.admission.loading or storage)
-
-    def _take_what_came(self, ticket: Ticket) -> None:
-        """best_effort: what is agreed so far becomes the tree's, and nothing more is wanted."""
-        if ticket.state is TicketState.FETCH:
-            self.prefetches.decide(ticket)
-        else:
-            self.prefetches.cancel(ticket)
 
     def _admit(
         self, sequence: Sequence, prefix: Prefix, need: Need, num_new_tokens: int, ticket: Ticket | None
@@ -293,7 +290,7 @@ class PrefixCache:
     def prefetch(self, sequence: Sequence) -> Ticket | None:
         """Asks storage for what follows the longest match; None where that cannot pay. Give the ticket to `admit`."""
         bad_input.check_sequence(self, sequence)
-        if not self.stores.attached or not self.config.caching or sequence.namespace.retired:
+        if not self.attachment.attached or not self.config.caching or sequence.namespace.retired:
             return None
         return self.prefetches.prefetch(sequence)
 
@@ -311,7 +308,7 @@ class PrefixCache:
 
     def unwanted_transfers(self) -> list[int]:
         """Those of which only quiet is awaited: their workers may stop."""
-        return [id for id, ticket in self.prefetches.live.items() if ticket.cancelled or ticket.done]
+        return [id for id, prefetch in self.prefetches.live.items() if prefetch.is_over]
 
     def largest_end(self, transfer_id: int, exists: Mapping[str, Any]) -> int:
         """What one process answers to a live QUERY: the largest end within its bound that its storage can serve."""
@@ -319,9 +316,10 @@ class PrefixCache:
 
     # ---- steps
 
-    def commit(self, agreed: Mapping[int, Outcome]) -> None:
+    def commit(self, agreed: Mapping[int, Outcome], clock_ms: int | None = None) -> None:
         """Begins a step: takes the outcomes that all ranks agreed on, in the order of their ids.
 
+        clock_ms: stage 0's clock as agreed with them, modulo CLOCK_MODULUS; None: nothing was exchanged
         Raises RuntimeError while a planned load-back is unapplied: it must be on its way before its first step begins.
         """
         if any(transfer.kind is TransferKind.LOAD_BACK for transfer in self.planner.transfers):
@@ -337,6 +335,8 @@ class PrefixCache:
                 self.stores.commit(id, agreed[id])
             elif id in self.prefetches.live:
                 self.prefetches.commit(self.prefetches.live[id], agreed[id])
+        if clock_ms is not None and self.prefetches.policy is PrefetchPolicy.TIMEOUT:
+            self.prefetches.expire(clock_ms)
         self.clearing.settle()
         self.stores.start()
         log = self.tiers.log

@@ -66,6 +66,22 @@ class Stores:
             self.live[store] = LiveStore(self._hold(waiting), {move.component: move.page_keys for move in moves})
             self.counters["store_pages"] += sum(len(move.src_page_ids) for move in moves)
 
+    def back_fill(self) -> None:
+        """Queues everything that is in host memory, parents first; the rest is dropped and counted."""
+        num = len(self.tiers.components)
+        stack = list(self.tiers.tree.roots.values())[::-1]
+        while stack:
+            node = stack.pop()
+            stack += list(node.children.values())[::-1]
+            entries = [(node, c) for c in self.tiers.top_first if node.pages[c + num] is not None]
+            if entries:
+                self.later(entries)
+
+    def forget(self) -> None:
+        """What was believed stored, and what is being stored, may not be there."""
+        self.believed.clear()
+        self.live = {id: LiveStore(store.holds, {}) for id, store in self.live.items()}
+
     def _may_be_held(self, node: Node) -> bool:
         """Holding an entry relies on the node's full pages in the same tier."""
         full = self.tiers.full

@@ -31,7 +31,10 @@ class Controller:
         """Takes what the ranks agreed on, and says what happened here. Raises RanksDiverged, TransferFault."""
         agreed = self._read()
         before = self.core.live_transfers()
-        self.core.commit(agreed.outcomes if agreed is not None else {})
+        if agreed is not None:
+            self.core.commit(agreed.outcomes, agreed.clock_ms)
+        else:
+            self.core.commit({})
         live = self.core.live_transfers()
         for id in before:
             if id not in live:

@@ -16,13 +16,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxcache.types import Outcome, RanksDiverged, TransferFault
+from jaxcache.types import CLOCK_MODULUS, Outcome, RanksDiverged, TransferFault
 
 Row = np.ndarray  # int32[num_lanes]
 
 NEUTRAL = np.iinfo(np.int32).max
 ID_MODULUS = NEUTRAL  # so that no id is NEUTRAL
-CLOCK_MODULUS = 1 << 31
 DIGEST_LANES = 4
 OK_LANE = DIGEST_LANES
 FIRST_SLOT = OK_LANE + 1

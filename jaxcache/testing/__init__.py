@@ -1,1 +1,1 @@
-"""Traces and replays; and the simulation: ranks in virtual time, without devices, under faults. For your tests too."""
+"""For testing serving loops: ranks in virtual time that check every page they read, traces, fleets of local processes."""

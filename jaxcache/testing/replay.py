@@ -108,7 +108,8 @@ class Replay:
         components = tuple(KINDS[kind](setting.page_tokens) for kind in setting.components)
         self.core = PrefixCache(components, setting.config())
         self.storage = StorageOfKeys(self.core, setting.storage_tokens // setting.page_tokens)
-        self.core.stores.attached = bool(setting.storage_tokens)
+        if setting.storage_tokens:
+            self.core.attachment.attach()
         self.namespaces = [
             self.core.new_namespace(model="replay", tenant=str(i)) for i in range(setting.num_namespaces)
         ]
@@ -147,7 +148,7 @@ class Replay:
             self.num_too_long += 1
             return
         sequence = core.sequence(tokens, namespace)
-        ticket = core.prefetch(sequence) if core.stores.attached else None
+        ticket = core.prefetch(sequence) if core.attachment.attached else None
         while ticket is not None and not ticket.done:
             self._step()
         lease = core.admit(sequence, len(tokens) - core.match(sequence).num_tokens, ticket)

@@ -11,19 +11,18 @@ import numpy as np
 
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.runtime import carried
-from jaxcache.runtime.lanes import CLOCK_MODULUS, Lanes
+from jaxcache.runtime.lanes import Lanes
 from jaxcache.testing.fake_plane import FakePlane
 from jaxcache.testing.mixing import mix
-from jaxcache.types import Outcome
+from jaxcache.types import CLOCK_MODULUS, Outcome
 
 
 class VirtualRank:
-    """clock_ms: of any origin, and up to 2 % fast or slow. agreed_clock_ms: stage 0's, as last agreed."""
+    """clock_ms: of any origin, and up to 2 % fast or slow."""
 
     def __init__(self, core: PrefixCache, plane: FakePlane, lanes: Lanes):
         self.core, self.plane, self.lanes = core, plane, lanes
         seed = plane.delays.seed
-        self.agreed_clock_ms = 0
         self._origin_ms = mix(seed, plane.rank, 1) % CLOCK_MODULUS
         self._drift = 0.98 + mix(seed, plane.rank, 2) % 1000 / 25_000
         self._said: tuple[int, int, Mapping[int, Outcome]] | None = None
@@ -35,13 +34,13 @@ class VirtualRank:
     def step(self, agreed: np.ndarray | None) -> np.ndarray | None:
         """agreed: the reduced row of the step before, or None; returns this rank's row, or None without an exchange."""
         core, plane = self.core, self.plane
-        outcomes: Mapping[int, Outcome] = {}
-        if agreed is not None:
+        before = core.live_transfers()
+        if agreed is None:
+            core.commit({})
+        else:
             assert self._said is not None
             outcomes = self.lanes.unpack(agreed, *self._said)
-            self.agreed_clock_ms = self.lanes.clock_ms(agreed)
-        before = core.live_transfers()
-        core.commit(outcomes)
+            core.commit(outcomes, self.lanes.clock_ms(agreed))
         live = core.live_transfers()
         for id in before:
             if id not in live:

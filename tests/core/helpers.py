@@ -175,5 +175,5 @@ class Server:
 
 def server_with_storage(*components: Component, **fields: Any) -> Server:
     server = Server(*components, **{"host_pages": 64, "prefetch_host_share": 1.0, **fields})
-    server.core.stores.attached = True
+    server.core.attachment.attach()
     return server

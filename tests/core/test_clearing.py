@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jaxcache.core.ticket import TicketState
+from jaxcache.core.prefetch import PrefetchState
 from jaxcache.types import Match, Outcome, TransferKind
 from tests.core.helpers import FULL, Server, prompt, server_with_storage, state, window
 
@@ -47,7 +47,7 @@ def test_reset_during_a_fetch_waits_for_quiet_without_blocking():
     server = server_with_storage(FULL, window(6))
     server.store(prompt(40))
     ticket = server.prefetch(prompt(40))
-    while ticket.state is not TicketState.FETCH:
+    while ticket.state is not PrefetchState.FETCH:
         server.step(0)
     server.step(2)
     server.core.reset()
@@ -56,7 +56,7 @@ def test_reset_during_a_fetch_waits_for_quiet_without_blocking():
     server.prefill(prompt(40))
     assert server.match(prompt(40)).num_tokens == 40
     server.settle()
-    assert ticket.state is TicketState.DONE
+    assert ticket.state is PrefetchState.DONE
     assert server.host_free() == 64 - 10
     server.check_empty()
 

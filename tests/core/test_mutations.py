@@ -85,10 +85,11 @@ MUTATIONS = (
     Mutation(
         "host pages are freed at the outcome instead of at quiet",
         Prefetches,
-        "decide",
-        "self._accept(ticket)",
-        "self._accept(ticket); [host.allocator.free(ids) for host, ids in zip(self.tiers.host, ticket.pages)]; "
-        "ticket.pages = [NO_PAGES] * len(ticket.pages)",
+        "_decide",
+        "self.arrivals.accept(prefetch, reason)",
+        "self.arrivals.accept(prefetch, reason); "
+        "[host.allocator.free(ids) for host, ids in zip(self.tiers.host, prefetch.pages)]; "
+        "prefetch.pages = [NO_PAGES] * len(prefetch.pages)",
         {"mixture": ("full", "window"), "host_pages": 24, "prefetch_policy": PrefetchPolicy.BEST_EFFORT, **THROUGH},
     ),
     Mutation(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from jaxcache.core.ticket import Ticket, TicketState
+from jaxcache.core.prefetch import PrefetchState
+from jaxcache.core.ticket import Ticket
 from jaxcache.testing.fake_plane import content, reduce
 from jaxcache.types import Match, Outcome, PrefetchPolicy, TransferKind, Wait, WritePolicy
 from tests.core.helpers import FULL, PAGE, Server, prompt, server_with_storage, state, window
@@ -12,7 +13,7 @@ from tests.core.helpers import FULL, PAGE, Server, prompt, server_with_storage, 
 NO_WRITES = {"write_policy": WritePolicy.NONE}
 
 
-def until(server: Server, ticket: Ticket, wanted: TicketState) -> None:
+def until(server: Server, ticket: Ticket, wanted: PrefetchState) -> None:
     """Steps without any page moved until the ticket is there."""
     for _ in range(100):
         if ticket.state is wanted:
@@ -45,7 +46,7 @@ def test_what_another_replica_stored_is_used(components):
     server.store(prompt(40))
     ticket = server.prefetch(prompt(40))
     server.settle()
-    assert ticket.state is TicketState.DONE
+    assert ticket.state is PrefetchState.DONE
     lease = server.admit(ticket.sequence, ticket=ticket)
     assert (lease.num_cached_tokens, lease.storage_tokens, lease.host_tokens) == (40, 40, 0)
     server.compute(lease, 41)
@@ -74,7 +75,7 @@ def test_prefetches_reserve_a_share_of_host_memory():
     server = server_with_storage(host_pages=16, prefetch_host_share=0.5)
     first = server.prefetch(prompt(20))
     second = server.prefetch(prompt(100, 1000))
-    assert [len(ticket.pages[0]) for ticket in (first, second)] == [5, 3]
+    assert [len(ticket.prefetch.pages[0]) for ticket in (first, second)] == [5, 3]
     assert server.core.prefetch(server.sequence(prompt(100, 2000))) is None
     assert server.host_free() == 8
 
@@ -85,11 +86,11 @@ def test_nothing_is_asked_for_that_the_match_could_not_use():
     ticket = server.core.prefetch(server.sequence(prompt(48)))
     (query,) = server.planned(TransferKind.QUERY)
     ends = {move.component: list(move.page_ends) for move in query.moves}
-    assert ticket.end == 40
+    assert ticket.prefetch.end == 40
     assert ends["full"] == list(range(4, 41, 4))
     assert ends["state"] == [8, 16, 24, 32, 40]
     assert ends["window"] == list(range(4, 41, 4))
-    assert [len(pages) for pages in ticket.pages] == [10, 2, 1]
+    assert [len(pages) for pages in ticket.prefetch.pages] == [10, 2, 1]
     keys = server.sequence(prompt(48)).page_keys(12)
     assert list(query.moves[0].page_keys) == keys[:10]
 
@@ -102,7 +103,7 @@ def test_only_what_is_not_there_is_asked_for():
     ticket = server.prefetch(prompt(32))
     (query,) = server.planned(TransferKind.QUERY)
     ends = {move.component: list(move.page_ends) for move in query.moves}
-    assert (ticket.matched_end, ticket.start, ticket.end) == (16, 16, 32)
+    assert (ticket.prefetch.matched_end, ticket.prefetch.start, ticket.prefetch.end) == (16, 16, 32)
     assert ends == {"full": [20, 24, 28, 32], "window": [16, 20, 24, 28, 32]}
 
 
@@ -150,7 +151,7 @@ def test_the_largest_end_that_all_ranks_can_serve(states, agreed_end):
     for _ in range(60):
         agreed = step_all(servers, agreed)
     for server, ticket in zip(servers, tickets, strict=True):
-        assert (ticket.state, ticket.agreed_end) == (TicketState.DONE, agreed_end)
+        assert (ticket.state, ticket.prefetch.agreed_end) == (PrefetchState.DONE, agreed_end)
         assert server.match(prompt(16)).num_tokens == agreed_end
 
 
@@ -162,9 +163,9 @@ def test_what_one_rank_failed_to_read_is_a_miss_on_all():
         server.store(prompt(32))
         tickets.append(server.prefetch(prompt(32)))
     agreed: dict[int, Outcome] = {}
-    while tickets[0].state is TicketState.QUERY:
+    while tickets[0].state is PrefetchState.QUERY:
         agreed = step_all(servers, agreed)
-        if tickets[0].state is TicketState.FETCH:
+        if tickets[0].state is PrefetchState.FETCH:
             forget(servers[1], "full", prompt(20))
     for _ in range(10):
         agreed = step_all(servers, agreed)
@@ -181,7 +182,7 @@ def test_full_pages_may_end_up_shorter_than_asked():
     server = server_with_storage()
     server.store(prompt(32))
     ticket = server.prefetch(prompt(32))
-    until(server, ticket, TicketState.FETCH)
+    until(server, ticket, PrefetchState.FETCH)
     forget(server, "full", prompt(24))
     server.settle()
     lease = server.admit(ticket.sequence, ticket=ticket)
@@ -197,7 +198,7 @@ def test_a_window_or_state_that_fails_does_not_throw_away_full_pages(component):
     server = server_with_storage(FULL, window(6), state(4))
     server.store(prompt(32))
     ticket = server.prefetch(prompt(32))
-    until(server, ticket, TicketState.FETCH)
+    until(server, ticket, PrefetchState.FETCH)
     forget(server, component, prompt(32))
     server.settle()
     assert server.match(prompt(32)) == Match(0, 0, 0, 32, (32,))
@@ -214,7 +215,7 @@ def test_missing_host_ancestors_are_backed_up_first():
     server.prefill(prompt(8))
     server.store(prompt(24))
     ticket = server.prefetch(prompt(24))
-    assert ticket.start == 8
+    assert ticket.prefetch.start == 8
     server.settle()
     assert server.core.counters["backup_pages"] == 2
     assert (server.match(prompt(24)).device_tokens, server.match(prompt(24)).host_tokens) == (8, 16)
@@ -240,26 +241,13 @@ def test_what_the_tree_has_meanwhile_is_a_duplicate():
     server = server_with_storage()
     server.store(prompt(24))
     ticket = server.prefetch(prompt(24))
-    until(server, ticket, TicketState.FETCH)
+    until(server, ticket, PrefetchState.FETCH)
     server.prefill(prompt(16))
     server.settle()
     assert server.host_free() == 64 - 6
     lease = server.admit(ticket.sequence, ticket=ticket)
     assert (lease.device_tokens, lease.storage_tokens) == (16, 8)
     assert unfulfilled(server) == {"already_present": 16}
-    check_accounts(server)
-
-
-def test_two_prefetches_of_the_same_prompt_bring_it_once():
-    """L4, L9: what the second brings is there already, and is freed."""
-    server = server_with_storage()
-    server.store(prompt(24))
-    tickets = [server.prefetch(prompt(24)) for _ in range(2)]
-    server.settle()
-    assert server.host_free() == 64 - 6
-    leases = [server.admit(ticket.sequence, ticket=ticket) for ticket in tickets]
-    assert [lease.num_cached_tokens for lease in leases] == [24, 24]
-    assert server.core.counters["storage_tokens_used"] == 24
     check_accounts(server)
 
 
@@ -271,14 +259,14 @@ def test_best_effort_takes_what_has_come_so_far():
     server = server_with_storage()
     server.store(prompt(40))
     ticket = server.prefetch(prompt(40))
-    until(server, ticket, TicketState.FETCH)
+    until(server, ticket, PrefetchState.FETCH)
     server.plane.apply()
-    server.plane.io[ticket.id].todo.sort(key=lambda job: job.place)
+    server.plane.io[ticket.prefetch.id].todo.sort(key=lambda job: job.place)
     server.step(3)
     server.step(0)
     lease = server.admit(ticket.sequence, ticket=ticket)
     assert lease.storage_tokens == 3 * PAGE
-    assert unfulfilled(server) == {"transfer": 7 * PAGE}
+    assert unfulfilled(server) == {"deadline": 7 * PAGE}
     server.compute(lease, 41)
     server.settle()
     check_accounts(server)
@@ -301,17 +289,17 @@ def test_admitting_while_a_window_is_still_being_read():
     server = server_with_storage(FULL, window(6), host_pages=12)
     server.store(prompt(32))
     ticket = server.prefetch(prompt(32))
-    until(server, ticket, TicketState.FETCH)
+    until(server, ticket, PrefetchState.FETCH)
     server.plane.apply()
-    io = server.plane.io[ticket.id]
+    io = server.plane.io[ticket.prefetch.id]
     io.todo.sort(key=lambda job: job.component)  # full attention comes first
     server.step(8)
     server.step(0)
     assert io.todo
-    reserved = set(ticket.pages[1].tolist())
+    reserved = set(ticket.prefetch.pages[1].tolist())
     lease = server.admit(ticket.sequence, ticket=ticket)
     assert lease.num_cached_tokens == 0
-    assert set(ticket.pages[1].tolist()) == reserved
+    assert set(ticket.prefetch.pages[1].tolist()) == reserved
     assert server.host_free("window") == 10
     server.compute(lease, 33)
     server.insert(lease, 33)
@@ -321,7 +309,7 @@ def test_admitting_while_a_window_is_still_being_read():
     resident = [node.pages[window_host.index] for node in window_host.order]
     assert not reserved & {id for pages in resident for id in pages.tolist()}
     server.settle()
-    assert ticket.state is TicketState.DONE
+    assert ticket.state is PrefetchState.DONE
     server.release(lease)
     check_accounts(server)
     server.check_empty()
@@ -331,7 +319,7 @@ def test_admitting_while_a_window_is_still_being_read():
 
 
 @pytest.mark.parametrize("moved", [0, 2])
-@pytest.mark.parametrize("when", [TicketState.QUERY, TicketState.FETCH])
+@pytest.mark.parametrize("when", [PrefetchState.QUERY, PrefetchState.FETCH])
 def test_cancel_frees_what_was_reserved_once_and_only_when_quiet(when, moved):
     """L6."""
     server = server_with_storage(FULL, window(6))
@@ -349,9 +337,9 @@ def test_cancel_frees_what_was_reserved_once_and_only_when_quiet(when, moved):
     server.core.commit({live: Outcome(done=True, quiet=False)})
     assert server.host_free() == free
     server.core.commit({live: Outcome(done=True, quiet=True)})
-    assert ticket.state is TicketState.DONE
+    assert ticket.state is PrefetchState.DONE
     assert (server.host_free("full"), server.host_free("window")) == (64, 64)
-    assert unfulfilled(server) == ({"aborted": 40} if when is TicketState.FETCH else {})
+    assert unfulfilled(server) == ({"aborted": 40} if when is PrefetchState.FETCH else {})
     check_accounts(server)
     server.core.cancel(ticket)
 
@@ -361,12 +349,12 @@ def test_a_prefetch_past_its_deadline_keeps_its_pages_until_quiet():
     server = server_with_storage()
     server.store(prompt(32))
     ticket = server.prefetch(prompt(32))
-    until(server, ticket, TicketState.FETCH)
+    until(server, ticket, PrefetchState.FETCH)
     server.core.take_plan()
-    server.core.commit({ticket.id: Outcome(done=True, quiet=False, pages={"full": 2})})
+    server.core.commit({ticket.prefetch.id: Outcome(done=True, quiet=False, pages={"full": 2})})
     assert server.match(prompt(32)).num_tokens == 8
-    assert (len(ticket.pages[0]), server.host_free()) == (6, 64 - 8)
-    server.core.commit({ticket.id: Outcome(done=True, quiet=True, pages={"full": 2})})
+    assert (len(ticket.prefetch.pages[0]), server.host_free()) == (6, 64 - 8)
+    server.core.commit({ticket.prefetch.id: Outcome(done=True, quiet=True, pages={"full": 2})})
     assert server.host_free() == 64 - 2
     server.core.cancel(ticket)
     assert unfulfilled(server) == {"transfer": 24, "aborted": 8}
@@ -378,7 +366,7 @@ def test_storage_without_the_prompt_costs_nothing():
     server = server_with_storage()
     ticket = server.prefetch(prompt(32))
     server.settle()
-    assert ticket.state is TicketState.DONE
+    assert ticket.state is PrefetchState.DONE
     assert server.host_free() == 64
     assert server.core.counters["prefetch_misses"] == 1
     assert server.core.counters["agreed_storage_tokens"] == 0
@@ -411,13 +399,13 @@ def test_the_largest_end_is_what_the_definition_says(components, rng):
         exists = {name: rng.random(len(move.page_keys)) < share for name, move in moves.items()}
         there = {n: {e for e, found in zip(m.page_ends, exists[n], strict=True) if found} for n, m in moves.items()}
         want = 0
-        for end in range(grid, ticket.end + 1, grid):
+        for end in range(grid, ticket.prefetch.end + 1, grid):
             needed = {c.name: range(c.required(end).start // PAGE * PAGE + PAGE, end + 1, PAGE) for c in components}
-            needed["full"] = range(ticket.start + PAGE, end + 1, PAGE)
+            needed["full"] = range(ticket.prefetch.start + PAGE, end + 1, PAGE)
             if "state" in needed:
                 needed["state"] = range(end, end + 1)
-            if end > ticket.matched_end and all(set(ends) <= there[name] for name, ends in needed.items()):
+            if end > ticket.prefetch.matched_end and all(set(ends) <= there[name] for name, ends in needed.items()):
                 want = end
-        assert server.core.largest_end(ticket.id, exists) == want
+        assert server.core.largest_end(ticket.prefetch.id, exists) == want
         seen[want] = None
     assert len(seen) > 2

@@ -1,0 +1,162 @@
+"""Storage that is attached, detached and cleared while a cache serves: no wrong token, no leak, no lost request."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+import jaxcache
+from jaxcache.core import invariants
+from jaxcache.storage.base import ObjectKey
+from tests.models.serving import Driver, Rig, check_equal, random_tokens, reference, rig_on
+
+PROMPT = random_tokens(1, 45)
+
+
+@pytest.fixture
+def rig(make_mesh) -> Rig:
+    return rig_on(make_mesh())
+
+
+class Slow(jaxcache.MemoryStorage):
+    """Reads nothing before it may."""
+
+    def __init__(self):
+        super().__init__()
+        self.may_read = threading.Event()
+
+    def get(self, key: ObjectKey, buffer: memoryview) -> bool:
+        return self.may_read.wait(30) and super().get(key, buffer)
+
+
+def answer(rig: Rig) -> object:
+    return reference(rig.mesh, tuple(PROMPT.tolist()))
+
+
+def test_attach_then_what_was_cached_before_is_stored(rig):
+    storage = jaxcache.MemoryStorage()
+    with rig.cache() as cache:
+        driver = Driver(rig, cache)
+        driver.ask(PROMPT)
+        driver.drain()
+        cache.attach_storage(storage)
+        driver.drain()
+        assert cache.stats()["counters"]["stored_pages"] == 12
+    with rig.cache(storage) as cache:
+        got = Driver(rig, cache).ask_storage(PROMPT)
+        check_equal(got, answer(rig))
+        assert got.hits == (0, 0, 44)
+
+
+def test_detach_while_a_prefetch_reads(rig):
+    storage = Slow()
+    with rig.cache() as cache:
+        driver = Driver(rig, cache)
+        driver.ask(PROMPT)
+        cache.attach_storage(storage)
+        driver.drain()
+        cache.reset()
+        sequence = driver.sequence(PROMPT)
+        ticket = cache.prefetch(sequence)
+        while ticket.prefetch.agreed_end == 0:
+            driver.step()
+        driver.step()
+        cache.detach_storage()
+        assert cache.storage is None and cache.storage_in_use
+        got = driver.finish(driver.admit(sequence, ticket))
+        check_equal(got, answer(rig))
+        assert got.hits == (0, 0, 0) and cache.storage_in_use
+        storage.may_read.set()
+        driver.drain()
+        assert not cache.storage_in_use
+        invariants.check(cache.core)
+        invariants.check_empty(cache.core)
+
+
+def test_another_storage_after_the_first(rig, tmp_path: Path):
+    """What the first has is not believed of the second."""
+    first, second = jaxcache.MemoryStorage(), jaxcache.FileStorage(tmp_path / "second")
+    with rig.cache(first) as cache:
+        driver = Driver(rig, cache)
+        driver.ask(PROMPT)
+        driver.drain()
+        cache.detach_storage()
+        cache.attach_storage(second)
+        driver.drain()
+    with rig.cache(second) as cache:
+        assert Driver(rig, cache).ask_storage(PROMPT).hits == (0, 0, 44)
+
+
+def test_clear(rig):
+    storage = jaxcache.MemoryStorage()
+    with rig.cache(storage) as cache:
+        driver = Driver(rig, cache)
+        driver.ask(PROMPT)
+        driver.drain()
+        cache.clear_storage()
+        cache.reset()
+        assert driver.ask_storage(PROMPT).hits == (0, 0, 0)
+        driver.drain()
+        cache.reset()
+        assert driver.ask_storage(PROMPT).hits == (0, 0, 44)
+
+
+def test_what_is_refused_changes_nothing(rig):
+    with rig.cache() as cache:
+        digest = cache.core.digest
+        with pytest.raises(TypeError, match="must be a jaxcache Storage, not str"):
+            cache.attach_storage("a path")
+        with pytest.raises(RuntimeError, match="no storage is attached"):
+            cache.detach_storage()
+        with pytest.raises(RuntimeError, match="no storage is attached"):
+            cache.clear_storage()
+        with pytest.raises(ValueError, match="run time"):
+            cache.set_policies(write_policy=jaxcache.WritePolicy.WRITE_BACK)
+        assert (cache.core.digest, cache.storage) == (digest, None)
+        cache.attach_storage(jaxcache.MemoryStorage())
+        with pytest.raises(RuntimeError, match="detach it first"):
+            cache.attach_storage(jaxcache.MemoryStorage())
+    with pytest.raises(RuntimeError, match="closed"):
+        cache.detach_storage()
+
+
+def test_storage_without_a_host_tier(rig):
+    before = threading.active_count()
+    with pytest.raises(ValueError, match="a host tier to read into"):
+        rig.cache(jaxcache.MemoryStorage(), host_pages=0)
+    assert threading.active_count() == before
+
+
+def test_policies_at_run_time(rig):
+    storage = jaxcache.MemoryStorage()
+    with rig.cache(storage) as cache:
+        driver = Driver(rig, cache)
+        cache.set_policies(write_policy=jaxcache.WritePolicy.NONE, prefetch_policy=jaxcache.PrefetchPolicy.TIMEOUT)
+        check_equal(driver.ask(PROMPT), answer(rig))
+        assert "backup_pages" not in cache.stats()["counters"]
+        cache.set_policies(write_policy=jaxcache.WritePolicy.WRITE_THROUGH)
+        check_equal(driver.ask(PROMPT), answer(rig))
+        assert cache.stats()["counters"]["backup_pages"] == 12
+
+
+def test_a_prefetch_that_holds_up_a_request_for_too_long(rig):
+    """L5: stage 0's clock decides, not the storage."""
+    storage = Slow()
+    config = {"prefetch_policy": jaxcache.PrefetchPolicy.TIMEOUT, "prefetch_timeout_s": 0.2}
+    with rig.cache(storage, **config) as cache:
+        driver = Driver(rig, cache)
+        driver.ask(PROMPT)
+        driver.drain()
+        cache.reset()
+        sequence = driver.sequence(PROMPT)
+        ticket = cache.prefetch(sequence)
+        num_waits = 0
+        while not cache.admit(sequence, 16, ticket):
+            num_waits += 1
+            driver.step()
+        assert num_waits > 1 and ticket.done
+        assert cache.stats()["counters"]["prefetch_timeouts"] == 1
+        storage.may_read.set()
+        driver.drain()

@@ -1,0 +1,144 @@
+"""The launcher of local processes: what each is given, how ends are noticed, and that nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+
+from jaxcache.testing.processes import Processes, ProcessesFailed
+
+SLEEP = "import time; time.sleep(60)"
+FOREVER_S = 60.0
+
+
+def code(text: str) -> list[str]:
+    return ["-c", text]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_output_and_environment_of_each():
+    names = "PYTHONHASHSEED", "JAXCACHE_PROCESS_ID", "JAX_PLATFORMS", "XLA_FLAGS", "EXTRA"
+    show = f"import os, sys; print([os.environ[n] for n in {names}]); print('err', file=sys.stderr)"
+    with Processes(code(show), 2, 3, env={"EXTRA": "x"}) as processes:
+        exits = processes.check(FOREVER_S)
+    shown = [eval(exit.stdout) for exit in exits]
+    assert [s[:3] for s in shown] == [["1", "0", "cpu"], ["2", "1", "cpu"]]
+    assert all(s[3].endswith("device_count=3") and s[3].count("device_count") == 1 and s[4] == "x" for s in shown)
+    assert [exit.stderr for exit in exits] == ["err\n", "err\n"]
+    assert not any(exit.was_ended for exit in exits)
+
+
+def test_each_process_gets_its_own_gpus():
+    show = "import os; print(os.environ['JAXCACHE_LOCAL_DEVICES'], os.environ['JAX_PLATFORMS'])"
+    with Processes(code(show), 2, 2, platform="gpu") as processes:
+        assert [exit.stdout for exit in processes.check(FOREVER_S)] == ["0,1 cuda,cpu\n", "2,3 cuda,cpu\n"]
+
+
+def test_output_larger_than_a_pipe_does_not_block():
+    with Processes(code("print('x' * 1_000_000)"), 1) as processes:
+        assert len(processes.check(FOREVER_S)[0].stdout) == 1_000_001
+
+
+def test_a_failure_ends_the_others_and_is_named():
+    fail = "import os, time\nif os.environ['JAXCACHE_PROCESS_ID'] == '1': raise KeyError('mine')\ntime.sleep(60)"
+    start = time.monotonic()
+    with Processes(code(fail), 2) as processes, pytest.raises(ProcessesFailed, match="mine") as failed:
+        processes.check(FOREVER_S, grace_s=0.1)
+    assert time.monotonic() - start < FOREVER_S / 2
+    assert [exit.was_ended for exit in failed.value.exits] == [True, False]
+    assert [exit.code for exit in failed.value.exits] == [-signal.SIGABRT, 1]
+    assert "process 1 ended with 1" in str(failed.value)
+    assert "process 0 ended" not in str(failed.value)
+
+
+def test_time_up_ends_all_and_shows_where_they_were():
+    with Processes(code(SLEEP), 2) as processes:
+        exits = processes.wait(0.5)
+    assert all(exit.was_ended and exit.code == -signal.SIGABRT and "time.sleep" not in exit.stdout for exit in exits)
+    assert all("most recent call first" in exit.stderr for exit in exits)
+
+
+def test_kill_and_stop_one():
+    with Processes(code(SLEEP), 3) as processes:
+        processes.kill(0)
+        processes.stop(1)
+        exits = processes.wait(FOREVER_S, grace_s=0.2)
+    assert [exit.code for exit in exits] == [-signal.SIGKILL, -signal.SIGKILL, -signal.SIGABRT]
+    assert [exit.was_ended for exit in exits] == [False, True, True]
+
+
+def test_nothing_is_left_behind():
+    with Processes(code(SLEEP), 2) as processes:
+        pids = processes.pids
+        assert all(map(is_alive, pids))
+    assert not any(map(is_alive, pids))
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="num_processes=0"):
+        Processes(code(""), 0)
+    with pytest.raises(ValueError, match="platform='tpu'"):
+        Processes(code(""), 1, platform="tpu")
+
+
+# ---- with jax
+
+JOINED = """
+import jax, numpy as np, sys
+from jaxcache.testing.processes import join
+index = join()
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+mesh = Mesh(np.array(jax.devices()), ("x",))
+rows = np.arange(4, dtype=np.int32)
+array = jax.make_array_from_callback((4,), NamedSharding(mesh, P("x")), lambda at: rows[at])
+total = jax.jit(lambda a: a.sum(), out_shardings=NamedSharding(mesh, P()))(array)
+print(index, jax.process_count(), len(jax.local_devices()), int(total))
+"""
+FAILS = JOINED + "if index == 1: raise RuntimeError('only here')\nimport time; time.sleep(60)"
+PARENT = """
+import sys
+from jaxcache.testing.processes import Processes
+processes = Processes(["-c", sys.argv[1]], 2)
+print(*processes.pids, flush=True)
+"""
+
+
+@pytest.mark.multiprocess
+def test_processes_join_one_fleet():
+    with Processes(code(JOINED), 2, 2) as processes:
+        exits = processes.check(FOREVER_S)
+    assert [exit.stdout.splitlines()[-1] for exit in exits] == ["0 2 2 6", "1 2 2 6"]  # gloo prints before it
+
+
+@pytest.mark.multiprocess
+def test_a_process_that_fails_does_not_wait_for_the_others():
+    """jax's own farewell would, for minutes."""
+    with Processes(code(FAILS), 2, 2) as processes:
+        exits = processes.wait(FOREVER_S, grace_s=0.1)
+    assert exits[1].code == 1
+    assert "only here" in exits[1].stderr
+    assert exits[0].was_ended
+
+
+@pytest.mark.multiprocess
+def test_the_fleet_ends_with_whoever_started_it():
+    waits = "from jaxcache.testing.processes import join\nimport time\njoin()\ntime.sleep(60)"
+    with Processes(["-c", PARENT, waits], 1) as parent:
+        while not parent.stdout(0):
+            time.sleep(0.01)
+        pids = [int(pid) for pid in parent.stdout(0).split()]
+        parent.wait(FOREVER_S)
+    deadline = time.monotonic() + FOREVER_S / 2
+    while any(map(is_alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(is_alive, pids))

@@ -9,7 +9,7 @@ from jaxcache.testing.mixing import mix
 
 @dataclass(frozen=True)
 class Delays:
-    """Bounds of each, [low, high): of one model step, of one copy between device and host, of one page of storage.
+    """Bounds of each, [low, high): one model step, one copy between device and host, one page of storage, one question.
 
     deadline_us: of a storage transfer
     rest_us:     how long the breaker stays open
@@ -20,6 +20,7 @@ class Delays:
     steps: tuple[int, int] = (1_000, 10_000)
     copies: tuple[int, int] = (100, 30_000)
     pages: tuple[int, int] = (100, 4_000)
+    queries: tuple[int, int] = (100, 20_000)
     deadline_us: int = 150_000
     rest_us: int = 100_000
     piece_pages: int = 3
@@ -33,6 +34,9 @@ class Delays:
 
     def page_us(self, rank: int, transfer_id: int, place: int) -> int:
         return self._draw(self.pages, rank, transfer_id, place)
+
+    def query_us(self, rank: int, transfer_id: int) -> int:
+        return self._draw(self.queries, rank, transfer_id, 0)
 
     def place(self, step: int, num_places: int) -> int:
         """Which one, the same on every rank."""

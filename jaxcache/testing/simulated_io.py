@@ -181,10 +181,10 @@ class SimulatedIO:
         if fault == "slow":
             self.faults.struck(fault)
         if transfer.kind is TransferKind.QUERY:
-            self.jobs.submit(Question(self, operation), self._duration(operation, 1, 0))
+            us = self.delays.query_us(self.rank, transfer.id)
+            self.jobs.submit(Question(self, operation), SLOWLY * us if fault == "slow" else us)
         else:
-            for move in transfer.moves:
-                self._start_move(operation, move)
+            self._start_pieces(operation)
 
     def poll(self) -> dict[int, Status]:
         """The state of every live transfer; here deadlines are noticed."""
@@ -213,32 +213,34 @@ class SimulatedIO:
             operation.exists = {m.component: np.zeros(len(m.page_keys), bool) for m in operation.transfer.moves}
         operation.is_stopped = True
 
-    def _start_move(self, operation: Operation, move: Move) -> None:
-        """Pieces in order; each waits for the one NUM_THREADS before it, and for whoever uses its pages."""
+    def _start_pieces(self, operation: Operation) -> None:
+        """In order; each waits for the one `num_threads` before it, and for whoever uses its pages."""
         is_fetch = operation.transfer.kind is TransferKind.FETCH
-        ids = move.dst_page_ids if is_fetch else move.src_page_ids
-        order = self.orders[self.numbers[move.component]]
-        pieces: list[Piece] = []
-        for first, stop, hangs in self._cuts(operation, move, len(ids)):
-            mine = ids[first:stop]
-            piece = Piece(self, operation, move, first, mine.tolist(), hangs)
-            after = order.before_write(mine) if is_fetch else order.before_read(mine)
-            if is_fetch:
-                order.add_writer(mine, piece)
-            else:
-                order.add_reader(mine, piece)
-            earlier = pieces[-self.delays.num_threads :][:1] if len(pieces) >= self.delays.num_threads else []
-            self.jobs.submit(piece, self._duration(operation, stop - first, first, hangs), [*after, *earlier])
-            pieces.append(piece)
+        num_threads, pieces = self.delays.num_threads, []
+        for move in operation.transfer.moves:
+            ids = move.dst_page_ids if is_fetch else move.src_page_ids
+            order = self.orders[self.numbers[move.component]]
+            for first, stop, hangs in self._cuts(operation, len(ids)):
+                mine = ids[first:stop]
+                piece = Piece(self, operation, move, first, mine.tolist(), hangs)
+                after = order.before_write(mine) if is_fetch else order.before_read(mine)
+                if is_fetch:
+                    order.add_writer(mine, piece)
+                else:
+                    order.add_reader(mine, piece)
+                if len(pieces) >= num_threads:
+                    after.append(pieces[-num_threads])
+                self.jobs.submit(piece, self._duration(piece), after)
+                pieces.append(piece)
 
-    def _cuts(self, operation: Operation, move: Move, num_pages: int) -> list[tuple[int, int, bool]]:
+    def _cuts(self, operation: Operation, num_pages: int) -> list[tuple[int, int, bool]]:
         """(first, stop, hangs) of every piece. A page that hangs is one of its own; what comes short ends earlier."""
         size = self.delays.piece_pages
         hanging = -1
         if operation.fault == "short" and num_pages > 1:
             self.faults.struck("short")
             num_pages //= 2
-        elif operation.fault == "stalled":
+        elif operation.fault == "stalled" and num_pages:
             hanging = self.delays.place(operation.transfer.step, num_pages)
         cuts = []
         first = 0
@@ -250,8 +252,9 @@ class SimulatedIO:
             first = stop
         return cuts
 
-    def _duration(self, operation: Operation, num_pages: int, first: int, hangs: bool = False) -> int:
-        us = num_pages * self.delays.page_us(self.rank, operation.transfer.id, first)
-        if hangs:
+    def _duration(self, piece: Piece) -> int:
+        operation = piece.operation
+        us = len(piece.page_ids) * self.delays.page_us(self.rank, operation.transfer.id, piece.first)
+        if piece.hangs:
             return self.delays.deadline_us + SLOWLY * us
         return SLOWLY * us if operation.fault == "slow" else us

@@ -48,7 +48,8 @@ class StorageFaults:
     def of_transfer(self, rank: int, transfer: Transfer) -> str:
         if not self._transfer_cards:
             return ""
-        return self._draw(self._transfer_cards, rank, transfer.step, transfer.moves[0].page_keys[-1])
+        key = next((move.page_keys[-1] for move in transfer.moves if move.page_keys), b"")
+        return self._draw(self._transfer_cards, rank, transfer.step, key)
 
     def _draw(self, cards: list[str], rank: int, step: int, key: bytes) -> str:
         number = mix(self.seed, step, number_of(key))

@@ -1,7 +1,7 @@
 """What a page holds: bytes that are a function of what it stands for, so that a wrong page is seen at the first read.
 
-    content = | 12 bytes of the page key | component |      of a page that is not full: of its key and its tail
-    row     = | content | rank |                            every rank has its own share of a page
+content = | 12 bytes of the page key | component |      of a page that is not full: of its key and its tail
+row     = | content | rank |                            every rank has its own share of a page
 """
 
 from __future__ import annotations

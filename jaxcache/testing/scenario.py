@@ -70,7 +70,10 @@ class Scenario:
         self.weights_version = 0
         self.cap_chance = 0.1  # of asking for less than what is cached
         self.wish_chance = 0.0  # of inserting with a priority or a retention
-        self.decode_tokens = (1,)  # per model step
+        self.decode_tokens: tuple[int, ...] = (1,)  # per model step, one of these
+        self.chunk_tokens: tuple[int, ...] = (1, config.page_tokens, 1000)  # of a prompt, one of these
+        self.insert_chance, self.stop_insert_chance = 0.6, 1.0  # of publishing after a chunk; and where it had to end
+        self.max_output_tokens = 2 * config.page_tokens
         self.vocabulary = self.random.choice([2, 3, 50])
 
     @property
@@ -169,7 +172,7 @@ class Scenario:
         tokens = tokens[: max_tokens - 2]
         num_new = rng.randint(1, max(1, min(3 * page, max_tokens - len(tokens) - 1)))
         tokens = tokens + [rng.randrange(self.vocabulary) for _ in range(num_new)]
-        num_output = rng.randint(0, min(2 * page, max_tokens - len(tokens)))
+        num_output = rng.randint(0, min(self.max_output_tokens, max_tokens - len(tokens)))
         request = Request(tokens, self._sequences(tokens, space), num_output, rng.getrandbits(32))
         if rng.random() < 0.4:
             self._store_elsewhere(request.sequences[0], rng)
@@ -180,8 +183,7 @@ class Scenario:
 
     def _sequences(self, tokens: list[int], space: int) -> list[Sequence]:
         return [
-            core.sequence(tokens, namespace)
-            for core, namespace in zip(self.cores, self.namespace(space), strict=True)
+            core.sequence(tokens, namespace) for core, namespace in zip(self.cores, self.namespace(space), strict=True)
         ]
 
     def _store_elsewhere(self, sequence: Sequence, rng: random.Random) -> None:
@@ -197,7 +199,7 @@ class Scenario:
     def admit(self, request: Request) -> bool:
         """Admits a waiting request on every rank; a Wait changes nothing."""
         digest, rng = self.core.digest, request.random
-        chunk = rng.choice([1, self.core.config.page_tokens, 1000])
+        chunk = rng.choice(self.chunk_tokens)
         cap = None if rng.random() >= self.cap_chance else rng.randint(0, len(request.tokens))
         found = self.core.match(request.sequences[0], cap).num_tokens
         chunk = min(chunk, len(request.tokens) - found)
@@ -233,7 +235,7 @@ class Scenario:
         if end > begin:
             self._model_step(request, begin, end)
         is_finished = end == len(request.tokens) and not request.num_output
-        if rng.random() < 0.6 or is_finished or end == stop:
+        if rng.random() < (self.stop_insert_chance if end == stop else self.insert_chance) or is_finished:
             self.insert(request)
         if is_finished:
             self._check_resumable(request)
@@ -251,7 +253,7 @@ class Scenario:
         request.num_computed = end
 
     def _grow(self, request: Request) -> None:
-        room = request.random.choice([1, self.core.config.page_tokens, 1000])
+        room = request.random.choice(self.chunk_tokens)
         room = min(room, len(request.tokens) - request.num_computed)
         pairs = zip(self.cores, request.leases, strict=True)
         grown = [core.grow(lease, request.num_computed, room) for core, lease in pairs]

@@ -1,6 +1,6 @@
 """One storage that all ranks share: one cell per page, component and rank. Values are checked like real ones.
 
-    value = | row | crc32 |      what does not fit its checksum is a miss, and may be written again
+value = | row | crc32 |      what does not fit its checksum is a miss, and may be written again
 """
 
 from __future__ import annotations

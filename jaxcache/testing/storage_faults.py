@@ -1,12 +1,12 @@
 """What may go wrong with a storage, dealt by `mix`: the same seed, rank, key and step always meet the same fault.
 
-    of a page       lost      `exists` said yes, `get` says no
-                    corrupt   other bytes come than were put; the checksum sees it
-                    torn      a put died half-way; seen at the next read
-    of a transfer   short     only its leading pages come
-                    slow      every page takes many steps
-                    stalled   a page hangs: its transfer runs into the deadline, and much later the page is overwritten
-                    refused   storage raises; when that repeats, the breaker opens
+of a page       lost      `exists` said yes, `get` says no
+                corrupt   other bytes come than were put; the checksum sees it
+                torn      a put died half-way; seen at the next read
+of a transfer   short     only its leading pages come
+                slow      every page takes many steps
+                stalled   a page hangs: its transfer runs into the deadline, and much later the page is overwritten
+                refused   storage raises; when that repeats, the breaker opens
 """
 
 from __future__ import annotations

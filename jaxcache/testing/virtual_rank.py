@@ -1,6 +1,6 @@
 """One rank of the simulation: the real core, a fake data plane, a clock of its own, and the step of the controller.
 
-    step    what was agreed in the step before -> commit -> poll the plane -> what this rank says now
+step    what was agreed in the step before -> commit -> poll the plane -> what this rank says now
 """
 
 from __future__ import annotations

@@ -25,7 +25,9 @@ from jaxcache.types import Match, Transfer, TransferKind, Wait
 PAGE = 4
 FULL = FullAttention("full", ())
 PAGE_US = 1000
-DELAYS = Delays(copies=(0, 1), queries=(0, 1), pages=(PAGE_US, PAGE_US), deadline_us=10**12, piece_pages=1, num_threads=1)
+DELAYS = Delays(
+    copies=(0, 1), queries=(0, 1), pages=(PAGE_US, PAGE_US), deadline_us=10**12, piece_pages=1, num_threads=1
+)
 NEXT = 1_000_000  # a token that follows every prompt, so that the whole prompt may be found
 
 

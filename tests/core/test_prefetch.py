@@ -23,7 +23,9 @@ def until(server: Server, ticket: Ticket, wanted: PrefetchState) -> None:
 
 def forget(server: Server, component: str, tokens: list[int]) -> None:
     """Storage loses the page (or state) that ends with these tokens."""
-    del server.storage.cells[0][server.plane.numbers[component]][server.sequence(tokens).page_keys(len(tokens) // PAGE)[-1]]
+    del server.storage.cells[0][server.plane.numbers[component]][
+        server.sequence(tokens).page_keys(len(tokens) // PAGE)[-1]
+    ]
 
 
 def unfulfilled(server: Server) -> dict[str, int]:

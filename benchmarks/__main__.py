@@ -1,7 +1,7 @@
 """Runs all benchmarks: python -m benchmarks [--json FILE]. Exit code 1 if a figure misses its goal.
 
-First the core's (python -m jaxcache bench core), then host copies; each in a process of its own, untouched by the
-memory and threads of the one before.
+First the core's and the agreement's (python -m jaxcache bench core, bench agreement), then host copies; each in a
+process of its own, untouched by the memory and threads of the one before.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from rich.table import Table
 GOALS = {"host_copies_ratio": (2.0, "backup + load-back / memcpy of the same bytes, 64 KiB a page and rank")}
 
 
-def core(shown: Any) -> tuple[dict[str, Any], bool]:
+def suite(name: str, shown: Any) -> tuple[dict[str, Any], bool]:
     """(report, whether all goals are met); its table goes to `shown`."""
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "core.json")
-        done = subprocess.run([sys.executable, "-m", "jaxcache", "bench", "core", "--json", str(file)], stdout=shown)
+        file = Path(folder, "suite.json")
+        done = subprocess.run([sys.executable, "-m", "jaxcache", "bench", name, "--json", str(file)], stdout=shown)
         if done.returncode not in (0, 1):
             raise SystemExit(done.returncode)
         return json.loads(file.read_text()), not done.returncode
@@ -49,15 +49,16 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")  # for hosts without GPUs
     shown = sys.stderr if args.json == "-" else sys.stdout
-    of_core, core_met = core(shown)
+    of_core, core_met = suite("core", shown)
+    of_agreement, agreement_met = suite("agreement", shown)
     of_copies, copies_met = host_copies(Console(file=shown))
-    text = json.dumps({"core": of_core, "host_copies": of_copies}, indent=2) + "\n"
+    text = json.dumps({"core": of_core, "agreement": of_agreement, "host_copies": of_copies}, indent=2) + "\n"
     if args.json == "-":
         sys.stdout.write(text)
     elif args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(text)
-    return 0 if core_met and copies_met else 1
+    return 0 if core_met and agreement_met and copies_met else 1
 
 
 if __name__ == "__main__":

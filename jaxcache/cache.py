@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -25,9 +25,12 @@ from jaxcache.runtime.agreement import Agreement
 from jaxcache.runtime.batch_tables import BatchTables
 from jaxcache.runtime.controller import Controller
 from jaxcache.runtime.events import EventStream
+from jaxcache.runtime.start_agreement import agree_on_start
 from jaxcache.runtime.transfer_engine import TransferEngine
 from jaxcache.storage.base import Storage
 from jaxcache.types import Event, Match, PrefetchPolicy, Tier, Wait, WritePolicy
+
+T = TypeVar("T")
 
 
 class Cache:
@@ -52,9 +55,10 @@ class Cache:
     ):
         if storage is not None:
             _check_storage(storage)
-        self.config = config
         self.mesh = mesh
         self.layouts = page_layouts(tuple(components), mesh)
+        config, fleet = agree_on_start(components, mesh, config, storage)
+        self.config = config
         self.core = PrefixCache(tuple(components), config)
         if storage is not None:
             self.core.attachment.attach()
@@ -73,7 +77,8 @@ class Cache:
             num_threads=config.storage_threads,
         )
         names = [component.name for component in self.core.components]
-        self._controller = Controller(self.core, self.engine, Agreement(mesh, names, config.max_live_transfers))
+        agreement = Agreement(mesh, names, config.max_live_transfers)
+        self._controller = Controller(self.core, self.engine, agreement, fleet)
         self._closed = False
 
     def _host_pages(self) -> dict[str, int]:
@@ -117,7 +122,7 @@ class Cache:
     def step(self, pools: DevicePools) -> DevicePools:
         """Begins an iteration: takes agreed outcomes, issues the next agreement. Returns the same pools.
 
-        Raises RanksDiverged or TransferFault when serving must stop, ValueError for stale pools.
+        Raises RanksDiverged, RankUnresponsive or TransferFault when serving must stop, ValueError for stale pools.
         """
         self._check_open()
         self._check_pools(pools)
@@ -129,6 +134,15 @@ class Cache:
         self._check_open()
         self._check_pools(pools)
         return self._controller.apply(pools)
+
+    def wait(self, arrays: T) -> T:
+        """Until all jax arrays of a pytree are computed, like `jax.block_until_ready`, but no longer than the bound.
+
+        Read what a model step returns through this: if a rank died or stopped, its collectives fail or stay pending
+        for ever. Raises RankUnresponsive then; one process alone gets the runtime's own errors.
+        """
+        self._controller.wait([leaf for leaf in jax.tree.leaves(arrays) if isinstance(leaf, jax.Array)])
+        return arrays
 
     def tables(self, leases: Sequence[Lease | None], max_pages: int) -> dict[str, np.ndarray]:
         """Page tables of a batch, int32[len(leases), max_pages] per component; None: an empty row.
@@ -351,10 +365,14 @@ class Cache:
                 raise TimeoutError(f"storage transfers {core.live_transfers()} were still running after {timeout_s} s")
 
     def close(self) -> None:
-        """Stops the workers; what is stored stays stored. Afterwards whatever would move pages raises RuntimeError."""
+        """Stops the workers; what is stored stays stored. Afterwards whatever would move pages raises RuntimeError.
+
+        After RankUnresponsive the workers are left alone: they may wait for ever for what other ranks owe.
+        """
         if not self._closed:
             self._closed = True
-            self.engine.close()
+            if not self._controller.is_cut_off:
+                self.engine.close()
 
 
 def _check_storage(storage: Storage) -> None:

@@ -76,7 +76,9 @@ class CacheConfig:
     max_queued_stores:      queued ones; later ones are dropped and counted
     max_stored_beliefs:     pages remembered as already stored
     max_live_transfers:     storage transfers that one agreement carries; the rest wait in id order
-    agreement_every_steps:  with no storage transfer live, the digest is exchanged every so many steps
+    agreement_every_steps:  with no storage transfer live, the digest is exchanged every so many steps; ranks that
+                            differ are found within twice as many
+    agreement_timeout_s:    bound on waiting for the other ranks: then one of them is unresponsive, and serving ends
     max_transfer_pages:     pages of the largest transfer program; longer transfers are cut
     storage_threads:        workers for storage
     storage_deadline_s:     a storage transfer that takes longer is a miss
@@ -106,7 +108,8 @@ class CacheConfig:
     max_queued_stores: int = 256
     max_stored_beliefs: int = 1 << 20
     max_live_transfers: int = 16
-    agreement_every_steps: int = 8
+    agreement_every_steps: int = 1
+    agreement_timeout_s: float = 60.0
     max_transfer_pages: int = 256
     storage_threads: int = 4
     storage_deadline_s: float = 5.0
@@ -126,12 +129,13 @@ class CacheConfig:
             raise ValueError(f"{self.max_stores=} must leave some of {self.max_live_transfers=} to prefetches")
         if not 0 < self.prefetch_host_share <= 1:
             raise ValueError(f"{self.prefetch_host_share=} must be in (0, 1]")
-        for name in ("storage_deadline_s", "prefetch_timeout_s", "prefetch_timeout_s_per_1k_tokens"):
+        for name in _SECONDS:
             seconds = self.__dict__[name]
             if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < 1e6:
                 raise ValueError(f"{name} must be seconds, not {seconds!r}")
-        if not self.storage_deadline_s:
-            raise ValueError(f"{self.storage_deadline_s=} must be positive seconds")
+        for name in ("storage_deadline_s", "agreement_timeout_s"):
+            if not self.__dict__[name]:
+                raise ValueError(f"{name} must be positive seconds, not 0")
         if not 0 <= self.max_retained_share < 1 - ROUNDING:
             raise ValueError(f"{self.max_retained_share=} must be in [0, 1): retentions must never fill the cache")
         self._check_tenants()
@@ -169,6 +173,7 @@ def pages_of_share(share: float, num_pages: int) -> int:
     return int(share * num_pages + ROUNDING)
 
 
+_SECONDS = ("storage_deadline_s", "prefetch_timeout_s", "prefetch_timeout_s_per_1k_tokens", "agreement_timeout_s")
 _POSITIVE = (
     "page_tokens",
     "selective_hits",

@@ -8,7 +8,8 @@ A `Transfer` describes an effect and never performs it. Page ids are int32 host 
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -96,8 +97,7 @@ class Plan(NamedTuple):
     transfers: tuple[Transfer, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What one process (before the agreement) or every rank (after it) says about a live storage transfer.
 
     done:         nothing more will be delivered
@@ -109,7 +109,7 @@ class Outcome:
 
     done: bool
     quiet: bool
-    pages: Mapping[str, int] = field(default_factory=dict)
+    pages: Mapping[str, int] = MappingProxyType({})
     smallest_end: int = 0
     largest_end: int = 0
 
@@ -179,6 +179,10 @@ Event = BlockStored | BlockRemoved | AllCleared
 
 class RanksDiverged(RuntimeError):
     """Ranks hold different caches; serving must stop."""
+
+
+class RankUnresponsive(RuntimeError):
+    """A rank died, stopped, or is elsewhere: what needs all ranks did not come within `agreement_timeout_s`."""
 
 
 class TransferFault(RuntimeError):

@@ -264,7 +264,7 @@ class Server:
         last = np.maximum(num_new - 1, 0)[:, None]
         arrays: Any = (tokens, starts, num_new, tables, last)  # numpy: jit puts them on the mesh
         logits, self.pools = self.extend(self.params, self.pools, ExtendBatch(*arrays))
-        return np.asarray(logits)
+        return np.asarray(self.cache.wait(logits))
 
     def _append_token(self, request: Request, logits: np.ndarray) -> None:
         assert request.sequence is not None

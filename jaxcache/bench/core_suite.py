@@ -16,6 +16,7 @@ from jaxcache.bench.steps import steps
 from jaxcache.bench.workload import Workload
 from jaxcache.testing.traces import read_trace
 
+TITLE = "The core"
 WORKLOAD = Workload()
 NEED_TRACE = ("replay", "bytes")
 Measure = Callable[[], list[Figure]]

@@ -1,5 +1,6 @@
-"""python -m jaxcache bench core: what every operation of the core takes, beside its floor and its goal.
+"""python -m jaxcache bench core|agreement: what every operation takes, beside its floor and its goal.
 
+core: match, split, insert, evict ... and replays. agreement: the exchange of a step, in one process and in several.
 A floor is what the operation cannot beat, measured in the same run: one comparison of the same bytes, or the smallest
 tree that does the same lookups without any feature. Exit code 1 if a goal is missed, 2 if nothing could be measured.
 """
@@ -14,8 +15,8 @@ from typing import Any
 
 from jaxcache.cli._output import STDOUT, prepare_json, write_json
 
-HELP = "measure every operation of the core beside its floor of the same run, and say which goals are met (5 minutes)"
-SUITES = ("core",)
+HELP = "measure every operation beside its floor of the same run, and say which goals are met (core: 5 minutes)"
+SUITES = ("core", "agreement")
 CANNOT = 2
 FILE_COLUMNS = 160
 
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     missed = [figure for figure in figures if figure.met is False]
     report = {"suite": args.suite, "missed": [figure.name for figure in missed]}
     if args.json != STDOUT:
-        show(figures)
+        show(figures, title(args.suite))
     write_json(args.json, report | {"figures": {figure.name: figure.as_json() for figure in figures}})
     for figure in missed:
         print(f"bench: {figure.name}: {figure.goal} is missed: {figure.measured:,.3f}", file=sys.stderr)
@@ -51,19 +52,13 @@ def run(args: argparse.Namespace) -> int:
 
 def measure(args: argparse.Namespace) -> list[Any]:
     """Group by group; the progress bar is drawn in between, by nobody else: a thread would be measured too."""
-    from dataclasses import replace
-
     from rich.console import Console
     from rich.progress import Progress
 
-    from jaxcache.bench import core_suite
     from jaxcache.bench.figure import figure
     from jaxcache.bench.measure import interpreter_us
 
-    workload = core_suite.WORKLOAD
-    if args.trace is not None:
-        workload = replace(workload, trace=args.trace)
-    groups = core_suite.groups(workload, args.only)
+    groups = groups_of(args)
     console = Console(stderr=True)
     figures, moods = [], []
     with Progress(console=console, auto_refresh=False, disable=not console.is_terminal) as progress:
@@ -76,11 +71,30 @@ def measure(args: argparse.Namespace) -> list[Any]:
     return [figure("interpreter", "1,000 look-ups, between the groups: how steady the machine was", moods), *figures]
 
 
-def show(figures: list[Any]) -> None:
+def groups_of(args: argparse.Namespace) -> dict[str, Any]:
+    from dataclasses import replace
+
+    from jaxcache.bench import agreement_suite, core_suite
+
+    if args.suite == "agreement":
+        if args.trace is not None:
+            raise ValueError("--trace is for the suite core")
+        return agreement_suite.groups(args.only)
+    workload = core_suite.WORKLOAD
+    return core_suite.groups(workload if args.trace is None else replace(workload, trace=args.trace), args.only)
+
+
+def title(suite: str) -> str:
+    from jaxcache.bench import agreement_suite, core_suite
+
+    return {"core": core_suite, "agreement": agreement_suite}[suite].TITLE
+
+
+def show(figures: list[Any], title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="The core: medians, ± the distance between the quartiles")
+    table = Table(title=f"{title}: medians, ± the distance between the quartiles")
     table.add_column("operation / its floor")
     for heading in ("measured", "floor", "ratio", "goal"):
         table.add_column(heading, justify="right", no_wrap=True)

@@ -11,7 +11,7 @@ from collections import defaultdict, deque
 from jaxcache.types import Move, Plan, Transfer, TransferKind
 
 Counters = defaultdict[str, int]  # what happened, by name, from zero
-RECENT_DECISIONS = 64
+RECENT_DECISIONS = 4096  # more than two steps make
 DIGEST_TAIL_BYTES = 64  # of a prompt: ranks that were given different ones should not agree
 KINDS = {kind: code for code, kind in enumerate(TransferKind)}
 
@@ -35,6 +35,10 @@ class Planner:
         """One decision. Only the ints enter the digest."""
         self._hash = hash((self._hash, code, a, b, c))
         self.recent.append((self.step, what, a, b, c))
+
+    def complete_since(self) -> int:
+        """The first step of which every decision is still in `recent`."""
+        return self.recent[0][0] + 1 if len(self.recent) == RECENT_DECISIONS else 0
 
     def add(self, kind: TransferKind, moves: tuple[Move, ...]) -> int:
         self._last_id += 1

@@ -71,6 +71,16 @@ class PrefixCache:
     def digest(self) -> int:
         return self.planner.digest
 
+    def counts(self) -> dict[str, int]:
+        """Of the tree and of pages, by name: equal on ranks which hold the same, whatever they decided."""
+        counts = {"nodes": self.tiers.tree.num_nodes, "leases": len(self.leases)}
+        for r in self.tiers.residencies:
+            name = f"{r.tier.name.lower()} pages of {r.component.name}"
+            counts[f"free {name}"] = r.allocator.num_free
+            counts[f"resident {name}"] = r.num_resident
+            counts[f"pinned {name}"] = r.num_pinned
+        return counts
+
     @property
     def step_number(self) -> int:
         return self.tiers.step

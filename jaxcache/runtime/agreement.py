@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxcache.pools.page_layout import local_devices
 from jaxcache.runtime.lanes import Lanes
-from jaxcache.runtime.reduction import CollectiveReduction, LocalReduction, Reduction
+from jaxcache.runtime.reduction import Reduction, reduction_of
 from jaxcache.types import Outcome
 
 
@@ -42,8 +41,7 @@ class Agreement:
     ):
         self.lanes = Lanes(tuple(component_names), max_live)
         self._num_ranks = mesh.size
-        form = reduction or (LocalReduction if len(local_devices(mesh)) == mesh.size else CollectiveReduction)
-        self._reduction = form(mesh, self.lanes.num_unanimous)
+        self._reduction = (reduction or reduction_of(mesh))(mesh, self.lanes.num_unanimous)
         self._issued: _Issued | None = None
 
     def issue(self, step: int, digest: int, outcomes: Mapping[int, Outcome], clock_ms: int, ok: bool) -> None:
@@ -52,17 +50,21 @@ class Agreement:
         outcomes: of every live storage transfer, by id; all processes name the same ids
         clock_ms: of any origin; only stage 0's counts, modulo 2^31
         ok:       no copy between device and host has failed here
+        raises:   RankUnresponsive if the runtime reports that it cannot be
         """
         assert self._issued is None, f"{step=}: the agreement of step {self._issued.step} has not been read"
         self._issued = _Issued(step, digest, dict(outcomes))
         row = self.lanes.pack(digest, outcomes, clock_ms, ok)
         self._reduction.start(np.broadcast_to(row, (self._num_ranks, len(row))))
 
-    def read(self) -> Agreed | None:
-        """Waits for what was issued; None if nothing was. RanksDiverged or TransferFault end serving on every rank."""
+    def read(self, timeout_s: float) -> Agreed | None:
+        """Waits for what was issued; None if nothing was.
+
+        RanksDiverged and TransferFault end serving on every rank; RankUnresponsive here: it did not come in time.
+        """
         issued, self._issued = self._issued, None
         if issued is None:
             return None
-        row = self._reduction.finish()
+        row = self._reduction.finish(timeout_s)
         outcomes = self.lanes.unpack(row, issued.step, issued.digest, issued.outcomes)
         return Agreed(issued.step, outcomes, self.lanes.clock_ms(row))

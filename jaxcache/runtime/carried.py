@@ -13,8 +13,13 @@ from jaxcache.types import Outcome
 
 
 def is_due(core: PrefixCache) -> bool:
-    """Whether ranks exchange anything in this step: with no storage transfer live, only the digest, every few steps."""
+    """Whether ranks exchange anything in this step: without live storage transfers the digest, as often as wanted."""
     return bool(core.live_transfers()) or core.step_number % core.config.agreement_every_steps == 0
+
+
+def digest(core: PrefixCache) -> int:
+    """64 bits of all decisions, and of what the tree holds: a tree that was damaged need not have decided anything."""
+    return hash((core.digest, *core.counts().values())) & (2**64 - 1)
 
 
 def outcomes(core: PrefixCache, statuses: Mapping[int, Status]) -> dict[int, Outcome]:

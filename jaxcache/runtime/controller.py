@@ -9,26 +9,37 @@ Serving thread only. Every process makes the same calls in the same order; only 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
+
+import jax
 
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.pools.device_pool import DevicePools
 from jaxcache.runtime import carried
 from jaxcache.runtime.agreement import Agreed, Agreement
+from jaxcache.runtime.fleet import Fleet, State
+from jaxcache.runtime.readiness import wait_until_ready
 from jaxcache.runtime.transfer_engine import TransferEngine
-from jaxcache.types import RanksDiverged
+from jaxcache.types import RanksDiverged, RankUnresponsive
 
 
 class Controller:
     """Drives one core, one engine and one agreement."""
 
-    def __init__(self, core: PrefixCache, engine: TransferEngine, agreement: Agreement):
+    def __init__(self, core: PrefixCache, engine: TransferEngine, agreement: Agreement, fleet: Fleet):
         self.core = core
         self.engine = engine
         self.agreement = agreement
+        self.fleet = fleet
+        self.is_cut_off = False  # from other ranks: threads may wait for ever for what they owe
+        self._agreed = Agreed(0, {}, 0)
 
     def step(self) -> None:
-        """Takes what the ranks agreed on, and says what happened here. Raises RanksDiverged, TransferFault."""
+        """Takes what the ranks agreed on, and says what happened here.
+
+        Raises RankUnresponsive, RanksDiverged, TransferFault.
+        """
         agreed = self._read()
         before = self.core.live_transfers()
         if agreed is not None:
@@ -45,15 +56,45 @@ class Controller:
 
     def _read(self) -> Agreed | None:
         try:
-            return self.agreement.read()
+            agreed = self.agreement.read(self.fleet.wait_s)
+        except RankUnresponsive as error:
+            raise self._unresponsive("the agreement", error) from error
         except RanksDiverged as error:
-            raise RanksDiverged(f"{error}; last decisions: {list(self.core.planner.recent)[-16:]}") from error
+            raise self.fleet.diverged(error, self._state()) from error
+        self._agreed = agreed or self._agreed
+        return agreed
 
     def _issue(self) -> None:
         core = self.core
-        if carried.is_due(core):
-            outcomes = carried.outcomes(core, self.engine.poll())
-            self.agreement.issue(core.step_number, core.digest, outcomes, _clock_ms(), self.engine.fault is None)
+        if not carried.is_due(core):
+            return
+        outcomes = carried.outcomes(core, self.engine.poll())
+        ok = self.engine.fault is None
+        try:
+            self.agreement.issue(core.step_number, carried.digest(core), outcomes, _clock_ms(), ok)
+        except RankUnresponsive as error:
+            raise self._unresponsive("the agreement", error) from error
+
+    def wait(self, arrays: Sequence[jax.Array]) -> None:
+        """Until these are computed, which may need all ranks. Raises RankUnresponsive."""
+        try:
+            wait_until_ready(arrays, self.fleet.wait_s)
+        except RankUnresponsive as error:
+            if error.__cause__ is not None and len(self.fleet.processes) == 1:
+                raise error.__cause__ from None  # no other process can be to blame
+            raise self._unresponsive("a computation", error) from error
+
+    def _unresponsive(self, what: str, error: RankUnresponsive) -> RankUnresponsive:
+        self.is_cut_off = True
+        return self.fleet.unresponsive(what, error, self._state())
+
+    def _state(self) -> State:
+        core, planner, agreed = self.core, self.core.planner, self._agreed
+        since = max(agreed.step, planner.complete_since())
+        decisions = [decision for decision in planner.recent if decision[0] >= since]
+        ids = f"transfers {sorted(agreed.outcomes)}" if agreed.outcomes else "no transfers"
+        last = f"last agreed in step {agreed.step} on {ids}"
+        return State(core.step_number, carried.digest(core), last, since, decisions, core.counts())
 
     def apply(self, pools: DevicePools) -> DevicePools:
         """Dispatches everything planned so far, in plan order; load-backs of earlier steps are scattered first."""

@@ -2,17 +2,20 @@
 
     | digest: d, ~d (low and high half) | ok | slot 0 | slot 1 | ... | clock |
     |<------------- unanimous: minimum over all ranks ------------->| leader: stage 0's minimum |
-    slot = | id, ~id | done | quiet | units ... |      one per live storage transfer, in the order of their ids
-    units = FETCH, STORE: good pages by component      QUERY: smallest end, ~largest end
+    slot = | id, ~id | done | quiet | smallest end, ~largest end | good pages, by component ... |
+                                                       one per live storage transfer, in the order of their ids
 
 A maximum is ~min(~x), and all ranks hold the same x if min(x) == ~min(~x). An absent slot is neutral in every lane, and
-its id differs from every id. Pure numpy; knows no mesh.
+its id differs from every id; what a rank does not know of a live transfer is a zero. Pure numpy; knows no mesh.
 """
 
 from __future__ import annotations
 
+import struct
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -25,7 +28,7 @@ ID_MODULUS = NEUTRAL  # so that no id is NEUTRAL
 DIGEST_LANES = 4
 OK_LANE = DIGEST_LANES
 FIRST_SLOT = OK_LANE + 1
-ID, NOT_ID, DONE, QUIET, UNITS = range(5)  # within a slot
+ID, NOT_ID, DONE, QUIET, SMALLEST_END, NOT_LARGEST_END, PAGES = range(7)  # within a slot
 NUM_LEADER_LANES = 1
 
 
@@ -40,15 +43,11 @@ class Lanes:
     components: tuple[str, ...]
     max_live: int
 
-    @property
-    def num_units(self) -> int:
-        return max(2, len(self.components))
-
-    @property
+    @cached_property
     def slot_lanes(self) -> int:
-        return UNITS + self.num_units
+        return PAGES + len(self.components)
 
-    @property
+    @cached_property
     def num_unanimous(self) -> int:
         return FIRST_SLOT + self.max_live * self.slot_lanes
 
@@ -60,82 +59,80 @@ class Lanes:
         """One rank's row.
 
         digest:   of 64 bits
-        outcomes: of the live transfers, by id; an outcome without pages is a QUERY's
+        outcomes: of the live transfers, by id
         """
         assert len(outcomes) <= self.max_live, f"{len(outcomes)=} live transfers for {self.max_live=} slots"
-        row = np.full(self.num_lanes, NEUTRAL, np.int32)
-        row[:DIGEST_LANES] = digest_lanes(digest)
-        row[OK_LANE] = int(ok)
-        slots = self._slots(row)
-        slots[:, NOT_ID] = ~NEUTRAL
-        for slot, transfer_id in zip(slots, sorted(outcomes), strict=False):
-            self._pack_slot(slot, transfer_id, outcomes[transfer_id])
-        row[self.num_unanimous] = clock_ms % CLOCK_MODULUS
-        return row
+        lanes = [*digest_lanes(digest), int(ok)]
+        for transfer_id in sorted(outcomes):
+            lanes += self._slot(transfer_id, outcomes[transfer_id])
+        lanes += self._absent_slots[: self.num_unanimous - len(lanes)]
+        lanes.append(clock_ms % CLOCK_MODULUS)
+        return np.frombuffer(array("i", lanes), np.int32)
 
     def unpack(self, row: Row, step: int, digest: int, outcomes: Mapping[int, Outcome]) -> dict[int, Outcome]:
         """What all ranks agreed on, given what this one said.
 
         RanksDiverged: the digests or the live transfers differ; TransferFault: some rank's copy failed
         """
-        self._check_digest(row, step, digest)
-        if not row[OK_LANE]:
+        lanes, live_ids = row.tolist(), sorted(outcomes)
+        _check_digest(lanes, step, digest)
+        if not lanes[OK_LANE]:
             raise TransferFault(f"{step=}: a copy between device and host failed on some rank")
-        slots = self._slots(row)
-        _check_ids(slots, step, sorted(outcomes))
-        return {
-            transfer_id: self._unpack_slot(slot, outcomes[transfer_id])
-            for slot, transfer_id in zip(slots, sorted(outcomes), strict=False)
-        }
+        _check_ids(self._lane(lanes, ID), self._lane(lanes, NOT_ID), step, live_ids)
+        starts = range(FIRST_SLOT, self.num_unanimous, self.slot_lanes)
+        return {id: self._outcome(lanes[at : at + self.slot_lanes]) for id, at in zip(live_ids, starts, strict=False)}
 
     def clock_ms(self, row: Row) -> int:
         """The leader's clock, modulo CLOCK_MODULUS."""
         return int(row[self.num_unanimous])
 
-    def _slots(self, row: Row) -> np.ndarray:
-        """A view [max_live, slot_lanes]."""
-        return row[FIRST_SLOT : self.num_unanimous].reshape(self.max_live, self.slot_lanes)
+    @cached_property
+    def _absent_slots(self) -> list[int]:
+        slot = [NEUTRAL] * self.slot_lanes
+        slot[NOT_ID] = ~NEUTRAL
+        return slot * self.max_live
 
-    def _pack_slot(self, slot: Row, transfer_id: int, outcome: Outcome) -> None:
+    def _lane(self, lanes: list[int], lane: int) -> list[int]:
+        """One lane of every slot."""
+        return lanes[FIRST_SLOT + lane : self.num_unanimous : self.slot_lanes]
+
+    def _slot(self, transfer_id: int, outcome: Outcome) -> list[int]:
         low = transfer_id % ID_MODULUS
-        slot[[ID, NOT_ID]] = low, ~low
-        slot[[DONE, QUIET]] = outcome.done, outcome.quiet
-        units = slot[UNITS:]
-        if outcome.pages:
-            units[: len(self.components)] = [outcome.pages.get(name, 0) for name in self.components]
-        else:
-            units[:2] = outcome.smallest_end, ~outcome.largest_end
+        pages = [outcome.pages.get(name, 0) for name in self.components]
+        return [low, ~low, outcome.done, outcome.quiet, outcome.smallest_end, ~outcome.largest_end, *pages]
 
-    def _unpack_slot(self, slot: Row, own: Outcome) -> Outcome:
-        done, quiet, units = bool(slot[DONE]), bool(slot[QUIET]), slot[UNITS:].tolist()
-        if own.pages:
-            agreed = dict(zip(self.components, units, strict=False))
-            return Outcome(done, quiet, {name: agreed[name] for name in own.pages})
-        return Outcome(done, quiet, {}, units[0], ~units[1])
+    def _outcome(self, slot: list[int]) -> Outcome:
+        _, _, done, quiet, smallest_end, not_largest_end, *pages = slot
+        by_component = dict(zip(self.components, pages, strict=True))
+        return Outcome(bool(done), bool(quiet), by_component, smallest_end, ~not_largest_end)
 
-    def _check_digest(self, row: Row, step: int, digest: int) -> None:
-        smallest, largest = row[: DIGEST_LANES // 2], ~row[DIGEST_LANES // 2 : DIGEST_LANES]
-        if np.array_equal(smallest, largest):
-            return
-        low, high = (_hex(part) for part in (smallest, largest))
+
+def digest_lanes(digest: int) -> list[int]:
+    """A 64-bit digest as four int32: low and high half, then their complements."""
+    low, high = struct.unpack("<ii", struct.pack("<Q", digest & (2**64 - 1)))
+    return [low, high, ~low, ~high]
+
+
+def are_equal(lanes: Sequence[int] | Row) -> bool:
+    """Whether the digests, which are the first lanes of a reduced row, were the same on all ranks."""
+    return bool(lanes[0] == ~lanes[2] and lanes[1] == ~lanes[3])
+
+
+def _check_digest(lanes: list[int], step: int, digest: int) -> None:
+    if not are_equal(lanes):
+        low, high = _hex(lanes[0], lanes[1]), _hex(~lanes[2], ~lanes[3])
         raise RanksDiverged(f"{step=}: this rank's digest is {digest:#018x}, all ranks' halves lie in [{low}, {high}]")
 
 
-def digest_lanes(digest: int) -> np.ndarray:
-    """A 64-bit digest as int32[4]: low and high half, then their complements."""
-    halves = np.array([digest & (2**64 - 1)], np.uint64).view(np.int32)
-    return np.concatenate([halves, ~halves])
-
-
-def _check_ids(slots: np.ndarray, step: int, live_ids: Sequence[int]) -> None:
-    smallest, largest = slots[:, ID], ~slots[:, NOT_ID]
-    if not np.array_equal(smallest, largest):
-        bad = int(np.argmax(smallest != largest))
+def _check_ids(smallest: list[int], not_largest: list[int], step: int, live_ids: Sequence[int]) -> None:
+    largest = [~lane for lane in not_largest]
+    if smallest != largest:
+        bad = next(i for i, (low, high) in enumerate(zip(smallest, largest, strict=True)) if low != high)
         raise RanksDiverged(
             f"{step=}: this rank's live transfers are {list(live_ids)}, "
             f"slot {bad} holds ids from {smallest[bad]} to {largest[bad]} ({NEUTRAL}: none)"
         )
 
 
-def _hex(halves: np.ndarray) -> str:
-    return f"{int(np.ascontiguousarray(halves).view(np.uint64)[0]):#018x}"
+def _hex(low: int, high: int) -> str:
+    return f"{int.from_bytes(struct.pack('<ii', low, high), 'little'):#018x}"

@@ -19,10 +19,13 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxcache.pools.page_layout import local_devices
+from jaxcache.runtime.readiness import wait_until_ready
+from jaxcache.types import RankUnresponsive
 
 ATTENTION_AXES = ("cp", "tp")
 STAGE_AXIS = "pp"
 ALL_AXES = (*ATTENTION_AXES, STAGE_AXIS)
+MIN_LANES = 1024  # a CPU runs programs of less than 1000 operations inside the dispatch, which then waits for all ranks
 
 
 def reduce_rows(rows: np.ndarray, mesh_shape: Mapping[str, int], num_unanimous: int) -> np.ndarray:
@@ -49,8 +52,8 @@ class Reduction(ABC):
         """Hands over the rows: int32[num_ranks, num_lanes] in mesh order; only those of this process's ranks count."""
 
     @abstractmethod
-    def finish(self) -> np.ndarray:
-        """Waits for the reduced row, int32[num_lanes]."""
+    def finish(self, timeout_s: float) -> np.ndarray:
+        """Waits for the reduced row, int32[num_lanes]; RankUnresponsive if it fails or takes longer."""
 
 
 class LocalReduction(Reduction):
@@ -63,7 +66,7 @@ class LocalReduction(Reduction):
     def start(self, rows: np.ndarray) -> None:
         self._reduced = reduce_rows(rows, self._shape, self._num_unanimous)
 
-    def finish(self) -> np.ndarray:
+    def finish(self, timeout_s: float) -> np.ndarray:
         return self._reduced
 
 
@@ -77,11 +80,20 @@ class CollectiveReduction(Reduction):
     def start(self, rows: np.ndarray) -> None:
         rows = np.array(rows)  # a dispatched program may still read what it was given
         by_rank = jax.make_array_from_callback(rows.shape, self._sharding, lambda index: rows[index])
-        self._shard = self._program(by_rank).addressable_shards[0].data
+        try:
+            self._shard = self._program(by_rank).addressable_shards[0].data
+        except (ValueError, jax.errors.JaxRuntimeError) as error:  # jax raises either for what the runtime reports
+            raise RankUnresponsive(f"failed: {error}") from error
         self._shard.copy_to_host_async()
 
-    def finish(self) -> np.ndarray:
+    def finish(self, timeout_s: float) -> np.ndarray:
+        wait_until_ready([self._shard], timeout_s)
         return np.asarray(self._shard)[0]
+
+
+def reduction_of(mesh: Mesh) -> type[Reduction]:
+    """The form that a mesh needs."""
+    return LocalReduction if len(local_devices(mesh)) == mesh.size else CollectiveReduction
 
 
 def collective(mesh: Mesh, num_unanimous: int):
@@ -90,7 +102,8 @@ def collective(mesh: Mesh, num_unanimous: int):
     sharding = NamedSharding(mesh, spec)
 
     def agree(row: jax.Array) -> jax.Array:
-        unanimous = lax.pmin(row[:, :num_unanimous], ALL_AXES)
+        padding = ((0, 0), (0, max(0, MIN_LANES - num_unanimous)))
+        unanimous = lax.pmin(jnp.pad(row[:, :num_unanimous], padding), ALL_AXES)[:, :num_unanimous]
         leader = _from_stage_0(lax.pmin(row[:, num_unanimous:], ATTENTION_AXES), mesh.shape[STAGE_AXIS])
         return jnp.concatenate([unanimous, leader], axis=1)
 

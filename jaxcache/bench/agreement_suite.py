@@ -1,0 +1,50 @@
+"""The suite of the agreement: what one exchange costs the serving thread, in one process and in several.
+
+    issue   pack what this rank saw, dispatch the program       before the model step
+    read    take the answer                                     after it, one step later
+    round   both, with nothing in between                       what it would cost to wait
+
+Every mesh runs in processes of its own, started on this host, over cp x tp x pp = 2 x 2 x 2 CPU devices or fewer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from jaxcache.bench.figure import Figure, Goal, figure
+from jaxcache.testing.processes import Processes
+
+TITLE = "The agreement, process 0"
+READ_GOAL = Goal("value", "<=", 100)
+FLEETS = ((1, 8), (2, 1), (2, 4), (4, 2))  # processes, devices of each
+NUM_STEPS, WARMUP_STEPS = 300, 30
+MODEL_MS = 5.0  # at least
+TIMEOUT_S = 300.0
+Measure = Callable[[], list[Figure]]
+
+
+def groups(only: Sequence[str] | None = None) -> dict[str, Measure]:
+    """One for each fleet, or those whose names begin with one of `only`. ValueError: none begins with one of them."""
+    everything = {f"agreement_{num}x{devices}": partial(fleet, num, devices) for num, devices in FLEETS}
+    for name in only or ():
+        if not any(group.startswith(name) for group in everything):
+            raise ValueError(f"{name!r} is the beginning of none of {', '.join(everything)}")
+    return {name: measure for name, measure in everything.items() if not only or name.startswith(tuple(only))}
+
+
+def fleet(num_processes: int, num_devices: int) -> list[Figure]:
+    program = ["-m", "jaxcache.bench.agreement_rank", str(NUM_STEPS), str(WARMUP_STEPS), str(MODEL_MS)]
+    with Processes(program, num_processes, num_devices) as processes:
+        printed = processes.check(TIMEOUT_S)[0].stdout
+    measured = json.loads(printed.splitlines()[-1])  # libraries print, too
+    name = f"{num_processes}x{num_devices}"
+    where = f"{num_processes} x {num_devices} devices"
+    model = f"{min(measured['model_us']) / 1000:.1f} ms or more of model work"
+    return [
+        figure(f"agreement_issue_{name}", f"{where}: issue", measured["issue_us"]),
+        figure(f"agreement_read_{name}", f"{where}: read after {model}", measured["read_us"], goal=READ_GOAL),
+        figure(f"agreement_round_{name}", f"{where}: issue and read at once", measured["round_us"]),
+        figure(f"agreement_here_{name}", f"{where}: the same where one process has the mesh", measured["local_us"]),
+    ]

@@ -1,0 +1,75 @@
+"""What processes tell each other when the mesh can no longer be used: short texts, by process, under a topic.
+
+    exchange(kind, own text) ----> jax's coordination service (in process 0) ----> {process: text}
+
+It stands on the client of that service, which jax keeps private. Without it (one process alone, or a jax that keeps it
+elsewhere) nobody hears anybody, and `why_silent` says so. The service may hang or be gone: every call has a bound.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection
+from typing import Any, TypeVar
+
+import jax
+
+T = TypeVar("T")
+
+ROOT = "jaxcache"
+POLL_S = 0.005
+
+
+class Bulletin:
+    """One topic; all processes of a cache use the same."""
+
+    def __init__(self, topic: str):
+        self._topic = topic
+        self._client, self.why_silent = _client()
+
+    def exchange(
+        self, kind: str, process: int, text: str, processes: Collection[int], timeout_s: float
+    ) -> dict[int, str]:
+        """Says `text` and listens to the others, until all have been heard or time is up. Returns what was heard."""
+        heard = {process: text}
+        if self._client is None or set(processes) <= {process}:
+            return heard
+        client, folder, over = self._client, f"{ROOT}/{self._topic}/{kind}/", threading.Event()
+
+        def talk() -> None:
+            client.key_value_set(f"{folder}{process}", text, True)
+            while not over.is_set() and not set(processes) <= set(heard):
+                for key, value in client.key_value_dir_get(folder):
+                    heard[int(key.rpartition("/")[2])] = value
+                over.wait(POLL_S)
+
+        _bounded(talk, timeout_s)
+        over.set()
+        return dict(sorted(heard.copy().items()))
+
+
+def _bounded(work: Callable[[], None], timeout_s: float) -> None:
+    """Runs it on a thread that is left behind when time is up: a call to a stopped service never returns."""
+    done = threading.Event()
+
+    def run() -> None:
+        try:
+            work()
+        except (RuntimeError, ValueError):  # the service is gone; what was heard before counts
+            pass
+        finally:
+            done.set()
+
+    threading.Thread(target=run, name="jaxcache-bulletin", daemon=True).start()
+    done.wait(timeout_s)
+
+
+def _client() -> tuple[Any, str]:
+    """jax's client of the coordination service, or None and why there is none."""
+    try:
+        from jax._src import distributed
+
+        client = distributed.global_state.client
+    except (ImportError, AttributeError):
+        return None, f"jax {jax.__version__} has no coordination client where this jaxcache looks for it"
+    return client, "" if client is not None else "jax.distributed was not initialized"

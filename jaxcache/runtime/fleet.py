@@ -1,0 +1,107 @@
+"""The processes of one mesh, and the reports they write together when serving must end.
+
+    this process sees that ...   it says so on stderr at once    and raises, with what was heard of the others
+    a rank does not answer       step, digest, last decision     RankUnresponsive: the same of them, and who is silent
+    ranks differ                                                 RanksDiverged: the first decision that differs
+
+The first line goes out before anybody is asked: when process 0, which hosts jax's coordination service, is gone, jax
+aborts the other processes a moment later.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from jax.sharding import Mesh
+
+from jaxcache.core.first_difference import Decision, DecisionLog, describe, first_difference
+from jaxcache.runtime.bulletin import Bulletin
+from jaxcache.types import RanksDiverged, RankUnresponsive
+
+LISTEN_SHARE = 0.2  # of the bound, for hearing the others
+MAX_LISTEN_S = 2.0
+
+
+class State(NamedTuple):
+    """What one process knows of itself.
+
+    agreed:    the last step whose digests were equal, and what was agreed in it
+    since:     decisions of this step and later ones are all there
+    counts:    by name; equal on ranks that hold the same tree
+    """
+
+    step: int
+    digest: int
+    agreed: str
+    since: int
+    decisions: Sequence[Decision]
+    counts: Mapping[str, int]
+
+    @property
+    def summary(self) -> str:
+        last = f"{describe(self.decisions[-1])} in step {self.decisions[-1][0]}" if self.decisions else "none"
+        return f"step {self.step}, digest {self.digest:#018x}, last decision {last}, {self.agreed}"
+
+
+class Fleet:
+    """Who takes part, and how long one waits for the others.
+
+    timeout_s: until a report is complete: `wait_s` of waiting for the mesh, `listen_s` of listening to the others
+    topic:     of the reports; the same in all processes
+    """
+
+    def __init__(self, mesh: Mesh, timeout_s: float, topic: str):
+        devices = list(mesh.devices.flat)
+        self.processes = sorted({device.process_index for device in devices})
+        self.process = devices[0].client.process_index()
+        self.listen_s = min(MAX_LISTEN_S, LISTEN_SHARE * timeout_s)
+        self.wait_s = timeout_s - self.listen_s
+        self._bulletin = Bulletin(topic)
+
+    def unresponsive(self, what: str, error: RankUnresponsive, state: State) -> RankUnresponsive:
+        """The report on `what`, which did not come; `error` says how."""
+        own = f"{what} {error}; {state.summary}"
+        print(f"jaxcache: process {self.process}: {own}", file=sys.stderr, flush=True)
+        heard = self._exchange("unresponsive", own)
+        silent = [process for process in self.processes if process not in heard]
+        lines = [f"{what} {error} (process {self.process})", *_by_process(heard)]
+        if silent:
+            why = f" ({self._bulletin.why_silent})" if self._bulletin.why_silent else ""
+            lines.append(f"nothing was heard of: process {', '.join(map(str, silent))}{why}")
+        return RankUnresponsive("\n  ".join(lines))
+
+    def diverged(self, error: RanksDiverged, state: State) -> RanksDiverged:
+        """The report on a difference that every process has seen in the same step."""
+        own = {"summary": state.summary, "since": state.since, "log": state.decisions, "counts": dict(state.counts)}
+        heard = {process: json.loads(text) for process, text in self._exchange("diverged", json.dumps(own)).items()}
+        logs = {p: DecisionLog(said["since"], [tuple(d) for d in said["log"]]) for p, said in heard.items()}
+        difference = first_difference(logs) or f"none since step {max(log.since for log in logs.values())}"
+        lines = [f"{error} (process {self.process})", f"first difference: {difference}"]
+        lines += different({process: said["counts"] for process, said in heard.items()})
+        return RanksDiverged("\n  ".join([*lines, *_by_process({p: said["summary"] for p, said in heard.items()})]))
+
+    def differing(self, settings: Mapping[str, str]) -> list[str]:
+        """What all processes say about themselves, where that differs."""
+        heard = self._exchange("settings", json.dumps(dict(settings)))
+        return different({process: json.loads(text) for process, text in heard.items()})
+
+    def _exchange(self, kind: str, text: str) -> dict[int, str]:
+        return self._bulletin.exchange(kind, self.process, text, self.processes, self.listen_s)
+
+
+def different(said: Mapping[int, Mapping[str, object]]) -> list[str]:
+    """One line for every name under which processes hold different values, in the order of the names."""
+    names = dict.fromkeys(name for values in said.values() for name in values)
+    lines = []
+    for name in names:
+        values = {process: values.get(name) for process, values in said.items()}
+        if len(set(map(str, values.values()))) > 1:
+            lines.append(f"{name} differs: " + "; ".join(f"process {p}: {value}" for p, value in values.items()))
+    return lines
+
+
+def _by_process(said: Mapping[int, str]) -> list[str]:
+    return [f"process {process}: {text}" for process, text in said.items()]

@@ -1,0 +1,98 @@
+"""What ranks agree on once, before anything is allocated: equal settings, and the smallest capacities of all.
+
+    | digest of the settings: d, ~d | device pages of each component | host pages of each | unused | clock |
+    |<-------------------- unanimous: minimum over all ranks ------------------------------------>| leader |
+
+The same reduction as in every step. The row has the same shape whatever the settings are, as they may differ.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from typing import NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxcache.components.base import Component
+from jaxcache.config import CacheConfig
+from jaxcache.runtime.fleet import Fleet, State
+from jaxcache.runtime.lanes import CLOCK_MODULUS, DIGEST_LANES, NEUTRAL, are_equal, digest_lanes
+from jaxcache.runtime.reduction import reduction_of
+from jaxcache.storage.base import Storage
+from jaxcache.types import RanksDiverged, RankUnresponsive
+
+MAX_COMPONENTS = 64
+NUM_UNANIMOUS = DIGEST_LANES + 2 * MAX_COMPONENTS
+CAPACITIES = ("device_pages", "host_pages")
+
+
+class Start(NamedTuple):
+    """The config that all ranks use, and the fleet of the cache's later reports."""
+
+    config: CacheConfig
+    fleet: Fleet
+
+
+def agree_on_start(components: Sequence[Component], mesh: Mesh, config: CacheConfig, storage: Storage | None) -> Start:
+    """Every process of the mesh calls it with its own capacities, and everything else equal.
+
+    Raises RanksDiverged, in all of them, naming what differs; RankUnresponsive if one does not come.
+    """
+    names = [component.name for component in components]
+    if len(names) > MAX_COMPONENTS:
+        raise ValueError(f"{len(names)} components, but a cache can have {MAX_COMPONENTS} at most")
+    said = settings(components, mesh, config, storage)
+    own = {
+        "device_pages": _pages(config, names, "device_pages", 1),
+        "host_pages": _pages(config, names, "host_pages", 0),
+    }
+    fleet = Fleet(mesh, config.agreement_timeout_s, "start")
+    row = _reduced(_row(said, [*own["device_pages"].values(), *own["host_pages"].values()]), mesh, fleet)
+    fleet = Fleet(mesh, config.agreement_timeout_s, str(row[NUM_UNANIMOUS]))
+    if not are_equal(row):
+        differing = fleet.differing(said) or ["the processes were not heard"]
+        raise RanksDiverged("\n  ".join([f"the ranks' settings differ (process {fleet.process})", *differing]))
+    agreed = iter(row[DIGEST_LANES:NUM_UNANIMOUS].tolist())
+    smallest = {tier: {name: next(agreed) for name in names} for tier in CAPACITIES}
+    return Start(config if smallest == own else replace(config, **smallest), fleet)
+
+
+def settings(
+    components: Sequence[Component], mesh: Mesh, config: CacheConfig, storage: Storage | None
+) -> dict[str, str]:
+    """All that must be equal in all processes, by name, as text."""
+    devices = [device.id for device in mesh.devices.flat]
+    said = {"mesh": f"{dict(mesh.shape)} of devices {devices}", "components": repr([c.name for c in components])}
+    said |= {f"component {component.name}": repr(component) for component in components}
+    for field in fields(config):
+        value = config.__dict__[field.name]
+        if field.name not in CAPACITIES:
+            said[f"config.{field.name}"] = repr(sorted(value.items()) if isinstance(value, Mapping) else value)
+    return said | {"storage": type(storage).__name__}
+
+
+def _pages(config: CacheConfig, names: Sequence[str], tier: str, at_least: int) -> dict[str, int]:
+    return {name: config.num_pages(config.__dict__[tier], name, at_least) for name in names}
+
+
+def _row(said: Mapping[str, str], pages: Sequence[int]) -> np.ndarray:
+    row = np.full(NUM_UNANIMOUS + 1, NEUTRAL, np.int32)
+    digest = hashlib.sha256(repr(sorted(said.items())).encode()).digest()
+    row[:DIGEST_LANES] = digest_lanes(int.from_bytes(digest[:8], "little"))
+    row[DIGEST_LANES : DIGEST_LANES + len(pages)] = pages
+    row[NUM_UNANIMOUS] = time.time_ns() // 1_000_000 % CLOCK_MODULUS
+    return row
+
+
+def _reduced(row: np.ndarray, mesh: Mesh, fleet: Fleet) -> np.ndarray:
+    reduction = reduction_of(mesh)(mesh, NUM_UNANIMOUS)
+    try:
+        reduction.start(np.broadcast_to(row, (mesh.size, len(row))))
+        return reduction.finish(fleet.wait_s)
+    except RankUnresponsive as error:
+        state = State(0, 0, "nothing agreed yet", 0, [], {})
+        raise fleet.unresponsive("the agreement on capacities", error, state) from error

@@ -1,1 +1,1 @@
-"""For testing serving loops: ranks in virtual time that check every page they read, traces, fleets of local processes."""
+"""For tests of serving loops: ranks in virtual time that check every page they read; traces; local processes."""

@@ -5,8 +5,8 @@
             LOAD_BACK  host pages ------------------ later ------> rows, scattered by an apply of a later step
             STORE, QUERY, FETCH ------------------------------->  simulated_io.py
 
-Copies end in any order, at any time; the real HostPageOrder says who waits for whom. Every read checks the content, so a
-page that was freed too early, reused, or loaded to the wrong place is found at the first read.
+Copies end in any order, at any time; the real HostPageOrder says who waits for whom. Every read checks the content, so
+a page that was freed too early, reused, or loaded to the wrong place is found at the first read.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jaxcache.runtime.host_page_order import HostPageOrder
 from jaxcache.testing.delays import Delays
 from jaxcache.testing.model_step import ModelStep
 from jaxcache.testing.page_content import GARBAGE, RANK
-from jaxcache.testing.simulated_io import Pages, SimulatedIO
+from jaxcache.testing.simulated_io import Pages, SimulatedIO, check_no_storage
 from jaxcache.testing.simulated_storage import SimulatedStorage
 from jaxcache.testing.storage_faults import StorageFaults
 from jaxcache.testing.virtual_jobs import VirtualJob, VirtualJobs
@@ -112,6 +112,7 @@ class FakePlane:
         targets = ids.tolist()
         job = BackUp([device[page_id] for page_id in move.src_page_ids.tolist()], self.host[c], targets)
         after = order.before_write(ids)
+        check_no_storage(after)
         order.add_writer(ids, job)
         self.jobs.submit(job, self.delays.copy_us(self.rank, self.core.step_number, targets[0]), after)
 
@@ -121,6 +122,7 @@ class FakePlane:
         sources = ids.tolist()
         job = LoadBack(self.host[c], sources, c, move.dst_page_ids.tolist(), step)
         after = order.before_read(ids)
+        check_no_storage(after)
         order.add_reader(ids, job)
         self.jobs.submit(job, self.delays.copy_us(self.rank, step, ~sources[0]), after)
         self._arriving.append(job)

@@ -1,8 +1,8 @@
 """A serving loop without a model: requests come, are admitted, run, branch, are aborted, on one or several ranks.
 
-Every rank has the real core, and its own fake data plane with its own delays and faults; all get the same calls, and tell
-each other what the product's lanes and reduction carry, one step late. After each step the digests are equal, and every
-page that a model step would read has the content it should have.
+Every rank has the real core, and its own fake data plane with its own delays and faults; all get the same calls, and
+tell each other what the product's lanes and reduction carry, one step late. After each step the digests are equal, and
+every page that a model step would read has the content it should have.
 """
 
 from __future__ import annotations

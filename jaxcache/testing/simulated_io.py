@@ -122,6 +122,15 @@ class Piece(VirtualJob):
         return not is_torn
 
 
+def check_no_storage(after: list[VirtualJob]) -> None:
+    """I5: nobody ever waits for storage to let go of a host page: it is nobody else's until all ranks are quiet."""
+    for job in after:
+        assert not isinstance(job, Piece), (
+            f"I5: rank {job.io.rank}: host pages {job.page_ids} of {job.move.component} are used again while "
+            f"{job.operation.transfer.kind.name} {job.operation.transfer.id} may still touch them"
+        )
+
+
 class Question(VirtualJob):
     """A QUERY: what is there when it ends."""
 
@@ -224,6 +233,7 @@ class SimulatedIO:
                 mine = ids[first:stop]
                 piece = Piece(self, operation, move, first, mine.tolist(), hangs)
                 after = order.before_write(mine) if is_fetch else order.before_read(mine)
+                check_no_storage(after)
                 if is_fetch:
                     order.add_writer(mine, piece)
                 else:

@@ -22,7 +22,6 @@ from jaxcache.components.base import Component
 from jaxcache.config import CacheConfig
 from jaxcache.core import invariants
 from jaxcache.testing.delays import Delays
-from jaxcache.testing.mixing import mix
 from jaxcache.testing.request import Request
 from jaxcache.testing.scenario import Scenario
 from jaxcache.testing.schedule import Operation, schedule
@@ -31,6 +30,7 @@ from jaxcache.types import PrefetchPolicy, RanksDiverged, TransferFault, Transfe
 
 KINDS = ("full", "window", "state")
 POLICIES = ("lru", "lfu", "fifo", "slru", "priority", "s3fifo", "w-tinylfu", "lru-2")
+THROUGH, SELECTIVE = WritePolicy.WRITE_THROUGH, WritePolicy.WRITE_THROUGH_SELECTIVE
 MAX_PAGES = 12  # of one request
 MAX_WAITING = 12
 MAX_RUNNING = 5
@@ -109,7 +109,7 @@ class Simulation:
             self._operations.setdefault(operation.step, []).append(operation)
 
     def run(self, progress: Callable[[int], object] = lambda num_steps: None) -> Report:
-        """Raises one of FAILURES as soon as anything is wrong; `step` says when. progress: told of steps that are done."""
+        """Raises one of FAILURES as soon as anything is wrong; `step` says when. progress: told of steps done."""
         settings = self.settings
         start = time.process_time()
         for self.step in range(settings.num_steps):
@@ -176,7 +176,7 @@ class Simulation:
         """Of prefetches; and of writes, unless it is the one that cannot change."""
         write_policy = None
         if self.config.write_policy is not WritePolicy.WRITE_BACK:
-            write_policy = (WritePolicy.WRITE_THROUGH, WritePolicy.WRITE_THROUGH_SELECTIVE)[seed % 2]
+            write_policy = (THROUGH, SELECTIVE)[seed % 2]
         policies = list(PrefetchPolicy)
         for core in self.scenario.cores:
             core.attachment.change(policies[seed // 2 % len(policies)], write_policy)
@@ -241,10 +241,7 @@ def make_config(rng: random.Random, kinds: Sequence[str], page_tokens: int) -> C
         "page_tokens": page_tokens,
         "device_pages": {kind: device_pages[kind] for kind in kinds},
         "host_pages": {kind: host_pages[kind] for kind in kinds},
-        "write_policy": rng.choice(
-            [WritePolicy.WRITE_THROUGH, WritePolicy.WRITE_THROUGH, WritePolicy.WRITE_THROUGH_SELECTIVE]
-            + [WritePolicy.WRITE_BACK]
-        ),
+        "write_policy": rng.choice([THROUGH, THROUGH, SELECTIVE, WritePolicy.WRITE_BACK]),
         "eviction_policy": rng.choice(POLICIES),
         "prefetch_policy": rng.choice(list(PrefetchPolicy)),
         "prefetch_timeout_s": rng.choice([0.01, 0.05]),

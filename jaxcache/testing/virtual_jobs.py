@@ -2,8 +2,8 @@
 
     submit --needs are done--> begin --its duration--> end --> who waited for it begins
 
-No threads: `advance` lets time pass, and `wait` lets just as much pass as a job and what it waits for still take. That is
-what waiting for local bytes costs in real life: this rank is late, and no other rank needs to know.
+No threads: `advance` lets time pass, and `wait` lets just as much pass as a job and what it waits for still take. That
+is what waiting for local bytes costs in real life: this rank is late, and no other rank needs to know.
 """
 
 from __future__ import annotations

@@ -51,5 +51,6 @@ class VirtualRank:
         if not carried.is_due(core):
             return None
         outcomes = carried.outcomes(core, plane.io.poll())
-        self._said = (core.step_number, core.digest, outcomes)
-        return self.lanes.pack(core.digest, outcomes, self.clock_ms, True)
+        digest = carried.digest(core)
+        self._said = (core.step_number, digest, outcomes)
+        return self.lanes.pack(digest, outcomes, self.clock_ms, True)

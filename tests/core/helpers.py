@@ -186,7 +186,7 @@ def server_with_storage(*components: Component, **fields: Any) -> Server:
 
 
 def step_all(servers: list[Server], agreed: Any = None, num_storage_pages: int = 1000) -> Any:
-    """One step of servers that are ranks of one fleet: takes what was agreed in the one before, returns what is in this."""
+    """One step of servers that are ranks of one fleet. agreed: what the step before returned."""
     rows = []
     for server, row in zip(servers, [None] * len(servers) if agreed is None else agreed, strict=True):
         server.plane.apply()

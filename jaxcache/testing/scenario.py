@@ -73,7 +73,9 @@ class Scenario:
         self.decode_tokens: tuple[int, ...] = (1,)  # per model step, one of these
         self.chunk_tokens: tuple[int, ...] = (1, config.page_tokens, 1000)  # of a prompt, one of these
         self.insert_chance, self.stop_insert_chance = 0.6, 1.0  # of publishing after a chunk; and where it had to end
-        self.max_output_tokens = 2 * config.page_tokens
+        self.max_new_tokens, self.max_output_tokens = 3 * config.page_tokens, 2 * config.page_tokens
+        self.elsewhere_chance = 0.4  # that another replica has stored a prompt
+        self.prefetch_chance = 0.4  # of asking storage all the same
         self.vocabulary = self.random.choice([2, 3, 50])
 
     @property
@@ -168,18 +170,27 @@ class Scenario:
         if self.finished and rng.random() < 0.9:
             space, earlier = rng.choice(self.finished[-rng.choice([1, 4, 12]) :])
             tokens = earlier[: rng.choice([len(earlier), rng.randint(0, len(earlier))])]
-        page = self.core.config.page_tokens
         tokens = tokens[: max_tokens - 2]
-        num_new = rng.randint(1, max(1, min(3 * page, max_tokens - len(tokens) - 1)))
+        is_stored = rng.random() < self.elsewhere_chance
+        num_new = self.max_new_tokens * (2 if is_stored else 1)
+        num_new = rng.randint(1, max(1, min(num_new, max_tokens - len(tokens) - 1)))
         tokens = tokens + [rng.randrange(self.vocabulary) for _ in range(num_new)]
         num_output = rng.randint(0, min(self.max_output_tokens, max_tokens - len(tokens)))
         request = Request(tokens, self._sequences(tokens, space), num_output, rng.getrandbits(32))
-        if rng.random() < 0.4:
+        if is_stored:
             self._store_elsewhere(request.sequences[0], rng)
-        if rng.random() < 0.6:
+        if is_stored or rng.random() < self.prefetch_chance:
             request.prefetch(self.cores)
         self.waiting.append(request)
         return request
+
+    def arrive_again(self, request: Request, seed: int) -> None:
+        """Somebody else has the same prompt, at the same time: their prefetches are one."""
+        self.counts["arrivals"] += 1
+        sequences = self._sequences(request.tokens, request.space)
+        twin = Request(list(request.tokens), sequences, request.num_output, seed)
+        twin.prefetch(self.cores)
+        self.waiting.append(twin)
 
     def _sequences(self, tokens: list[int], space: int) -> list[Sequence]:
         return [
@@ -188,13 +199,15 @@ class Scenario:
 
     def _store_elsewhere(self, sequence: Sequence, rng: random.Random) -> None:
         """Another replica has served this prompt and stored most of it."""
+        num_ranks, step = len(self.ranks), self.core.step_number
         for key in sequence.page_keys(sequence.num_tokens * 4 // sequence.page_bytes):
             self.published[key] = None
             for c in range(len(self.core.components)):
-                missing = rng.randrange(20 * len(self.ranks))
-                for rank in range(len(self.ranks)):
+                missing = rng.randrange(20 * num_ranks)
+                for rank in range(num_ranks):
                     if rank != missing:
-                        self.storage.put_share(rank, c, key)
+                        is_torn = self.faults.of_page(rank, step, key) == "torn"
+                        self.storage.put_share(rank, c, key, is_torn)
 
     def admit(self, request: Request) -> bool:
         """Admits a waiting request on every rank; a Wait changes nothing."""

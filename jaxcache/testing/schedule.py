@@ -10,17 +10,18 @@ from typing import NamedTuple
 from jaxcache.testing.mixing import mix
 
 RATES = {  # how many of 1,000 steps have one
-    "arrive": 265,
+    "arrive": 250,
+    "arrive_twice": 6,
     "give_up": 4,
     "abort": 8,
     "retract": 8,
     "cancel": 12,
-    "reset": 1,
-    "drop_device": 1,
+    "reset": 2,
+    "drop_device": 2,
     "detach": 2,
     "attach": 40,
     "retire": 2,
-    "change_policy": 2,
+    "change_policy": 6,
 }
 PER_STEPS = 1000
 

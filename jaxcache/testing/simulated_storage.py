@@ -28,16 +28,16 @@ class SimulatedStorage:
         """First writer wins, unless what is there is broken. is_torn: the writer dies half-way."""
         cells = self.cells[rank][c]
         there = cells.get(key)
-        if there is not None and checked(there) is not None:
+        if there is not None and (is_torn or checked(there) is not None):
             return
         value = row + crc32(row).to_bytes(CHECKSUM_BYTES)
         cells[key] = value[: len(value) // 2] if is_torn else value
         if len(cells) > self.capacity:
             del cells[next(iter(cells))]
 
-    def put_share(self, rank: int, c: int, key: bytes) -> None:
+    def put_share(self, rank: int, c: int, key: bytes, is_torn: bool = False) -> None:
         """What somebody else has computed and stored."""
-        self.put(rank, c, key, page_content(c, key) + RANK[rank])
+        self.put(rank, c, key, page_content(c, key) + RANK[rank], is_torn)
 
     def get(self, rank: int, c: int, key: bytes) -> bytes | None:
         """The value as it is, whole or not."""

@@ -29,9 +29,9 @@ from jaxcache.testing.storage_faults import FAULTS, StorageFaults
 from jaxcache.types import PrefetchPolicy, RanksDiverged, TransferFault, TransferKind, WritePolicy
 
 KINDS = ("full", "window", "state")
-POLICIES = ("lru", "lfu", "fifo", "slru", "priority", "s3fifo", "w-tinylfu", "lru-2")
+POLICIES = ("lru", "lfu", "slru", "priority")
 THROUGH, SELECTIVE = WritePolicy.WRITE_THROUGH, WritePolicy.WRITE_THROUGH_SELECTIVE
-MAX_PAGES = 12  # of one request
+MAX_PAGES = 8  # of one request
 MAX_WAITING = 12
 MAX_RUNNING = 5
 PROGRESS_STEPS = 500
@@ -97,9 +97,10 @@ class Simulation:
         )
         self.scenario.num_namespaces = 3
         self.scenario.decode_tokens = (1, page_tokens, 2 * page_tokens, 2 * page_tokens)
-        self.scenario.chunk_tokens = (1, page_tokens, 1000, 1000, 1000, 1000)
-        self.scenario.insert_chance = self.scenario.stop_insert_chance = 0.2
-        self.scenario.max_output_tokens = page_tokens
+        self.scenario.chunk_tokens = (page_tokens, *[1000] * 7)
+        self.scenario.insert_chance = self.scenario.stop_insert_chance = 0.1
+        self.scenario.max_new_tokens, self.scenario.max_output_tokens = 3 * page_tokens // 2, page_tokens // 2
+        self.scenario.elsewhere_chance, self.scenario.prefetch_chance = 0.2, 0.1
         self.max_tokens = MAX_PAGES * page_tokens
         self.step = 0
         if operations is None:
@@ -151,9 +152,11 @@ class Simulation:
     def _operate(self, operation: Operation) -> None:
         """Does it, or nothing where there is nobody to do it to."""
         scenario, kind, seed = self.scenario, operation.kind, operation.seed
-        if kind == "arrive":
+        if kind in ("arrive", "arrive_twice"):
             if len(scenario.waiting) < MAX_WAITING:
-                scenario.arrive(self.max_tokens, seed)
+                request = scenario.arrive(self.max_tokens, seed)
+                if kind == "arrive_twice":
+                    scenario.arrive_again(request, seed + 1)
         elif kind in ("give_up", "cancel"):
             requests = [r for r in scenario.waiting if r.has_running_prefetch or kind == "give_up"]
             if requests:

@@ -21,9 +21,10 @@ PAGE_FAULTS = ("lost", "corrupt", "torn")
 TRANSFER_FAULTS = ("short", "slow", "stalled", "refused")
 FAULTS = (*PAGE_FAULTS, *TRANSFER_FAULTS)
 CARDS = 4096
-PAGE_CARDS = 24  # of CARDS, each kind of fault of pages
-TRANSFER_CARDS = 100
+PAGE_CARDS = 100  # of CARDS, each kind of fault of pages
+TRANSFER_CARDS = 80
 ALL_RANKS, LOTS = 64, 256  # so many of so many faults strike every rank
+OUTAGE_STEPS, OUTAGES = 16, 64  # storage refuses everything for so many steps, once in so many times as long
 
 
 class StorageFaults:
@@ -33,6 +34,7 @@ class StorageFaults:
         self.seed = seed
         self.num_ranks = num_ranks
         self.counts: Counter[str] = Counter()
+        self._has_outages = "refused" in kinds
         self._page_cards = self._cards(PAGE_FAULTS, kinds, int(PAGE_CARDS * rate))
         self._transfer_cards = self._cards(TRANSFER_FAULTS, kinds, int(TRANSFER_CARDS * rate))
 
@@ -48,6 +50,8 @@ class StorageFaults:
     def of_transfer(self, rank: int, transfer: Transfer) -> str:
         if not self._transfer_cards:
             return ""
+        if self._has_outages and not mix(self.seed, transfer.step // OUTAGE_STEPS) % OUTAGES:
+            return "refused"
         key = next((move.page_keys[-1] for move in transfer.moves if move.page_keys), b"")
         return self._draw(self._transfer_cards, rank, transfer.step, key)
 

@@ -82,8 +82,9 @@ class FakePlane:
         self.host: list[Pages] = [[GARBAGE] * host.allocator.num_pages for host in tiers.host]
         self.numbers = {component.name: c for c, component in enumerate(core.components)}
         self.orders = [HostPageOrder[VirtualJob]() for _ in core.components]
+        faults = faults or StorageFaults()
         self.io = SimulatedIO(
-            rank, self.jobs, self.orders, self.host, self.numbers, storage, faults or StorageFaults(), self.delays
+            rank, self.jobs, self.orders, self.host, self.numbers, storage, faults, self.delays, core.prefetches
         )
         self.num_waits = 0
         self._arriving: list[LoadBack] = []

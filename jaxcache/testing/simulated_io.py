@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from jaxcache.core.prefetch import Prefetch
+from jaxcache.core.prefetches import Prefetches
 from jaxcache.runtime.circuit_breaker import CircuitBreaker
 from jaxcache.runtime.host_page_order import HostPageOrder
 from jaxcache.runtime.storage_io import MAX_FAILURES
@@ -154,6 +156,7 @@ class Question(VirtualJob):
                 found = io.storage.exists(io.rank, io.numbers[move.component], move.page_keys)
                 operation.exists[move.component] = np.array(found)
             io.breaker.succeeded()
+            io.answered(operation)
 
 
 class SimulatedIO:
@@ -169,12 +172,15 @@ class SimulatedIO:
         storage: SimulatedStorage,
         faults: StorageFaults,
         delays: Delays,
+        prefetches: Prefetches,
     ):
+        self.prefetches = prefetches
         self.rank, self.jobs, self.orders, self.host, self.numbers = rank, jobs, orders, host, numbers
         self.storage, self.faults, self.delays = storage, faults, delays
         self.is_attached = True
         self.breaker = CircuitBreaker(MAX_FAILURES, delays.rest_us / 1e6, lambda: self.jobs.now_us / 1e6)
         self.live: dict[int, Operation] = {}
+        self._found: dict[Prefetch, dict[str, set[bytes]]] = {}  # what QUERYs have found, until the FETCH
 
     def start(self, transfer: Transfer) -> None:
         assert transfer.id not in self.live, f"{transfer.id=} is live already"
@@ -193,7 +199,27 @@ class SimulatedIO:
             us = self.delays.query_us(self.rank, transfer.id)
             self.jobs.submit(Question(self, operation), SLOWLY * us if fault == "slow" else us)
         else:
+            if transfer.kind is TransferKind.FETCH:
+                self._check_found(transfer)
             self._start_pieces(operation)
+
+    def answered(self, operation: Operation) -> None:
+        """Notes what a QUERY has found, for the FETCH of the same prefetch."""
+        prefetch = self.prefetches.live.get(operation.transfer.id)
+        if prefetch is not None:
+            self._found = {other: found for other, found in self._found.items() if not other.is_over}
+            self._found[prefetch] = {
+                name: {key for key, there in zip(move.page_keys, operation.exists[name].tolist(), strict=True) if there}
+                for move in operation.transfer.moves
+                for name in (move.component,)
+            }
+
+    def _check_found(self, transfer: Transfer) -> None:
+        """L3: the end that was agreed on needs nothing that this rank has not found."""
+        found = self._found.pop(self.prefetches.live[transfer.id], {})
+        for move in transfer.moves:
+            lacking = [key for key in move.page_keys if key not in found.get(move.component, ())]
+            assert not lacking, f"L3: rank {self.rank} is to read {move.component}, of which it lacks {len(lacking)}"
 
     def poll(self) -> dict[int, Status]:
         """The state of every live transfer; here deadlines are noticed."""

@@ -40,7 +40,8 @@ class VirtualRank:
         else:
             assert self._said is not None
             outcomes = self.lanes.unpack(agreed, *self._said)
-            core.commit(outcomes, self.lanes.clock_ms(agreed))
+            self._check(outcomes)
+            core.commit(outcomes, self.leader_clock_ms(agreed))
         live = core.live_transfers()
         for id in before:
             if id not in live:
@@ -54,3 +55,15 @@ class VirtualRank:
         digest = carried.digest(core)
         self._said = (core.step_number, digest, outcomes)
         return self.lanes.pack(digest, outcomes, self.clock_ms, True)
+
+    def leader_clock_ms(self, agreed: np.ndarray) -> int:
+        """Stage 0's."""
+        return self.lanes.clock_ms(agreed)
+
+    def _check(self, agreed: Mapping[int, Outcome]) -> None:
+        """Nothing that is still under way here was taken for done or quiet."""
+        for id, outcome in agreed.items():
+            if outcome.done or outcome.quiet:
+                here = self.plane.io.live[id].status()
+                assert here.done or not outcome.done, f"R4: rank {self.plane.rank}: {id} is not done, but taken for it"
+                assert here.quiet or not outcome.quiet, f"L6: rank {self.plane.rank}: {id} is not quiet"

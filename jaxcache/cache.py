@@ -56,7 +56,7 @@ class Cache:
         if storage is not None:
             _check_storage(storage)
         self.mesh = mesh
-        self.layouts = page_layouts(tuple(components), mesh)
+        self.layouts = page_layouts(tuple(components), mesh, config.storage_grid)
         config, fleet = agree_on_start(components, mesh, config, storage)
         self.config = config
         self.core = PrefixCache(tuple(components), config)

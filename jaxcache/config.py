@@ -80,6 +80,8 @@ class CacheConfig:
                             differ are found within twice as many
     agreement_timeout_s:    bound on waiting for the other ranks: then one of them is unresponsive, and serving ends
     max_transfer_pages:     pages of the largest transfer program; longer transfers are cut
+    storage_grid:           (cp, tp, pp): into how many values of storage slots, heads and layers of a page are cut, a
+                            multiple of the mesh in each axis; meshes with the same grid share storage. None: the mesh
     storage_threads:        workers for storage
     storage_deadline_s:     a storage transfer that takes longer is a miss
     events:                 what comes and goes is noted for `Cache.take_events`
@@ -111,6 +113,7 @@ class CacheConfig:
     agreement_every_steps: int = 1
     agreement_timeout_s: float = 60.0
     max_transfer_pages: int = 256
+    storage_grid: tuple[int, int, int] | None = None
     storage_threads: int = 4
     storage_deadline_s: float = 5.0
     events: bool = False
@@ -138,6 +141,7 @@ class CacheConfig:
                 raise ValueError(f"{name} must be positive seconds, not 0")
         if not 0 <= self.max_retained_share < 1 - ROUNDING:
             raise ValueError(f"{self.max_retained_share=} must be in [0, 1): retentions must never fill the cache")
+        self._check_grid()
         self._check_tenants()
         for name in ("device_pages", "host_pages", "tenants"):
             self._freeze(name)
@@ -146,6 +150,13 @@ class CacheConfig:
         value = self.__dict__[name]
         if isinstance(value, Mapping):
             object.__setattr__(self, name, FrozenMapping(value))
+
+    def _check_grid(self) -> None:
+        grid = self.storage_grid
+        if grid is None:
+            return
+        if not isinstance(grid, tuple) or len(grid) != 3 or not all(type(n) is int and n > 0 for n in grid):
+            raise ValueError(f"storage_grid must be three positive ints (cp, tp, pp), not {grid!r}")
 
     def _check_tenants(self) -> None:
         if not isinstance(self.tenants, Mapping):

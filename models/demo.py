@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -24,9 +25,11 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 import jaxcache
 from jaxcache.testing.traces import read_trace
+from models import fleet
 from models.loading import load_model
 from models.qwen3 import Qwen3Config, components, init_params, make_extend
 from models.serve import BatchShape, Request, Server
@@ -82,10 +85,15 @@ def parser() -> argparse.ArgumentParser:
     add("--trace", type=Path, default=TRACE, help="requests in the Mooncake schema, JSONL, gzipped or not")
     add("--requests", type=int, default=500, help="how many requests of the trace")
     add("--mesh", default="2,2,2", help="cp,tp,pp")
+    add("--processes", type=int, default=1, help="start so many on this host, each with its part of the mesh")
+    add("--coordinator", help="HOST:PORT of process 0 of a fleet that is started elsewhere, or auto (Slurm, Open MPI)")
+    add("--num-processes", type=int, help="of that fleet")
+    add("--process-id", type=int, help="of this process in that fleet")
     add("--page-tokens", type=int, default=16, help="tokens per page")
     add("--device-pages", type=int, default=1024, help="pages of the device tier")
     add("--host-pages", type=int, default=1536, help="pages of the host tier")
-    add("--storage", type=Path, help="folder of the storage tier; default: a temporary one")
+    add("--storage", type=Path, help="folder of the storage tier, shared by all; default: a temporary one")
+    add("--storage-grid", help="cp,tp,pp of the values in storage; meshes with one grid share it; default: the mesh")
     add(
         "--write-policy",
         choices=[p.value for p in jaxcache.WritePolicy],
@@ -105,37 +113,45 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     args = parser().parse_args(argv)
-    console = Console(stderr=args.json == "-")
+    errors = Console(stderr=True)
     try:
-        demo = Demo(args, make_mesh(mesh_shape(args.mesh)), console)
+        if args.processes != 1:
+            return fleet.start(argv, args.processes, math.prod(three_numbers("--mesh", args.mesh)), args.storage)
+        is_first = fleet.join(args.coordinator, args.num_processes, args.process_id) == 0
+        console = Console(stderr=args.json == "-", quiet=not is_first)
+        demo = Demo(args, make_mesh(three_numbers("--mesh", args.mesh)), console)
         figures = demo.without_cache() if args.no_cache else demo.compare()
-    except (ValueError, OSError, MemoryError) as error:
-        console.print(f"[red]error:[/] {error}")
-        return 1
-    write_json(args.json, figures)
-    return (
-        0 if figures.get("tokens_identical", True) and figures.get("restart", {}).get("tokens_identical", True) else 1
-    )
+    except (ValueError, OSError, MemoryError, fleet.ProcessesFailed) as error:
+        errors.print("[red]error:[/]", Text(str(error)), soft_wrap=True)
+        return fleet.failed()
+    if is_first:
+        write_json(args.json, figures)
+    is_same = figures.get("tokens_identical", True) and figures.get("restart", {}).get("tokens_identical", True)
+    return 0 if is_same else 1
 
 
-def mesh_shape(text: str) -> tuple[int, ...]:
+def three_numbers(option: str, text: str) -> tuple[int, int, int]:
     """ "cp,tp,pp" as numbers."""
     numbers = text.split(",")
     if len(numbers) != 3 or not all(n.strip().isdecimal() and int(n) for n in numbers):
-        raise ValueError(f"--mesh must be three positive numbers cp,tp,pp, not {text!r}")
-    return tuple(map(int, numbers))
+        raise ValueError(f"{option} must be three positive numbers cp,tp,pp, not {text!r}")
+    cp, tp, pp = map(int, numbers)
+    return cp, tp, pp
 
 
 def make_mesh(shape: tuple[int, ...]) -> jax.sharding.Mesh:
-    """A mesh (cp, tp, pp) of this host's devices; without GPUs, of as many CPU devices as it takes."""
-    num_devices = int(np.prod(shape))
+    """A mesh (cp, tp, pp) of the devices of all processes; of one without GPUs, as many CPU devices as it takes."""
+    num_devices = math.prod(shape)
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={num_devices}"
     if len(jax.devices()) < num_devices:
         raise ValueError(f"--mesh {shape} needs {num_devices} devices, there are {len(jax.devices())}")
+    devices = jax.devices()[:num_devices]
+    if idle := set(range(jax.process_count())) - {device.process_index for device in devices}:
+        raise ValueError(f"--mesh {shape} leaves processes {sorted(idle)} without a device")
     axis_types = (jax.sharding.AxisType.Auto,) * 3
-    return jax.make_mesh(shape, ("cp", "tp", "pp"), axis_types=axis_types, devices=jax.devices()[:num_devices])
+    return jax.make_mesh(shape, ("cp", "tp", "pp"), axis_types=axis_types, devices=devices)
 
 
 class Demo:
@@ -169,6 +185,7 @@ class Demo:
             host_pages=args.host_pages if caching else 0,
             write_policy=jaxcache.WritePolicy(args.write_policy),
             prefetch_policy=prefetch,
+            storage_grid=three_numbers("--storage-grid", args.storage_grid) if args.storage_grid else None,
             prefetch_min_tokens=2**30 if args.prefetch == "off" else 2 * args.page_tokens,
             max_transfer_pages=128,
             caching=caching,
@@ -204,6 +221,8 @@ class Demo:
         return {"requests": len(run.requests), "ttft_ms": percentiles(run.requests), **throughput(run)}
 
     def compare(self) -> dict[str, Any]:
+        if self.args.storage is None and jax.process_count() > 1:
+            raise ValueError("--storage must name a folder that all processes share")
         folder = self.args.storage or Path(tempfile.mkdtemp(prefix="jaxcache-demo-"))
         try:
             storage = jaxcache.FileStorage(folder)  # refuses what it cannot use before anybody waits

@@ -302,23 +302,23 @@ def make_extend(
         logits, kv = forward(params, pools["full"]["kv"], batch)
         return logits, {"full": {"kv": kv}}
 
-    replicated = NamedSharding(mesh, P())
-    pool_shardings = {"full": {"kv": NamedSharding(mesh, POOL_SPEC)}}
+    replicated, pool_shardings = NamedSharding(mesh, P()), {"full": {"kv": NamedSharding(mesh, POOL_SPEC)}}
     in_shardings = (param_shardings, pool_shardings, replicated)
     return jax.jit(extend, donate_argnums=1, in_shardings=in_shardings, out_shardings=(replicated, pool_shardings))
 
 
 def init_params(cfg: Qwen3Config, mesh: Mesh, seed: int, dtype: DTypeLike) -> Params:
-    """Random parameters, sharded; the same numbers on every mesh. They pass through host memory one by one."""
+    """Random parameters, sharded; the same numbers on every mesh. Each process makes all of them, one by one."""
     rng = np.random.default_rng(seed)
-    params = [param for _, param in nnx.to_flat_state(nnx.state(_abstract_model(cfg)))]
-    targets, tree = jax.tree.flatten(param_targets(cfg, mesh, dtype))
+    params = (param for _, param in nnx.to_flat_state(nnx.state(_abstract_model(cfg))))
 
-    def draw(param: nnx.Param, target: jax.ShapeDtypeStruct) -> Array:
+    def draw(target: jax.ShapeDtypeStruct) -> Array:
+        param = next(params)
         values = param.mean + param.std * rng.standard_normal(param.shape, np.float32)
-        return jax.device_put(_pad_param(values.astype(target.dtype), target.shape), target.sharding)
+        padded = _pad_param(values.astype(target.dtype), target.shape)
+        return jax.make_array_from_callback(target.shape, target.sharding, padded.__getitem__)
 
-    return tree.unflatten(map(draw, params, targets))
+    return jax.tree.map(draw, param_targets(cfg, mesh, dtype))
 
 
 def _pad_param(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

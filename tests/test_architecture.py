@@ -26,6 +26,7 @@ class Layer:
 
 
 FOUNDATION = ("jaxcache.types", "jaxcache.components", "jaxcache.storage")
+TRYING_OUT = ("jaxcache.testing.traces", "jaxcache.testing.processes")
 MIDDLE = (*FOUNDATION, "jaxcache.config", "jaxcache.core", "jaxcache.pools", "jaxcache.runtime", "kernels_pallas")
 
 # The longest matching name counts. "jaxcache!" is the package and its public names, but none of its modules.
@@ -45,12 +46,12 @@ LAYERS = {
     "jaxcache.runtime": Layer(MIDDLE, ("jax", "numpy", "xxhash", "prometheus_client", "orbax")),
     "jaxcache.cache": Layer(MIDDLE, ("jax", "numpy")),
     "jaxcache.testing": Layer(("jaxcache",), ("jax", "numpy", "xxhash", "hypothesis")),
-    "jaxcache.bench": Layer(("jaxcache",), ("numpy",)),
+    "jaxcache.bench": Layer(("jaxcache",), ("jax", "numpy")),
     "jaxcache.cli": Layer(("jaxcache", "kernels_pallas"), ("jax", "numpy", "xxhash", "rich", "matplotlib")),
     "jaxcache.__main__": Layer(("jaxcache.cli",), ()),
     "jaxcache": Layer(("jaxcache",), ()),
     "models": Layer(
-        ("jaxcache!", "jaxcache.components", "jaxcache.testing.traces", "kernels_pallas", "models"),
+        ("jaxcache!", "jaxcache.components", *TRYING_OUT, "kernels_pallas", "models"),
         ("jax", "flax", "numpy", "ml_dtypes", "safetensors", "matplotlib", "rich"),
     ),
 }

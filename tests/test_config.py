@@ -64,6 +64,13 @@ def test_replace_checks_and_converts():
         replace(config(), tenants={"": TenantShare()})
 
 
+@pytest.mark.parametrize("grid", [(2, 2), [2, 2, 1], (2, 0, 1), (2, True, 1), "2,2,1", 8])
+def test_a_storage_grid_is_three_positive_ints(grid):
+    with pytest.raises(ValueError, match="storage_grid must be three positive ints"):
+        config(storage_grid=grid)
+    assert config(storage_grid=(2, 4, 1)).storage_grid == (2, 4, 1)
+
+
 def test_the_core_takes_it():
     core = make_core(FULL, window(6), device_pages=PAGES, host_pages=PAGES, tenants=SHARES)
     assert [residency.allocator.num_pages for residency in core.tiers.residencies] == [32, 16, 32, 16]

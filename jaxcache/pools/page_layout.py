@@ -1,4 +1,4 @@
-"""How one component's pages lie on the mesh: shapes, shardings, bytes and cells. Owns no memory and never touches any.
+"""How one component's pages lie on the mesh: shapes, shardings and bytes. Owns no memory and never touches any.
 
 one page, unsharded                      one rank's row (bytes, the same on device and in host memory)
 kv   [layers, 2, slots, heads, dim]      | kv: its layers, slots, heads | index: its layers, slots |
@@ -9,9 +9,8 @@ layers -> pp (padded), slots -> cp (or repeated), heads -> tp (or repeated); Non
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -23,6 +22,7 @@ MESH_AXIS_OF = {"layers": "pp", "slots": "cp", "heads": "tp"}
 ROW_ALIGNMENT = 16  # bytes; what the widest vector copies of a page ask for
 
 Coordinates = tuple[int, ...]  # of one rank, in the mesh's own axis order
+Grid = tuple[int, int, int]  # cp, tp, pp
 
 
 @dataclass(frozen=True)
@@ -58,27 +58,19 @@ class FieldLayout:
         """Of an array [pages, *padded_shape]; pages are never sharded."""
         return PartitionSpec(None, *self.axes)
 
-    def ranges(self, rank: Mapping[str, int]) -> str:
-        """The rank's share in the coordinates of the unpadded field, e.g. "0:2,:,0:8,1:2,:"."""
-        return ",".join(self._range(dim, rank) for dim in range(len(self.axes)))
-
-    def _range(self, dim: int, rank: Mapping[str, int]) -> str:
-        axis, num_local = self.axes[dim], self.local_shape[dim]
-        if axis is None:
-            return ":"
-        repeats = self.padded_shape[dim] // self.spec.shape[dim] if self.spec.axes[dim] == "heads" else 1
-        start = rank[axis] * num_local // repeats
-        return f"{start}:{start + num_local}"
-
 
 @dataclass(frozen=True)
 class PageLayout:
-    """One component's pages on a mesh with the axes cp, tp and pp."""
+    """One component's pages on a mesh with the axes cp, tp and pp.
+
+    grid: the storage grid (cp, tp, pp), see `storage_cells`
+    """
 
     component: str
     fields: tuple[FieldLayout, ...]
     row_bytes: int
     mesh: Mesh
+    grid: Grid
 
     @property
     def page_bytes(self) -> int:
@@ -95,25 +87,12 @@ class PageLayout:
         assert len(found) == 1, f"{device=} is not in the mesh exactly once"
         return tuple(int(i) for i in found[0])
 
-    def cell(self, coordinates: Coordinates) -> str:
-        """Names the rank's share of a page, and its bytes: ranks with the same cell hold the same bytes."""
-        rank = dict(zip(self.mesh.axis_names, coordinates, strict=True))
-        return ";".join(f"{_signature(f.spec)}@{f.ranges(rank)}" for f in self.fields)
 
-    def is_writer(self, coordinates: Coordinates) -> bool:
-        """Whether this rank writes its cell to storage: the first of those that hold the same one."""
-        return self._writers[self.cell(coordinates)] == coordinates
+def page_layout(component: Component, mesh: Mesh, grid: Grid | None = None) -> PageLayout:
+    """Lays a component's fields out on the mesh; ValueError if a dimension cannot be sharded.
 
-    @cached_property
-    def _writers(self) -> dict[str, Coordinates]:
-        first: dict[str, Coordinates] = {}
-        for coordinates in np.ndindex(self.mesh.devices.shape):
-            first.setdefault(self.cell(coordinates), coordinates)
-        return first
-
-
-def page_layout(component: Component, mesh: Mesh) -> PageLayout:
-    """Lays a component's fields out on the mesh; ValueError if a dimension cannot be sharded."""
+    grid: of its cells in storage; None: the mesh
+    """
     if set(mesh.axis_names) != set(MESH_AXES):
         raise ValueError(f"{mesh.axis_names=} must be the axes {MESH_AXES}, in any order")
     fields, offset = [], 0
@@ -121,12 +100,13 @@ def page_layout(component: Component, mesh: Mesh) -> PageLayout:
         field = _field_layout(spec, mesh, offset)
         fields.append(field)
         offset = _round_up(offset + field.local_bytes, ROW_ALIGNMENT)
-    return PageLayout(component.name, tuple(fields), offset, mesh)
+    cp, tp, pp = (mesh.shape[axis] for axis in MESH_AXES)
+    return PageLayout(component.name, tuple(fields), offset, mesh, grid or (cp, tp, pp))
 
 
-def page_layouts(components: Sequence[Component], mesh: Mesh) -> dict[str, PageLayout]:
+def page_layouts(components: Sequence[Component], mesh: Mesh, grid: Grid | None = None) -> dict[str, PageLayout]:
     """One layout per component, by name, in order."""
-    return {component.name: page_layout(component, mesh) for component in components}
+    return {component.name: page_layout(component, mesh, grid) for component in components}
 
 
 def local_devices(mesh: Mesh) -> tuple:
@@ -157,10 +137,6 @@ def _dimension(spec: FieldSpec, dim: int, mesh: Mesh) -> tuple[int, str | None]:
     if num % num_ranks:
         raise ValueError(f"field {spec.name!r}: {num} {name} do not divide over {axis}={num_ranks}")
     return num, axis
-
-
-def _signature(spec: FieldSpec) -> str:
-    return f"{spec.name}:{spec.dtype}[{','.join(map(str, spec.shape))}]"
 
 
 def _round_up(n: int, multiple: int) -> int:

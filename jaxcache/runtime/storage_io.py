@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxcache.pools.device_pool import chunks
 from jaxcache.pools.host_pool import HostPool
+from jaxcache.pools.storage_cells import Cell, storage_cells
 from jaxcache.runtime.circuit_breaker import CircuitBreaker
 from jaxcache.runtime.counters import Counters
 from jaxcache.runtime.host_page_order import HostPageOrder
@@ -33,21 +34,18 @@ REST_S = 5.0
 class Share:
     """One local rank's share of a component's pages.
 
-    rows:      uint8[num_pages, row_bytes]
-    cell:      its name in storage
-    is_writer: whether this rank writes it; others hold a copy of the same bytes
+    rows:  uint8[num_pages, row_bytes]
+    cells: what of a row are values of their own
     """
 
     rows: np.ndarray
-    cell: str
-    is_writer: bool
+    cells: tuple[Cell, ...]
 
 
 def local_shares(pool: HostPool) -> tuple[Share, ...]:
     """One share per device of this process."""
     layout = pool.layout
-    places = [(device, layout.coordinates(device)) for device in pool.devices]
-    return tuple(Share(pool.rows[device], layout.cell(at), layout.is_writer(at)) for device, at in places)
+    return tuple(Share(pool.rows[device], storage_cells(layout, layout.coordinates(device))) for device in pool.devices)
 
 
 class _Pages:
@@ -187,27 +185,32 @@ class StorageIO:
     def _store_page(self, storage: Storage, component: str, page_key: bytes, page_id: int) -> bool:
         good = True
         for share in self._shares[component]:
-            if share.is_writer:
-                row = share.rows[page_id]
-                good &= storage.put(ObjectKey(page_key, component, share.cell), memoryview(row))
-                self._counters.add(store_bytes=row.nbytes)
+            for cell in share.cells:
+                if cell.is_writer:
+                    value = cell.value(share.rows[page_id])
+                    good &= storage.put(ObjectKey(page_key, component, cell.name), memoryview(value))
+                    self._counters.add(store_bytes=value.nbytes)
         self._counters.add(store_pages=1, store_misses=not good)
         return good
 
     def _fetch_page(self, storage: Storage, component: str, page_key: bytes, page_id: int) -> bool:
-        """Good only if every local share is; the first bad one decides."""
+        """Good only if every cell of every local share is; the first bad one decides."""
         for share in self._shares[component]:
             row = share.rows[page_id]
-            if not storage.get(ObjectKey(page_key, component, share.cell), memoryview(row)):
-                self._counters.add(fetch_misses=1)
-                return False
-            self._counters.add(fetch_bytes=row.nbytes)
+            for cell in share.cells:
+                value = cell.room(row)
+                if not storage.get(ObjectKey(page_key, component, cell.name), memoryview(value)):
+                    self._counters.add(fetch_misses=1)
+                    return False
+                cell.put_back(value, row)
+                self._counters.add(fetch_bytes=value.nbytes)
         self._counters.add(fetch_pages=1)
         return True
 
     def _query(self, storage: Storage, operation: StorageOperation, move: Move, batch: slice) -> None:
-        cells = list(dict.fromkeys(share.cell for share in self._shares[move.component]))
-        keys = [ObjectKey(key, move.component, cell) for key in move.page_keys[batch] for cell in cells]
-        found = np.array(storage.exists(keys), bool).reshape(-1, len(cells)).all(axis=1)
+        names = list(dict.fromkeys(cell.name for share in self._shares[move.component] for cell in share.cells))
+        page_keys = move.page_keys[batch]
+        keys = [ObjectKey(key, move.component, name) for key in page_keys for name in names]
+        found = np.array(storage.exists(keys), bool).reshape(len(page_keys), len(names)).all(axis=1)
         operation.deliver(move.component, batch, found)
         self._counters.add(query_pages=len(found), query_misses=int((~found).sum()))

@@ -10,6 +10,8 @@ moment to end by themselves, and ends them.
 
 from __future__ import annotations
 
+import glob
+import importlib.util
 import os
 import re
 import signal
@@ -23,6 +25,7 @@ import traceback
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 LOOPBACK = "127.0.0.1"
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda,cpu"}
@@ -192,29 +195,58 @@ class Processes:
         return "" if index in self._forward else self._file(index, stream).read_text(errors="replace")
 
 
+def join(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> int:
+    """Joins the fleet, before any other use of jax. Returns the number of this process.
+
+    In a process that `Processes` started, all is known. Elsewhere the arguments are those of
+    `jax.distributed.initialize`, and what is not given jax learns from the cluster's environment (Slurm, Open MPI).
+    From now on an exception that nobody catches, and the end of whoever started this process, ends it: see `leave`.
+    """
+    import jax
+
+    sys.excepthook = _leave_with
+    _keep_stdout()
+    if PROCESS_ID not in os.environ:
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+        return jax.process_index()
+    threading.Thread(target=_end_with_caller, daemon=True).start()
+    devices = os.environ.get(LOCAL_DEVICES)
+    jax.distributed.initialize(
+        num_processes=int(os.environ[NUM_PROCESSES]),
+        process_id=int(os.environ[PROCESS_ID]),
+        local_device_ids=[int(device) for device in devices.split(",")] if devices else None,
+        cluster_detection_method="deactivate",
+    )
+    return jax.process_index()
+
+
 def is_started() -> bool:
     """Whether `Processes` started this process."""
     return PROCESS_ID in os.environ
 
 
-def join() -> int:
-    """In a process that `Processes` started, before any other use of jax: joins the fleet. Returns its number.
-
-    An exception that nobody catches ends the process with its traceback and code 1, after LINGER_S; so does, without
-    one, the end of whoever started it.
-    """
+def leave(code: int) -> NoReturn:
+    """Ends this process without jax's farewell, after LINGER_S; the coordinator's last, so that all can report."""
     import jax
 
-    index, devices = int(os.environ[PROCESS_ID]), os.environ.get(LOCAL_DEVICES)
-    threading.Thread(target=_end_with_caller, daemon=True).start()
-    sys.excepthook = _leave
-    jax.distributed.initialize(
-        num_processes=int(os.environ[NUM_PROCESSES]),
-        process_id=index,
-        local_device_ids=[int(device) for device in devices.split(",")] if devices else None,
-        cluster_detection_method="deactivate",
-    )
-    return index
+    sys.stdout.flush()
+    sys.stderr.flush()
+    time.sleep(LINGER_S * (2 if jax.process_index() == 0 else 1))
+    os._exit(code)
+
+
+def local_platform() -> str:
+    """What `Processes` would run on here: "gpu" with GPUs, a jax that knows them and no other choice made, or "cpu"."""
+    has_plugin = any(importlib.util.find_spec(f"jax_cuda{major}_plugin") for major in (12, 13))
+    is_allowed = "cuda" in os.environ.get("JAX_PLATFORMS", "cuda")
+    return "gpu" if has_plugin and is_allowed and glob.glob("/dev/nvidia[0-9]*") else "cpu"
+
+
+def _keep_stdout() -> None:
+    """Standard output is Python's alone: what libraries print there (gloo does) goes to standard error."""
+    sys.stdout.flush()
+    sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
 
 
 def _end_with_caller() -> None:
@@ -223,12 +255,9 @@ def _end_with_caller() -> None:
     os._exit(1)
 
 
-def _leave(kind: type[BaseException], error: BaseException, trace: object) -> None:
+def _leave_with(kind: type[BaseException], error: BaseException, trace: object) -> None:
     traceback.print_exception(error)
-    sys.stderr.flush()
-    sys.stdout.flush()
-    time.sleep(LINGER_S * (2 if os.environ[PROCESS_ID] == "0" else 1))
-    os._exit(1)
+    leave(1)
 
 
 def _fleet_env(num_processes: int, platform: str) -> dict[str, str]:

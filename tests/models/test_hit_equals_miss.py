@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import jaxcache
+from jaxcache.pools.storage_cells import storage_cells
 from jaxcache.storage.base import ObjectKey
 from tests.models.serving import (
     DEVICE_PAGES,
@@ -327,8 +328,8 @@ def test_damaged_file_is_a_miss(make_mesh, tmp_path, damage):
 
 
 def _file_of(storage: jaxcache.FileStorage, cache: jaxcache.Cache, page_key: bytes) -> Path:
-    cell = cache.layouts["full"].cell((0, 0, 0))
-    return Path(storage._path_of(ObjectKey(page_key, "full", cell)))
+    (cell,) = storage_cells(cache.layouts["full"], (0, 0, 0))
+    return Path(storage._path_of(ObjectKey(page_key, "full", cell.name)))
 
 
 # ---- the comparison itself

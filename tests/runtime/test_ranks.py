@@ -18,6 +18,7 @@ from jaxcache.core.lease import Lease
 from jaxcache.core.prefetch import PrefetchState
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.core.ticket import Ticket
+from jaxcache.pools.storage_cells import storage_cells
 from jaxcache.runtime.lanes import Lanes
 from jaxcache.runtime.reduction import collective
 from jaxcache.types import Outcome, PrefetchPolicy, TransferKind
@@ -241,10 +242,11 @@ def test_r6_one_mesh_reaches_every_part(make_mesh):
     mesh = make_mesh(2, 2, 2)
     with rig_on(mesh).cache(jaxcache.MemoryStorage()) as cache:
         layout, pool = cache.layouts["full"], cache.engine.host_pools["full"]
-        assert layout.mesh is mesh and set(pool.devices) == set(mesh.devices.flat)
-        assert {share.cell for share in cache.engine._storage_io._shares["full"]} == {
-            layout.cell(layout.coordinates(device)) for device in mesh.devices.flat
-        }
+        assert layout.mesh is mesh and pool.layout is layout and set(pool.devices) == set(mesh.devices.flat)
+        cells = {cell.name for at in np.ndindex(mesh.devices.shape) for cell in storage_cells(layout, at)}
+        assert {c.name for share in cache.engine._storage_io._shares["full"] for c in share.cells} == cells and len(
+            cells
+        ) == 8
 
 
 def test_r6_the_order_of_the_axes_does_not_matter(make_mesh, rng):

@@ -1,0 +1,192 @@
+"""Which parts of a rank's row are values of their own in storage: the cells of the storage grid.
+
+    grid (cp, tp, pp) = into how many cells slots, heads and layers are cut; a multiple of the mesh's extents
+    rank's row, mesh pp1                     | layers 0:2 of kv | layers 2:4 of kv |
+    cells, grid pp2                          |      cell        |       cell       |    the ranks' rows, mesh pp2
+
+What a cell holds depends on the grid alone and never on the mesh, and its name says what that is: so ranks of any mesh
+with that grid find it. A cell that lies in the row in one piece is that memory, as is the whole row where the grid is
+the mesh; any other is cut out by a strided copy. Padding is in no cell.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxcache.components.base import FieldSpec
+from jaxcache.pools.page_layout import MESH_AXES, MESH_AXIS_OF, ROW_ALIGNMENT, Coordinates, FieldLayout, PageLayout
+
+
+@dataclass(frozen=True)
+class Block:
+    """One field's part of a cell.
+
+    index:  in the rank's share of the field, one slice per dimension
+    ranges: the same in the coordinates of the unpadded field, e.g. "0:2,:,0:8,1:2,:"
+    offset: in the value, in bytes
+    """
+
+    field: FieldLayout
+    index: tuple[slice, ...]
+    ranges: str
+    offset: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(part.stop - part.start for part in self.index)
+
+    @property
+    def byte_range(self) -> slice:
+        """In the value."""
+        return slice(self.offset, self.offset + math.prod(self.shape) * self.field.dtype.itemsize)
+
+    def of_row(self, row: np.ndarray) -> np.ndarray:
+        """A view of the block, typed, in a rank's row."""
+        return row[self.field.byte_range].view(self.field.dtype).reshape(self.field.local_shape)[self.index]
+
+    def of_value(self, value: np.ndarray) -> np.ndarray:
+        """A view of the block, typed, in the value."""
+        return value[self.byte_range].view(self.field.dtype).reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One value of one rank's page.
+
+    name:      says what it holds: equal names, equal bytes, on every mesh
+    num_bytes: of the value
+    start:     where it lies in the row, in one piece; None: it must be cut out
+    is_writer: whether this rank stores it; other ranks that hold it do not
+    """
+
+    name: str
+    blocks: tuple[Block, ...]
+    num_bytes: int
+    start: int | None
+    is_writer: bool
+
+    def value(self, row: np.ndarray) -> np.ndarray:
+        """uint8[num_bytes]: the row's own memory if the cell lies there in one piece, else a copy."""
+        if self.start is not None:
+            return self.room(row)
+        value = np.zeros(self.num_bytes, np.uint8)
+        for block in self.blocks:
+            block.of_value(value)[...] = block.of_row(row)
+        return value
+
+    def room(self, row: np.ndarray) -> np.ndarray:
+        """uint8[num_bytes] to read a value into, before `put_back`; the row's own memory where that is possible."""
+        if self.start is not None:
+            return row[self.start : self.start + self.num_bytes]
+        return np.empty(self.num_bytes, np.uint8)
+
+    def put_back(self, value: np.ndarray, row: np.ndarray) -> None:
+        """Writes a value that was read into `room` to its places in the row."""
+        if self.start is None:
+            for block in self.blocks:
+                block.of_row(row)[...] = block.of_value(value)
+
+
+def storage_cells(layout: PageLayout, coordinates: Coordinates) -> tuple[Cell, ...]:
+    """The cells of one rank, each once. ValueError if the layout's grid does not fit the fields or the mesh."""
+    first: dict[str, Coordinates] = {}
+    for rank in np.ndindex(layout.mesh.devices.shape):
+        for blocks in _cells_of(layout, rank):
+            first.setdefault(_name(blocks), rank)
+    return tuple(_cell(blocks, first[_name(blocks)] == coordinates) for blocks in _cells_of(layout, coordinates))
+
+
+def _cells_of(layout: PageLayout, coordinates: Coordinates) -> Iterator[tuple[Block, ...]]:
+    """The blocks of each of a rank's cells that hold anything, without those that an earlier cell has."""
+    rank = dict(zip(layout.mesh.axis_names, coordinates, strict=True))
+    grid = dict(zip(MESH_AXES, layout.grid, strict=True))
+    shares = [_share(axis, grid[axis], layout.mesh.shape[axis], rank[axis]) for axis in MESH_AXES]
+    seen = set()
+    for place in itertools.product(*shares):
+        blocks = _blocks(layout, rank, dict(zip(MESH_AXES, place, strict=True)))
+        if blocks and (name := _name(blocks)) not in seen:
+            seen.add(name)
+            yield blocks
+
+
+def _share(axis: str, num_cells: int, num_ranks: int, rank: int) -> range:
+    if num_cells % num_ranks:
+        raise ValueError(f"the storage grid's {axis}={num_cells} must be a multiple of the mesh's {axis}={num_ranks}")
+    each = num_cells // num_ranks
+    return range(rank * each, (rank + 1) * each)
+
+
+def _blocks(layout: PageLayout, rank: Mapping[str, int], place: Mapping[str, int]) -> tuple[Block, ...]:
+    blocks, offset = [], 0
+    for field in layout.fields:
+        parts = [_part(layout, field, dim, rank, place) for dim in range(len(field.spec.shape))]
+        block = Block(field, tuple(part for part, _ in parts), ",".join(text for _, text in parts), offset)
+        if math.prod(block.shape):
+            blocks.append(block)
+            offset = -(-block.byte_range.stop // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    return tuple(blocks)
+
+
+def _part(
+    layout: PageLayout, field: FieldLayout, dim: int, rank: Mapping[str, int], place: Mapping[str, int]
+) -> tuple[slice, str]:
+    """A cell's part of one dimension: in the rank's share, and as text in the unpadded field."""
+    name, num, num_local = field.spec.axes[dim], field.spec.shape[dim], field.local_shape[dim]
+    if name is None:
+        return slice(0, num_local), ":"
+    axis = MESH_AXIS_OF[name]
+    num_cells = layout.grid[MESH_AXES.index(axis)]
+    start, stop = _cut(field.spec, dim, num_cells, place[axis])
+    num_ranks = layout.mesh.shape[axis] if field.axes[dim] == axis else 1
+    repeats = field.padded_shape[dim] // num if name == "heads" else 1
+    first = rank[axis] * num_local // repeats if num_ranks > 1 else 0
+    if start < stop and not first <= start < stop <= first + num_local:
+        raise ValueError(
+            f"field {field.spec.name!r}: the storage grid's {axis}={num_cells} cuts {num} {name} into parts of "
+            f"{stop - start}, which do not divide the {num_local} of a rank with {axis}={num_ranks}"
+        )
+    return slice(start - first, max(start, stop) - first), f"{start}:{stop}"
+
+
+def _cut(spec: FieldSpec, dim: int, num_cells: int, cell: int) -> tuple[int, int]:
+    """[start, stop) of a cell in one dimension; depends on no mesh. stop <= start: nothing is left for it."""
+    num, name = spec.shape[dim], spec.axes[dim]
+    if name == "layers":
+        each = -(-num // num_cells)
+        return cell * each, min((cell + 1) * each, num)
+    if name == "slots" and num < num_cells:
+        return 0, num
+    if num % num_cells and (name == "slots" or num_cells % num):
+        axis = MESH_AXIS_OF[name or ""]
+        raise ValueError(f"field {spec.name!r}: {num} {name} do not divide over the storage grid's {axis}={num_cells}")
+    each, start = max(1, num // num_cells), cell * num // num_cells
+    return start, start + each
+
+
+def _name(blocks: tuple[Block, ...]) -> str:
+    return ";".join(f"{_signature(block.field.spec)}@{block.ranges}" for block in blocks)
+
+
+def _signature(spec: FieldSpec) -> str:
+    return f"{spec.name}:{spec.dtype}[{','.join(map(str, spec.shape))}]"
+
+
+def _cell(blocks: tuple[Block, ...], is_writer: bool) -> Cell:
+    return Cell(_name(blocks), blocks, blocks[-1].byte_range.stop, _start_in_row(blocks), is_writer)
+
+
+def _start_in_row(blocks: tuple[Block, ...]) -> int | None:
+    """One block in one piece, or whole fields in a row: nothing else may lie between."""
+    if len(blocks) == 1:
+        share = np.empty(blocks[0].field.local_shape, blocks[0].field.dtype)
+        block = share[blocks[0].index]
+        skipped = block.ctypes.data - share.ctypes.data
+        return blocks[0].field.offset + skipped if block.flags.c_contiguous else None
+    is_whole = all(block.shape == block.field.local_shape for block in blocks)
+    is_in_row = all(block.field.offset == blocks[0].field.offset + block.offset for block in blocks)
+    return blocks[0].field.offset if is_whole and is_in_row else None

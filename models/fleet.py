@@ -1,0 +1,54 @@
+"""The processes that `python -m models.serve` runs in: started here for a try-out, or by a cluster.
+
+--processes N      starts N of the same command on this host; the first one's output is shown
+--coordinator ...  this is one process of a fleet that somebody else starts; `jax.distributed` connects them
+neither            one process
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from jaxcache.testing import processes
+from jaxcache.testing.processes import ProcessesFailed
+
+__all__ = ["ProcessesFailed", "failed", "join", "start"]
+
+
+def start(argv: Sequence[str], num_processes: int, mesh_size: int, storage: Path | None) -> int:
+    """Serves over local processes until all have ended; ProcessesFailed, naming whom, if not all ended well."""
+    if num_processes < 1 or mesh_size % num_processes:
+        raise ValueError(f"--processes {num_processes} must divide the {mesh_size} devices of --mesh")
+    with tempfile.TemporaryDirectory(prefix="jaxcache-demo-") as folder:
+        own = ["--processes", "1", "--storage", str(storage or folder)]  # of equal options the last one counts
+        fleet = processes.Processes(
+            ["-m", "models.serve", *argv, *own],
+            num_processes,
+            mesh_size // num_processes,
+            platform=processes.local_platform(),
+            forward=(0,),
+        )
+        with fleet:
+            fleet.check(math.inf)
+    return 0
+
+
+def join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> int:
+    """Becomes a part of the fleet, if there is one. Returns the number of this process."""
+    if processes.is_started():
+        return processes.join()
+    if coordinator is not None:
+        return processes.join(None if coordinator == "auto" else coordinator, num_processes, process_id)
+    return 0
+
+
+def failed() -> int:
+    """The exit code; a process of a fleet ends here, at once, because the others wait for it."""
+    if jax.distributed.is_initialized() and jax.process_count() > 1:
+        processes.leave(1)
+    return 1

@@ -216,8 +216,9 @@ class SimulatedIO:
 
     def _check_found(self, transfer: Transfer) -> None:
         """L3: the end that was agreed on needs nothing that this rank has not found."""
-        found = self._found.pop(self.prefetches.live[transfer.id], {})
-        for move in transfer.moves:
+        prefetch = self.prefetches.live[transfer.id]
+        found = self._found.pop(prefetch, {})
+        for move in transfer.moves if not prefetch.is_over else ():
             lacking = [key for key in move.page_keys if key not in found.get(move.component, ())]
             assert not lacking, f"L3: rank {self.rank} is to read {move.component}, of which it lacks {len(lacking)}"
 

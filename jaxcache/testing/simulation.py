@@ -84,9 +84,9 @@ class Report:
 
 
 class Simulation:
-    """One run. operations: all of `schedule`, or a part of it."""
+    """One run. operations: all of `schedule`, or a part of it. delays: how long everything takes; from the seed."""
 
-    def __init__(self, settings: Settings, operations: Sequence[Operation] | None = None):
+    def __init__(self, settings: Settings, operations: Sequence[Operation] | None = None, delays: Delays | None = None):
         self.settings = settings
         rng = random.Random(settings.seed)
         page_tokens = rng.choice([4, 8, 16])
@@ -94,7 +94,7 @@ class Simulation:
         self.config = make_config(rng, settings.components, page_tokens)
         self.faults = StorageFaults(settings.seed, settings.num_ranks, settings.faults)
         self.scenario = Scenario(
-            components, self.config, settings.seed, settings.mesh, self.faults, Delays(settings.seed)
+            components, self.config, settings.seed, settings.mesh, self.faults, delays or Delays(settings.seed)
         )
         self.scenario.num_namespaces = 3
         self.scenario.decode_tokens = (1, page_tokens, 2 * page_tokens, 2 * page_tokens)

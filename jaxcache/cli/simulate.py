@@ -164,7 +164,8 @@ def show(settings: Settings, report: Report) -> None:
     from rich.table import Table
 
     cp, tp, pp = settings.mesh
-    table = Table(title=f"cp{cp} x tp{tp} x pp{pp}, {settings.num_steps:,} steps, seed {settings.seed}: all is well")
+    print(f"cp{cp} x tp{tp} x pp{pp}, {settings.num_steps:,} steps, seed {settings.seed}: all is well")
+    table = Table()
     table.add_column("what happened")
     table.add_column("how often", justify="right")
     table.add_row("rank-steps", f"{report.num_rank_steps:,}")

@@ -56,7 +56,7 @@ bench: setup ## the benchmarks: ratios that must not get worse, then every figur
 gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),setup) ## the tests that use devices, and the benchmarks, on the GPUs of this host; writes build/bench-gpu.json
 	@mkdir -p build
 	$(GPU_PYTHON) -m jaxcache doctor --platform gpu
-	$(GPU_PYTHON) -m pytest -m "not slow" --devices gpu tests/pools tests/runtime tests/test_cache.py tests/models $(ARGS)
+	$(GPU_PYTHON) -m pytest -m "not slow" --devices gpu tests/pools tests/runtime tests/test_cache.py tests/models tests/multiprocess $(ARGS)
 	$(GPU_PYTHON) -m benchmarks --json build/bench-gpu.json
 
 $(GOLDENS_STAMP): Makefile

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from jaxcache.core.sequence import Sequence
     from jaxcache.core.ticket import Ticket
     from jaxcache.runtime.compiles import compile_count
+    from jaxcache.runtime.process_end import end_process
     from jaxcache.storage.base import Storage, StorageError
     from jaxcache.storage.file import FileStorage
     from jaxcache.storage.memory import MemoryStorage
@@ -42,6 +43,7 @@ _HOMES = {
     "jaxcache.core.sequence": ("Sequence",),
     "jaxcache.core.ticket": ("Ticket",),
     "jaxcache.runtime.compiles": ("compile_count",),
+    "jaxcache.runtime.process_end": ("end_process",),
     "jaxcache.storage.base": ("Storage", "StorageError"),
     "jaxcache.storage.file": ("FileStorage",),
     "jaxcache.storage.memory": ("MemoryStorage",),
@@ -88,6 +90,7 @@ __all__ = [
     "Wait",
     "WritePolicy",
     "compile_count",
+    "end_process",
     "one_device_mesh",
 ]
 __version__ = "0.1.0"

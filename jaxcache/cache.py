@@ -371,8 +371,7 @@ class Cache:
         """
         if not self._closed:
             self._closed = True
-            if not self._controller.is_cut_off:
-                self.engine.close()
+            self._controller.close()
 
 
 def _check_storage(storage: Storage) -> None:

@@ -302,7 +302,8 @@ def make_extend(
         logits, kv = forward(params, pools["full"]["kv"], batch)
         return logits, {"full": {"kv": kv}}
 
-    replicated, pool_shardings = NamedSharding(mesh, P()), {"full": {"kv": NamedSharding(mesh, POOL_SPEC)}}
+    replicated = NamedSharding(mesh, P())
+    pool_shardings = {"full": {"kv": NamedSharding(mesh, POOL_SPEC)}}
     in_shardings = (param_shardings, pool_shardings, replicated)
     return jax.jit(extend, donate_argnums=1, in_shardings=in_shardings, out_shardings=(replicated, pool_shardings))
 
@@ -314,9 +315,8 @@ def init_params(cfg: Qwen3Config, mesh: Mesh, seed: int, dtype: DTypeLike) -> Pa
 
     def draw(target: jax.ShapeDtypeStruct) -> Array:
         param = next(params)
-        values = param.mean + param.std * rng.standard_normal(param.shape, np.float32)
-        padded = _pad_param(values.astype(target.dtype), target.shape)
-        return jax.make_array_from_callback(target.shape, target.sharding, padded.__getitem__)
+        values = _pad_param(param.mean + param.std * rng.standard_normal(param.shape, np.float32), target.shape)
+        return jax.make_array_from_callback(target.shape, target.sharding, values.astype(target.dtype).__getitem__)
 
     return jax.tree.map(draw, param_targets(cfg, mesh, dtype))
 

@@ -65,11 +65,9 @@ def _configure_jax(platform: str):
 
     import jax
 
-    jax.config.update("jax_numpy_rank_promotion", "raise")
-    jax.config.update("jax_numpy_dtype_promotion", "strict")
-    jax.config.update("jax_default_matmul_precision", "highest")
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    from tests import strict_jax
+
+    strict_jax.configure()
     if platform == "gpu":
         try:
             jax.devices("gpu")
@@ -90,6 +88,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a GPU: --devices gpu"))
+
+
+@pytest.fixture(scope="session")
+def platform(request: pytest.FixtureRequest) -> str:
+    """Where the tests run, and the processes that they start: cpu or gpu."""
+    return request.config.stash[PLATFORM]
 
 
 @pytest.fixture(scope="session")

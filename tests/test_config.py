@@ -77,3 +77,9 @@ def test_the_core_takes_it():
     assert core.tiers.tenants is not None
     assert core.tiers.tenants.names == ("", "a", "b")
     assert make_core(tenants={}).tiers.tenants is None
+
+
+@pytest.mark.parametrize("seconds", [0, -1.0, True, "60", None, float("nan"), float("inf")])
+def test_the_bound_on_waiting_for_ranks_is_checked(seconds):
+    with pytest.raises(ValueError, match="agreement_timeout_s"):
+        config(agreement_timeout_s=seconds)

@@ -9,6 +9,7 @@ elsewhere) nobody hears anybody, and `why_silent` says so. The service may hang 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
@@ -16,7 +17,7 @@ import jax
 
 T = TypeVar("T")
 
-ROOT = "jaxcache"
+ROOT, LEFT = "jaxcache", "left"
 POLL_S = 0.005
 
 
@@ -48,6 +49,26 @@ class Bulletin:
         return dict(sorted(heard.copy().items()))
 
 
+def leave(process: int, timeout_s: float) -> None:
+    """Says that this process ends now. With process 0 the service ends, and jax aborts the processes that still run:
+    it waits, up to `timeout_s`, until all that have posted anything have left."""
+    client, _ = _client()
+    if client is None:
+        return
+
+    def talk() -> None:
+        client.key_value_set(f"{ROOT}/{LEFT}/{process}", "", True)
+        while process == 0 and _posters(client, but=LEFT) - _posters(client, only=LEFT) - {process}:
+            time.sleep(POLL_S)
+
+    _bounded(talk, timeout_s)
+
+
+def _posters(client: Any, but: str = "", only: str = "") -> set[int]:
+    paths = [key.split("/") for key, _ in client.key_value_dir_get(f"{ROOT}/")]
+    return {int(path[-1]) for path in paths if path[1] != but and only in ("", path[1])}
+
+
 def _bounded(work: Callable[[], None], timeout_s: float) -> None:
     """Runs it on a thread that is left behind when time is up: a call to a stopped service never returns."""
     done = threading.Event()
@@ -62,6 +83,16 @@ def _bounded(work: Callable[[], None], timeout_s: float) -> None:
 
     threading.Thread(target=run, name="jaxcache-bulletin", daemon=True).start()
     done.wait(timeout_s)
+
+
+def coordinator_address() -> str | None:
+    """host:port of the coordination service, if there is one."""
+    try:
+        from jax._src import distributed
+
+        return distributed.global_state.coordinator_address
+    except (ImportError, AttributeError):
+        return None
 
 
 def _client() -> tuple[Any, str]:

@@ -32,8 +32,9 @@ class Controller:
         self.engine = engine
         self.agreement = agreement
         self.fleet = fleet
-        self.is_cut_off = False  # from other ranks: threads may wait for ever for what they owe
+        self._is_cut_off = False  # from other ranks
         self._agreed = Agreed(0, {}, 0)
+        fleet.watch(self._state)
 
     def step(self) -> None:
         """Takes what the ranks agreed on, and says what happened here.
@@ -65,8 +66,10 @@ class Controller:
         return agreed
 
     def _issue(self) -> None:
+        """Nothing is exchanged by a process that has nobody to differ from and nothing in flight."""
         core = self.core
-        if not carried.is_due(core):
+        is_alone = len(self.fleet.processes) == 1
+        if not (core.live_transfers() if is_alone else carried.is_due(core)):
             return
         outcomes = carried.outcomes(core, self.engine.poll())
         ok = self.engine.fault is None
@@ -85,13 +88,19 @@ class Controller:
             raise self._unresponsive("a computation", error) from error
 
     def _unresponsive(self, what: str, error: RankUnresponsive) -> RankUnresponsive:
-        self.is_cut_off = True
+        self._is_cut_off = True
         return self.fleet.unresponsive(what, error, self._state())
+
+    def close(self) -> None:
+        """Joins the engine's threads, unless they may wait for ever for what other ranks owe."""
+        self.fleet.close()
+        if not self._is_cut_off:
+            self.engine.close()
 
     def _state(self) -> State:
         core, planner, agreed = self.core, self.core.planner, self._agreed
         since = max(agreed.step, planner.complete_since())
-        decisions = [decision for decision in planner.recent if decision[0] >= since]
+        decisions = [decision for decision in planner.recent.copy() if decision[0] >= since]
         ids = f"transfers {sorted(agreed.outcomes)}" if agreed.outcomes else "no transfers"
         last = f"last agreed in step {agreed.step} on {ids}"
         return State(core.step_number, carried.digest(core), last, since, decisions, core.counts())

@@ -4,21 +4,23 @@
     a rank does not answer       step, digest, last decision     RankUnresponsive: the same of them, and who is silent
     ranks differ                                                 RanksDiverged: the first decision that differs
 
-The first line goes out before anybody is asked: when process 0, which hosts jax's coordination service, is gone, jax
-aborts the other processes a moment later.
+When process 0, which hosts jax's coordination service, is gone, jax aborts the others a tenth of a second later. So the
+first line goes out before anybody is asked, and a thread watches process 0: a collective may not notice in time.
 """
 
 from __future__ import annotations
 
+import atexit
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from jax.sharding import Mesh
 
 from jaxcache.core.first_difference import Decision, DecisionLog, describe, first_difference
-from jaxcache.runtime.bulletin import Bulletin
+from jaxcache.runtime.bulletin import Bulletin, coordinator_address
+from jaxcache.runtime.coordinator_watch import CoordinatorWatch
 from jaxcache.types import RanksDiverged, RankUnresponsive
 
 LISTEN_SHARE = 0.2  # of the bound, for hearing the others
@@ -60,17 +62,38 @@ class Fleet:
         self.listen_s = min(MAX_LISTEN_S, LISTEN_SHARE * timeout_s)
         self.wait_s = timeout_s - self.listen_s
         self._bulletin = Bulletin(topic)
+        self._watch: CoordinatorWatch | None = None
+
+    def watch(self, state: Callable[[], State]) -> None:
+        """From now on says on stderr what `state`, called on another thread, returns when process 0 is gone."""
+
+        def report() -> None:
+            self._say(f"process 0 is gone, and jax will abort this one; {state().summary}")
+
+        if self.process != 0 and len(self.processes) > 1:
+            self._watch = CoordinatorWatch(coordinator_address(), report)
+            atexit.register(self._watch.close)  # runs before jax leaves the service
+
+    def close(self) -> None:
+        """Serving has ended in an orderly way."""
+        if self._watch is not None:
+            self._watch.close()
+            atexit.unregister(self._watch.close)
+
+    def _say(self, text: str) -> None:
+        print(f"jaxcache: process {self.process}: {text}", file=sys.stderr, flush=True)
 
     def unresponsive(self, what: str, error: RankUnresponsive, state: State) -> RankUnresponsive:
         """The report on `what`, which did not come; `error` says how."""
         own = f"{what} {error}; {state.summary}"
-        print(f"jaxcache: process {self.process}: {own}", file=sys.stderr, flush=True)
+        self._say(own)
         heard = self._exchange("unresponsive", own)
         silent = [process for process in self.processes if process not in heard]
         lines = [f"{what} {error} (process {self.process})", *_by_process(heard)]
         if silent:
             why = f" ({self._bulletin.why_silent})" if self._bulletin.why_silent else ""
-            lines.append(f"nothing was heard of: process {', '.join(map(str, silent))}{why}")
+            whom = f"process {', '.join(map(str, silent))}"
+            lines.append(f"nothing was heard within {self.listen_s:g} s of: {whom}{why}")
         return RankUnresponsive("\n  ".join(lines))
 
     def diverged(self, error: RanksDiverged, state: State) -> RanksDiverged:

@@ -30,6 +30,7 @@ def wait_until_ready(arrays: Sequence[Any], timeout_s: float) -> None:
             time.sleep(nap_s)
             nap_s = min(2 * nap_s, LONGEST_NAP_S)
     try:
-        jax.block_until_ready(arrays)  # ready means failed, too
+        for array in arrays:
+            array.block_until_ready()  # ready means failed, too
     except jax.errors.JaxRuntimeError as error:
         raise RankUnresponsive(f"failed: {error}") from error

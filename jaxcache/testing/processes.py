@@ -132,6 +132,11 @@ class Processes:
         """SIGCONT."""
         self._children[index].send_signal(signal.SIGCONT)
 
+    def has_ended(self, index: int) -> bool:
+        """By itself or by a signal."""
+        self._notice()
+        return index in self._exits
+
     def stdout(self, index: int) -> str:
         """What it has printed so far; empty for one that is forwarded."""
         return self._output(index, "stdout")

@@ -399,6 +399,10 @@ def _pretend_to_serve(self, title, caching, storage, requests) -> demo.Run:
         (["--mesh", "1,3,1"], "must be multiples of tp=3"),
         (["--page-tokens", "7", "--mesh", "2,1,1"], "page_tokens=7 must be a multiple of cp=2"),
         (["--trace", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--mesh", "1,1,2", "--processes", "3"], "--processes 3 must divide the 2 devices of --mesh"),
+        (["--mesh", "1,1,2", "--processes", "0"], "--processes 0 must divide the 2 devices of --mesh"),
+        (["--storage-grid", "2,2"], "--storage-grid must be three positive numbers cp,tp,pp, not '2,2'"),
+        (["--storage-grid", "1,1,1", "--mesh", "1,1,2"], "storage grid's pp=1 must be a multiple of the mesh's pp=2"),
         (["--requests", "0"], "--requests must be at least 1, not 0"),
         (["--model", "nowhere"], "nowhere"),
     ],
@@ -406,20 +410,20 @@ def _pretend_to_serve(self, title, caching, storage, requests) -> demo.Run:
 )
 def test_demo_says_what_is_wrong(small_demo, capsys, options, reason):
     assert demo.main([*SMALL_DEMO, *options]) == 1
-    assert reason in " ".join(capsys.readouterr().out.split())
+    assert reason in " ".join(capsys.readouterr().err.split())
 
 
 def test_demo_refuses_a_folder_of_somebody_else(small_demo, capsys, monkeypatch, tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
     monkeypatch.setattr(demo.Demo, "serve", _pretend_to_serve)
     assert demo.main([*SMALL_DEMO, "--storage", str(tmp_path)]) == 1
-    assert "belongs to something else" in " ".join(capsys.readouterr().out.split())
+    assert "belongs to something else" in " ".join(capsys.readouterr().err.split())
 
 
 def test_demo_says_that_a_request_does_not_fit(small_demo, capsys, monkeypatch):
     monkeypatch.setattr(Server, "warmup", lambda self: None)  # it does not come to running the model
     assert demo.main([*SMALL_DEMO, "--device-pages", "2"]) == 1
-    assert "tokens does not fit the device" in " ".join(capsys.readouterr().out.split())
+    assert "tokens does not fit the device" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(
@@ -430,12 +434,25 @@ def test_demo_names_the_unreadable_line_of_a_trace(small_demo, capsys, tmp_path,
     good = '{"timestamp": 0, "input_length": 1000, "output_length": 1, "hash_ids": [1, 2]}'
     trace.write_text(f"{good}\n{line}\n")
     assert demo.main([*SMALL_DEMO, "--trace", str(trace)]) == 1
-    assert "trace.jsonl:2" in "".join(capsys.readouterr().out.split())
+    assert "trace.jsonl:2" in "".join(capsys.readouterr().err.split())
 
 
 def test_demo_help_names_every_option(capsys):
     with pytest.raises(SystemExit, match="0"):
         demo.main(["--help"])
     text = capsys.readouterr().out
-    for option in ("model", "trace", "requests", "mesh", "device-pages", "host-pages", "storage", "no-cache", "json"):
+    for option in (
+        "model",
+        "trace",
+        "requests",
+        "mesh",
+        "processes",
+        "coordinator",
+        "storage-grid",
+        "device-pages",
+        "host-pages",
+        "storage",
+        "no-cache",
+        "json",
+    ):
         assert f"--{option}" in text

@@ -1,0 +1,28 @@
+"""Ending a process that other ranks have left: nothing of a normal exit may be waited for."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from typing import NoReturn
+
+import jax
+
+from jaxcache.runtime import bulletin
+
+LEAVE_S = 1.0
+
+
+def end_process(error: BaseException) -> NoReturn:
+    """Prints the error with its traceback and ends this process at once, with code 1; for RankUnresponsive.
+
+    A normal exit would wait: jax for all processes, minutes, and then it aborts; Python for threads that wait for what
+    a dead rank owes. Neither `finally` nor `atexit` runs. Process 0 goes after those that have reported, LEAVE_S later
+    at most, since jax aborts the others when it goes.
+    """
+    traceback.print_exception(error)
+    sys.stderr.flush()
+    sys.stdout.flush()
+    bulletin.leave(jax.process_index(), LEAVE_S)
+    os._exit(1)

@@ -1,0 +1,94 @@
+"""A serving loop of several processes, in which one goes wrong; run by test_fleet_failures.py.
+
+argv: {"steps", "model": whether there is one, "halts" or "corrupts": a process, "at": a step}
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import replace
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import jaxcache
+from jaxcache.testing.processes import join
+
+KV = jaxcache.FieldSpec("kv", (2, 2, 4, 1, 8), "float32", ("layers", None, "slots", "heads", None))
+CONFIG = jaxcache.CacheConfig(page_tokens=4, device_pages=64, host_pages=32, agreement_timeout_s=5.0)
+PROMPT = list(range(32))
+
+
+def mesh_of_all() -> Mesh:
+    axis_types = (jax.sharding.AxisType.Auto,) * 3
+    return Mesh(np.array(jax.devices()).reshape(1, 1, -1), ("cp", "tp", "pp"), axis_types=axis_types)
+
+
+def model_step(mesh: Mesh):
+    """() -> an array that is ready when the step is, which needs all ranks."""
+    rows = NamedSharding(mesh, PartitionSpec("pp"))
+    x = np.ones((mesh.size * 64, 64), np.float32)
+    sharded = jax.make_array_from_callback(x.shape, rows, lambda index: x[index])
+    local = jax.shard_map(lambda a: jax.lax.psum(a @ a.T @ a, "pp"), mesh=mesh, in_specs=rows.spec, out_specs=rows.spec)
+    program = jax.jit(local)
+    return lambda: program(sharded)
+
+
+def serve(cache: jaxcache.Cache, index: int, plan: dict) -> None:
+    run, pools = model_step(cache.mesh) if plan["model"] else None, cache.init_pools()
+    namespace = cache.new_namespace(model="test")
+    for step in range(plan["steps"]):
+        pools = cache.step(pools)
+        if step == plan["at"] and index == plan.get("corrupts"):
+            (node,) = namespace_root(cache, namespace).children.values()
+            namespace_root(cache, namespace).children.clear()
+            print(f"lost {node.end} tokens", flush=True)
+        lease = cache.admit(cache.sequence([*PROMPT, step], namespace), num_new_tokens=1)
+        pools = cache.apply(pools)
+        if step == plan["at"] and index == plan.get("halts"):
+            print("halts", flush=True)
+            time.sleep(600)
+        if run is not None:
+            cache.wait(run())
+        cache.grow(lease, lease.num_cached_tokens, len(PROMPT) + 1 - lease.num_cached_tokens)
+        cache.insert(lease, len(PROMPT) + 1)
+        cache.release(lease)
+        print(f"finished step {step}", flush=True)
+
+
+def namespace_root(cache: jaxcache.Cache, namespace: jaxcache.Namespace):
+    return cache.core.tiers.tree.root(namespace)
+
+
+def start(index: int) -> None:
+    """Caches of processes that disagree about their settings."""
+    component, mesh = jaxcache.FullAttention("full", (KV,)), mesh_of_all()
+    own = replace(CONFIG, device_pages=64 - 16 * index, host_pages=8 + index)
+    with jaxcache.Cache([component], mesh, own) as cache:
+        print(cache.device_pages, cache.config.host_pages, cache.init_pools()["full"]["kv"].shape[0], flush=True)
+    for components, config in (
+        ([component], replace(CONFIG, max_states_per_path=4 + index)),
+        ([replace(component, name=f"full{index}")], CONFIG),
+    ):
+        try:
+            jaxcache.Cache(components, mesh, config)
+        except jaxcache.RanksDiverged as error:
+            print(error, flush=True)
+
+
+def main() -> None:
+    index, plan = join(), json.loads(sys.argv[1])
+    if "steps" not in plan:
+        return start(index)
+    try:
+        with jaxcache.Cache([jaxcache.FullAttention("full", (KV,))], mesh_of_all(), CONFIG) as cache:
+            serve(cache, index, plan)
+    except (jaxcache.RankUnresponsive, jaxcache.RanksDiverged) as error:
+        jaxcache.end_process(error)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""One process of a fleet of the tests: `python -m tests.multiprocess.rank JOB`. Prints one line of JSON: its result.
+
+    join -> mesh over all processes -> the parts of the job, under the thread guard, everybody at a pace of his own
+
+Every assertion of a part is made in every process.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh
+
+import jaxcache
+from jaxcache.runtime.job_graph import JobGraph
+from jaxcache.storage import file
+from jaxcache.testing.processes import join
+from tests import strict_jax
+from tests.models.serving import Driver, Rig, conversations, rig_on, serve
+from tests.models.turns import TIERS, check_turns, uncached_turns
+
+MESH_AXES = ("cp", "tp", "pp")
+MAX_LAG_S = 0.004
+SIGNS = slice(file.HEADER_BYTES + 3, None, 4)  # of the float32 in a value's file
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a fleet does.
+
+    shape:   of the mesh
+    across:  its axes, the first of which goes across processes
+    parts:   names in PARTS, done one after the other on the same storage
+    storage: folder of the storage that all share
+    """
+
+    shape: tuple[int, int, int]
+    parts: tuple[str, ...]
+    storage: str
+    across: tuple[str, ...] = MESH_AXES
+    grid: tuple[int, int, int] | None = None
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+@dataclass
+class Fleet:
+    """This process's view: a rig, a storage, and a random lag of its own."""
+
+    job: Job
+    rig: Rig
+    lag: random.Random
+
+    def dawdle(self) -> None:
+        if self.lag.random() < 0.5:
+            time.sleep(self.lag.random() * MAX_LAG_S)
+
+    def cache(self, **changes: Any) -> jaxcache.Cache:
+        return self.rig.cache(jaxcache.FileStorage(self.job.storage), storage_grid=self.job.grid, **changes)
+
+
+def lag_behind(fleet: Fleet) -> None:
+    """From now on every job of the data plane begins late, by as much as this process likes."""
+    submit = JobGraph.submit
+
+    def late(graph: JobGraph, work: Callable[[], Any], after=()):
+        def dawdle_and_work():
+            fleet.dawdle()
+            return work()
+
+        return submit(graph, dawdle_and_work, after)
+
+    JobGraph.submit = late
+
+
+# ---- parts
+
+
+def serve_conversations(fleet: Fleet) -> dict[str, Any]:
+    """All conversations through `models.serve`."""
+    requests = conversations()
+    with fleet.cache() as cache:
+        server = fleet.rig.server(cache)
+        server.warmup()
+        num_compiles, step = jaxcache.compile_count(), server.step
+
+        def late_step():
+            fleet.dawdle()
+            return step()
+
+        server.step = late_step
+        outputs = serve(server, requests)
+        num_compiles = jaxcache.compile_count() - num_compiles
+        server.pools = cache.drain(server.pools)
+        hits = {tier: sum(r.hit_tokens[tier] for r in requests) for tier in TIERS}
+        assert isinstance(cache.storage, jaxcache.FileStorage)
+        corrupt = cache.storage.stats()["corrupt"]
+        return {
+            "outputs": outputs,
+            "hits": hits,
+            "digest": cache.core.digest,
+            "num_compiles": num_compiles,
+            "corrupt": corrupt,
+        }
+
+
+def r10(fleet: Fleet) -> dict[str, Any]:
+    """The conversation that branches, from every tier, is answered as without a cache. Before anything is stored."""
+    want = uncached_turns(fleet.rig)
+    digests = []
+    for tier in TIERS:
+        with fleet.cache() if tier == "storage" else fleet.rig.cache() as cache:
+            driver = Driver(fleet.rig, cache)
+            check_turns(driver, tier, want)
+            driver.drain()
+            digests.append(cache.core.digest)
+    return {"outputs": [answer.tokens for answer in want], "digests": digests}
+
+
+def spoil_storage(fleet: Fleet) -> dict[str, Any]:
+    """One process changes the sign of every number; all wait for it."""
+    if jax.process_index() == 0:
+        for path in Path(fleet.job.storage, "values").glob("*/*"):
+            content = np.fromfile(path, np.uint8)
+            content[SIGNS] ^= 0x80
+            content.tofile(path)
+    multihost_utils.sync_global_devices("spoilt")
+    return {}
+
+
+def believe_storage(fleet: Fleet) -> dict[str, Any]:
+    """From now on this process takes any value for good: what the comparison of tokens must notice."""
+    file.check = lambda header, key, payload: True
+    return {}
+
+
+PARTS = {part.__name__: part for part in (serve_conversations, r10, spoil_storage, believe_storage)}
+
+
+def mesh_of(job: Job) -> Mesh:
+    sizes = dict(zip(MESH_AXES, job.shape, strict=True))
+    grid = np.array(jax.devices()).reshape([sizes[axis] for axis in job.across])
+    grid = grid.transpose([job.across.index(axis) for axis in MESH_AXES])
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def main(job: Job) -> None:
+    index = join()
+    strict_jax.configure()
+    with jax.thread_guard(True):
+        fleet = Fleet(job, rig_on(mesh_of(job)), random.Random(f"lag {index}"))
+        lag_behind(fleet)
+        results = [PARTS[part](fleet) for part in job.parts]
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    read = json.loads(sys.argv[1])
+    main(Job(**{name: tuple(value) if isinstance(value, list) else value for name, value in read.items()}))

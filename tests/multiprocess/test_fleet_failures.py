@@ -1,0 +1,103 @@
+"""Processes that die, stop, or differ: the others end, soon, and say why."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from jaxcache.testing.processes import Exit, Processes
+
+pytestmark = pytest.mark.multiprocess
+
+ROOT = Path(__file__).parents[2]
+LOOP = str(Path(__file__).parent / "fleet_loop.py")
+TIMEOUT_S = 5.0  # agreement_timeout_s of fleet_loop.py
+START_S = 60.0
+AT = 3
+
+
+def fleet(num_processes: int, **plan) -> Processes:
+    return Processes([LOOP, json.dumps(plan)], num_processes, env={"PYTHONPATH": str(ROOT)})
+
+
+def fail(
+    num_processes: int, victim: int, model: bool, end: Callable[[Processes, int], None]
+) -> tuple[list[Exit], float]:
+    """One process halts in step AT and is then ended. Returns the others' ends, and how long after they came."""
+    with fleet(num_processes, steps=50, model=model, halts=victim, at=AT) as processes:
+        deadline = time.monotonic() + START_S
+        while "halts" not in processes.stdout(victim):
+            assert not processes.has_ended(victim), processes.stderr(victim)
+            assert time.monotonic() < deadline, processes.stderr(victim)
+            time.sleep(0.01)
+        start = time.monotonic()
+        end(processes, victim)
+        others = [index for index in range(num_processes) if index != victim]
+        while any(not processes.has_ended(index) for index in others) and time.monotonic() < start + 3 * TIMEOUT_S:
+            time.sleep(0.01)
+        seconds = time.monotonic() - start
+        exits = processes.wait(0.0)
+    return [exits[index] for index in others], seconds
+
+
+def assert_names_step(exit: Exit, model: bool) -> None:
+    """A step of the model needs all ranks at once; an agreement is read one step later, if it did not fail before."""
+    steps = f"{AT + 1}" if model else f"[{AT + 1}{AT + 2}]"  # the cache counts its steps from 1
+    assert re.search(
+        rf"step {steps}, digest 0x[0-9a-f]{{16}}, last decision .* in step {steps}, last agreed", exit.stderr
+    )
+
+
+@pytest.mark.parametrize("model", [False, True], ids=["agreement", "model"])
+@pytest.mark.parametrize("end", [Processes.kill, Processes.stop])
+def test_a_process_that_dies_or_stops_is_reported_by_all_others(end, model):
+    exits, seconds = fail(3, 2, model, end)
+    what = "a computation" if model else "the agreement"
+    assert seconds < TIMEOUT_S + 1
+    for exit in exits:
+        assert (exit.code, exit.was_ended) == (1, False), exit.stderr
+        assert f"jaxcache.types.RankUnresponsive: {what}" in exit.stderr
+        assert re.search(r"nothing was heard within 1 s of: process (0, |1, )?2\n", exit.stderr)
+        assert_names_step(exit, model)
+        if end is Processes.kill:  # whoever is not connected to the dead process may notice later
+            assert f"RankUnresponsive: {what} failed: UNKNOWN: Gloo" in exit.stderr
+        else:
+            assert f"RankUnresponsive: {what} was not ready after 4 s" in exit.stderr
+            assert f"\n  process {1 - exit.index}: {what} was not ready" in exit.stderr
+
+
+@pytest.mark.parametrize("model", [False, True], ids=["agreement", "model"])
+def test_when_the_coordinators_process_dies_the_others_have_reported_before_jax_aborts_them(model):
+    exits, seconds = fail(3, 0, model, Processes.kill)
+    assert seconds < TIMEOUT_S
+    for exit in exits:
+        assert exit.code in (1, -signal.SIGABRT), exit.stderr
+        assert f"jaxcache: process {exit.index}: " in exit.stderr
+        assert_names_step(exit, model)
+
+
+def test_a_tree_that_was_damaged_in_one_process_ends_all_within_two_steps():
+    with fleet(2, steps=50, model=True, corrupts=1, at=AT) as processes:
+        exits = processes.wait(START_S)
+    for exit in exits:
+        assert (exit.code, exit.was_ended) == (1, False), exit.stderr
+        assert "jaxcache.types.RanksDiverged" in exit.stderr
+        assert f"finished step {AT + 1}\n" in exit.stdout
+        assert f"finished step {AT + 2}\n" not in exit.stdout
+        assert f"first difference: decision 0 of step {AT + 1}: process 0: admit(4, 32, " in exit.stderr
+        assert "; process 1: admit(4, 0, " in exit.stderr
+
+
+def test_capacities_become_the_smallest_and_other_differences_are_refused():
+    with fleet(2) as processes:
+        exits = processes.check(START_S)
+    for exit in exits:
+        assert "{'full': 48} {'full': 8} 48" in exit.stdout
+        assert "config.max_states_per_path differs: process 0: 4; process 1: 5" in exit.stdout
+        assert "components differs: process 0: ['full0']; process 1: ['full1']" in exit.stdout

@@ -1,0 +1,209 @@
+"""The reports that end serving, and what ranks agree on at start, in one process."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+import jaxcache
+from jaxcache.runtime import carried, start_agreement
+from jaxcache.runtime.fleet import Fleet, State, different
+from jaxcache.runtime.lanes import DIGEST_LANES
+from jaxcache.runtime.reduction import LocalReduction
+from jaxcache.runtime.start_agreement import NUM_UNANIMOUS, agree_on_start
+from jaxcache.types import RanksDiverged, RankUnresponsive
+
+KV = jaxcache.FieldSpec("kv", (2, 2, 4, 1, 8), "float32", ("layers", None, "slots", "heads", None))
+COMPONENT = jaxcache.FullAttention("full", (KV,))
+CONFIG = jaxcache.CacheConfig(page_tokens=4, device_pages=64, host_pages={"full": 8}, agreement_timeout_s=0.5)
+DECISIONS = [(3, "admit", 4, 32, 9), (3, "release", 4, 0, 0)]
+STATE = State(3, 0xABC, "last agreed in step 2 on transfers [7]", 2, DECISIONS, {"nodes": 5, "leases": 0})
+
+
+@pytest.fixture
+def cache(make_mesh):
+    with jaxcache.Cache([COMPONENT], make_mesh(), CONFIG) as cache:
+        yield cache
+
+
+class Others:
+    """A bulletin on which others have said the same as this process, with some changes."""
+
+    why_silent = ""
+
+    def __init__(self, *changes: dict | None):
+        self.changes = dict(enumerate(changes, 1))
+
+    def exchange(self, kind, process, text, processes, timeout_s):
+        said = {p: json.dumps(json.loads(text) | change) for p, change in self.changes.items() if change is not None}
+        return {process: text, **said}
+
+
+def fleet_with(make_mesh, *changes) -> Fleet:
+    fleet = Fleet(make_mesh(), 60.0, "test")
+    fleet.processes = list(range(len(changes) + 1))
+    fleet._bulletin = Others(*changes)
+    return fleet
+
+
+def test_unresponsive_says_so_at_once_and_names_the_silent(make_mesh, capsys):
+    fleet = fleet_with(make_mesh, None, None)
+    report = fleet.unresponsive("the agreement", RankUnresponsive("was not ready after 4 s"), STATE)
+    own = "the agreement was not ready after 4 s; step 3, digest 0x0000000000000abc, last decision release(4, 0, 0)"
+    assert capsys.readouterr().err == f"jaxcache: process 0: {own} in step 3, {STATE.agreed}\n"
+    assert f"\n  process 0: {own}" in str(report)
+    assert str(report).endswith("nothing was heard within 2 s of: process 1, 2")
+
+
+def test_diverged_names_the_first_difference(make_mesh):
+    other = {"log": [DECISIONS[0], (3, "release", 5, 0, 0)], "counts": {"nodes": 4, "leases": 0}}
+    report = str(fleet_with(make_mesh, {}, other).diverged(RanksDiverged("step=3: differ"), STATE))
+    assert "process 0: release(4, 0, 0); process 1: release(4, 0, 0); process 2: release(5, 0, 0)" in report
+    assert "first difference: decision 1 of step 3" in report
+    assert "nodes differs: process 0: 5; process 1: 5; process 2: 4" in report
+    assert "leases" not in report
+    assert "last agreed in step 2 on transfers [7]" in report
+
+
+def test_diverged_without_a_decision_that_differs(make_mesh):
+    report = str(fleet_with(make_mesh, {"counts": {"nodes": 4}}).diverged(RanksDiverged("x"), STATE))
+    assert "first difference: none since step 2" in report
+
+
+@pytest.mark.parametrize("timeout_s", [0.1, 5.0, 60.0])
+def test_the_bound_holds_waiting_and_listening(make_mesh, timeout_s):
+    fleet = Fleet(make_mesh(), timeout_s, "test")
+    assert fleet.wait_s + fleet.listen_s == pytest.approx(timeout_s)
+    assert 0 < fleet.listen_s < fleet.wait_s
+
+
+def test_different():
+    assert different({0: {"a": 1, "b": 2}, 1: {"a": 1}}) == ["b differs: process 0: 2; process 1: None"]
+    assert different({0: {"a": 1}, 1: {"a": 1}}) == []
+
+
+# ---- at start
+
+
+def other_rank(monkeypatch, change) -> None:
+    """Reduces with a second rank whose row is this one's, changed."""
+
+    class WithOther(LocalReduction):
+        def finish(self, timeout_s):
+            other = self._reduced.copy()
+            change(other)
+            return np.minimum(self._reduced, other)
+
+    monkeypatch.setattr(start_agreement, "reduction_of", lambda mesh: WithOther)
+
+
+def test_one_process_keeps_its_config(make_mesh):
+    assert agree_on_start([COMPONENT], make_mesh(), CONFIG, None).config == CONFIG
+
+
+def test_the_smallest_capacities_are_used_before_anything_is_allocated(make_mesh, monkeypatch):
+    def change(row):
+        row[DIGEST_LANES] = 48
+
+    other_rank(monkeypatch, change)
+    with jaxcache.Cache([COMPONENT], make_mesh(), CONFIG) as cache:
+        assert cache.config == replace(CONFIG, device_pages={"full": 48})
+        assert cache.init_pools()["full"]["kv"].shape[0] == cache.device_pages["full"] == 48
+
+
+def test_larger_capacities_of_others_change_nothing(make_mesh, monkeypatch):
+    def change(row):
+        row[DIGEST_LANES : DIGEST_LANES + 2] += 1
+
+    other_rank(monkeypatch, change)
+    assert agree_on_start([COMPONENT], make_mesh(), CONFIG, None).config == CONFIG
+
+
+def test_other_settings_are_refused_before_anything_is_allocated(make_mesh, monkeypatch):
+    def change(row):
+        row[0] -= 1
+
+    other_rank(monkeypatch, change)
+    monkeypatch.setattr("jaxcache.cache.PrefixCache", None)
+    with pytest.raises(RanksDiverged, match="the ranks' settings differ"):
+        jaxcache.Cache([COMPONENT], make_mesh(), CONFIG)
+
+
+def test_every_setting_but_the_capacities_counts(make_mesh):
+    mesh = make_mesh()
+    base = start_agreement.settings([COMPONENT], mesh, CONFIG, None)
+    assert base == start_agreement.settings([COMPONENT], mesh, replace(CONFIG, device_pages=1, host_pages=0), None)
+    share = jaxcache.TenantShare(floor=0.1)
+    changed = {
+        "config.page_tokens": ([COMPONENT], mesh, replace(CONFIG, page_tokens=8), None),
+        "config.tenants": ([COMPONENT], mesh, replace(CONFIG, tenants={"a": share}), None),
+        "mesh": ([COMPONENT], make_mesh(2, 1, 1), CONFIG, None),
+        "storage": ([COMPONENT], mesh, CONFIG, jaxcache.MemoryStorage()),
+        "component full": ([replace(COMPONENT, fields=(replace(KV, dtype="float16"),))], mesh, CONFIG, None),
+    }
+    for name, args in changed.items():
+        assert [line.split(" differs")[0] for line in different({0: base, 1: start_agreement.settings(*args)})] == [
+            name
+        ]
+    one, other = ({"a": share, "b": jaxcache.TenantShare()}, {"b": jaxcache.TenantShare(), "a": share})
+    assert start_agreement.settings([COMPONENT], mesh, replace(CONFIG, tenants=one), None) == start_agreement.settings(
+        [COMPONENT], mesh, replace(CONFIG, tenants=other), None
+    )
+
+
+def test_too_many_components(make_mesh):
+    components = [replace(COMPONENT, name=f"c{i}") for i in range(65)]
+    with pytest.raises(ValueError, match="65 components"):
+        agree_on_start(components, make_mesh(), CONFIG, None)
+    assert NUM_UNANIMOUS >= DIGEST_LANES + 2 * 64
+
+
+# ---- in the loop
+
+
+def test_the_agreement_that_does_not_come_ends_the_loop_with_a_report(cache, monkeypatch):
+    cache._controller.fleet.processes = [0, 1]
+    pools = cache.step(cache.init_pools())
+
+    def never(timeout_s):
+        assert timeout_s == pytest.approx(0.4)
+        raise RankUnresponsive(f"was not ready after {timeout_s:g} s")
+
+    monkeypatch.setattr(cache._controller.agreement._reduction, "finish", never)
+    with pytest.raises(RankUnresponsive, match=r"the agreement was not ready after 0.4 s(.|\n)*step 1, digest"):
+        cache.step(pools)
+    monkeypatch.setattr(cache.engine, "close", None)
+    cache.close()  # joins nobody: threads may wait for ever
+
+
+def test_wait_returns_what_it_was_given(cache):
+    pools = cache.init_pools()
+    tree = {"pools": pools, "numpy": np.ones(2), "none": None}
+    assert cache.wait(tree) is tree
+
+
+def test_in_one_process_an_error_is_nobody_elses(cache, monkeypatch):
+    own = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    def fails(arrays, timeout_s):
+        raise RankUnresponsive(f"failed: {own}") from own
+
+    monkeypatch.setattr("jaxcache.runtime.controller.wait_until_ready", fails)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        cache.wait(jax.numpy.ones(2))
+    cache._controller.fleet.processes = [0, 1]
+    with pytest.raises(RankUnresponsive, match="a computation failed: RESOURCE_EXHAUSTED"):
+        cache.wait(jax.numpy.ones(2))
+
+
+def test_the_digest_sees_a_tree_that_was_damaged_before_anything_is_decided(cache):
+    before = cache.core.digest, carried.digest(cache.core)
+    assert carried.digest(cache.core) == before[1]
+    cache.core.tiers.device[0].allocator.num_free -= 1
+    assert cache.core.digest == before[0]
+    assert carried.digest(cache.core) != before[1]
+    cache.core.tiers.device[0].allocator.num_free += 1

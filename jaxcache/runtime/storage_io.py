@@ -84,7 +84,7 @@ class StorageIO:
     def __init__(
         self,
         host_pools: Mapping[str, HostPool],
-        orders: Mapping[str, HostPageOrder],
+        orders: Mapping[str, HostPageOrder[Job]],
         storage: Storage | None,
         deadline_s: float,
         num_threads: int,

@@ -67,7 +67,7 @@ class TransferEngine:
         self.host_pools = {name: HostPool(layout, host_pages[name], mesh) for name, layout in layouts.items()}
         self.fault: BaseException | None = None
         self._layouts, self._counters = dict(layouts), Counters()
-        self._orders = {name: HostPageOrder() for name in layouts}
+        self._orders = {name: HostPageOrder[Job]() for name in layouts}
         self._copies = JobGraph(num_threads, "jaxcache-copy")
         self._storage_io = StorageIO(self.host_pools, self._orders, storage, deadline_s, num_threads, self._counters)
         self._load_backs: list[_LoadBack] = []

@@ -1,1 +1,1 @@
-"""For testing serving loops: a fake data plane that checks every page it reads, and fleets of local processes."""
+"""For tests of serving loops: ranks in virtual time that check every page they read; traces; local processes."""

@@ -1,225 +1,186 @@
-"""A data plane of one rank without devices: page id -> content, a function of what the page stands for.
+"""A data plane of one rank without devices: page id -> row, a function of what the page stands for.
 
-Every read checks the content, so a page that was freed too early, reused, or loaded to the wrong place is found at the
-first read. Storage I/O advances when `work` is called, in pieces and in any order, and may fail.
+    apply   scatter what earlier steps loaded, once it is there; then the plan, in order:
+            BACKUP     the rows are taken NOW ------ later ------> host pages
+            LOAD_BACK  host pages ------------------ later ------> rows, scattered by an apply of a later step
+            STORE, QUERY, FETCH ------------------------------->  simulated_io.py
+
+Copies end in any order, at any time; the real HostPageOrder says who waits for whom. Every read checks the content, so
+a page that was freed too early, reused, or loaded to the wrong place is found at the first read.
 """
 
 from __future__ import annotations
 
-import random
-from typing import NamedTuple
-
 from jaxcache.core.lease import Lease
 from jaxcache.core.prefix_cache import PrefixCache
-from jaxcache.core.sequence import Sequence
-from jaxcache.types import Move, Outcome, Transfer, TransferKind
+from jaxcache.runtime.backup_merging import merged
+from jaxcache.runtime.host_page_order import HostPageOrder
+from jaxcache.testing.delays import Delays
+from jaxcache.testing.model_step import ModelStep
+from jaxcache.testing.page_content import GARBAGE, RANK
+from jaxcache.testing.simulated_io import Pages, SimulatedIO, check_no_storage
+from jaxcache.testing.simulated_storage import SimulatedStorage
+from jaxcache.testing.storage_faults import StorageFaults
+from jaxcache.testing.virtual_jobs import VirtualJob, VirtualJobs
+from jaxcache.types import Move, TransferKind
 
 
-class Content(NamedTuple):
-    """What a page (or state) of a component holds after the tokens that `key` and `tail` stand for."""
+class BackUp(VirtualJob):
+    """Rows on their way to host pages, which are garbage from when it begins until it ends."""
 
-    component: str
-    key: bytes
-    tail: bytes
+    __slots__ = ("page_ids", "pages", "rows")
 
+    def __init__(self, rows: list[bytes], pages: Pages, page_ids: list[int]):
+        super().__init__()
+        self.rows, self.pages, self.page_ids = rows, pages, page_ids
 
-def content(component: str, sequence: Sequence, num_tokens: int) -> Content:
-    """The content that stands for the first `num_tokens` of a sequence, in its namespace."""
-    whole = num_tokens * 4 // sequence.page_bytes
-    key = sequence.page_keys(whole)[-1] if whole else sequence.namespace.digest
-    return Content(component, key, bytes(sequence.data[whole * sequence.page_bytes : num_tokens * 4]))
+    def begin(self) -> bool:
+        pages = self.pages
+        for page_id in self.page_ids:
+            pages[page_id] = GARBAGE
+        return True
 
-
-class PageJob(NamedTuple):
-    """One page still to be stored or fetched: its place in its move, its host page and its key."""
-
-    component: str
-    place: int
-    page_id: int
-    key: bytes
+    def end(self) -> None:
+        pages = self.pages
+        for page_id, row in zip(self.page_ids, self.rows, strict=True):
+            pages[page_id] = row
 
 
-class FakeIo:
-    """A storage transfer under way."""
+class LoadBack(VirtualJob):
+    """Rows on their way to device pages `targets` of component c, asked for in `step`."""
 
-    def __init__(self, transfer: Transfer, order: random.Random):
-        self.transfer = transfer
-        self.todo: list[PageJob] = []
-        self.good: dict[str, dict[int, None]] = {move.component: {} for move in transfer.moves}
-        for move in transfer.moves:
-            ids = move.src_page_ids if transfer.kind is TransferKind.STORE else move.dst_page_ids
-            if transfer.kind is not TransferKind.QUERY:
-                pages = enumerate(zip(ids.tolist(), move.page_keys, strict=True))
-                self.todo += [PageJob(move.component, place, id, key) for place, (id, key) in pages]
-        if order.random() < 0.5:
-            order.shuffle(self.todo)
-        self.asked = False
-        self.result: dict[str, int] | None = None  # what was said to have come, from the moment it is done
+    __slots__ = ("c", "page_ids", "pages", "rows", "step", "targets")
 
-    def leading(self, component: str) -> int:
-        good = self.good[component]
-        count = 0
-        while count in good:
-            count += 1
-        return count
+    def __init__(self, pages: Pages, page_ids: list[int], c: int, targets: list[int], step: int):
+        super().__init__()
+        self.pages, self.page_ids, self.c, self.targets, self.step = pages, page_ids, c, targets, step
+        self.rows: list[bytes] = []
+
+    def begin(self) -> bool:
+        return True
+
+    def end(self) -> None:
+        self.rows = [self.pages[page_id] for page_id in self.page_ids]
 
 
 class FakePlane:
-    """device, host: component -> page id -> Content. storage: {Content: None}, may be shared by planes.
+    """device, host: by component, page id -> row. jobs: this rank's time. num_waits: how often it waited for a copy."""
 
-    faults: share of storage reads and writes that fail, and chance per step that a transfer passes its deadline
-    """
-
-    def __init__(self, core: PrefixCache, storage: dict[Content, None], seed: int, faults: float = 0.02):
-        self.core = core
-        self.storage = storage
-        self.random = random.Random(seed)
-        self.faults = faults
-        names = [component.name for component in core.components]
-        self.device: dict[str, dict[int, Content]] = {name: {} for name in names}
-        self.host: dict[str, dict[int, Content]] = {name: {} for name in names}
-        self.arriving: list[tuple[str, list[int], list[Content | None]]] = []
-        self.arriving_step = -1
-        self.io: dict[int, FakeIo] = {}
+    def __init__(
+        self,
+        core: PrefixCache,
+        storage: SimulatedStorage,
+        rank: int = 0,
+        faults: StorageFaults | None = None,
+        delays: Delays | None = None,
+    ):
+        self.core, self.rank = core, rank
+        self.delays = delays or Delays()
+        self.jobs = VirtualJobs()
+        tiers = core.tiers
+        self.device: list[Pages] = [[GARBAGE] * device.allocator.num_pages for device in tiers.device]
+        self.host: list[Pages] = [[GARBAGE] * host.allocator.num_pages for host in tiers.host]
+        self.numbers = {component.name: c for c, component in enumerate(core.components)}
+        self.orders = [HostPageOrder[VirtualJob]() for _ in core.components]
+        faults = faults or StorageFaults()
+        self.io = SimulatedIO(
+            rank, self.jobs, self.orders, self.host, self.numbers, storage, faults, self.delays, core.prefetches
+        )
+        self.num_waits = 0
+        self._arriving: list[LoadBack] = []
 
     # ---- plans
 
     def apply(self) -> None:
         """Scatters the load-backs of earlier steps, then carries out the plan in order."""
-        if self.arriving_step < self.core.step_number:
-            self.scatter()
-        for transfer in self.core.take_plan().transfers:
+        transfers = self.core.take_plan().transfers
+        step = self.core.step_number
+        if self._arriving:
+            self._scatter(step)
+        for transfer in merged(transfers) if len(transfers) > 1 else transfers:
             if transfer.kind is TransferKind.BACKUP:
                 for move in transfer.moves:
                     self._back_up(move)
             elif transfer.kind is TransferKind.LOAD_BACK:
-                self.arriving_step = self.core.step_number
                 for move in transfer.moves:
-                    host = self.host[move.component]
-                    loaded = [host.get(id) for id in move.src_page_ids.tolist()]
-                    self.arriving.append((move.component, move.dst_page_ids.tolist(), loaded))
+                    self._load_back(move, step)
             else:
-                self.io[transfer.id] = FakeIo(transfer, self.random)
+                self.io.start(transfer)
 
     def _back_up(self, move: Move) -> None:
-        device, host = self.device[move.component], self.host[move.component]
-        for source, target in zip(move.src_page_ids.tolist(), move.dst_page_ids.tolist(), strict=True):
-            host[target] = device[source]
+        c = self.numbers[move.component]
+        device, order, ids = self.device[c], self.orders[c], move.dst_page_ids
+        targets = ids.tolist()
+        job = BackUp([device[page_id] for page_id in move.src_page_ids.tolist()], self.host[c], targets)
+        after = order.before_write(ids)
+        check_no_storage(after)
+        order.add_writer(ids, job)
+        self.jobs.submit(job, self.delays.copy_us(self.rank, self.core.step_number, targets[0]), after)
 
-    def scatter(self) -> None:
-        for component, ids, loaded in self.arriving:
-            for id, page in zip(ids, loaded, strict=True):
-                assert page is not None, f"a load-back of {component} read a host page that nobody had written"
-                self.device[component][id] = page
-        self.arriving.clear()
+    def _load_back(self, move: Move, step: int) -> None:
+        c = self.numbers[move.component]
+        order, ids = self.orders[c], move.src_page_ids
+        sources = ids.tolist()
+        job = LoadBack(self.host[c], sources, c, move.dst_page_ids.tolist(), step)
+        after = order.before_read(ids)
+        check_no_storage(after)
+        order.add_reader(ids, job)
+        self.jobs.submit(job, self.delays.copy_us(self.rank, step, ~sources[0]), after)
+        self._arriving.append(job)
+
+    def _scatter(self, step: int) -> None:
+        for job in self._arriving:
+            if job.step >= step:
+                continue
+            if not job.is_over:
+                self.num_waits += 1
+                self.jobs.wait(job)
+            device = self.device[job.c]
+            assert GARBAGE not in job.rows, f"rank {self.rank}: a load-back read a host page that nobody had written"
+            for page_id, row in zip(job.targets, job.rows, strict=True):
+                device[page_id] = row
+        self._arriving = [job for job in self._arriving if job.step >= step]
 
     def lose_device(self) -> None:
         """The device and all that is on its way to it are lost."""
-        self.arriving.clear()
-        for pages in self.device.values():
-            pages.clear()
-
-    # ---- storage
-
-    def work(self, num_pages: int) -> None:
-        """Moves up to so many pages of every storage transfer."""
-        unwanted = self.core.unwanted_transfers()
-        for id, io in self.io.items():
-            if id in unwanted and self.random.random() < 0.5:
-                io.todo.clear()  # a worker that was told to stop, some time later
-            for _ in range(min(num_pages, len(io.todo))):
-                self._move_page(io, io.todo.pop(0))
-
-    def _move_page(self, io: FakeIo, job: PageJob) -> None:
-        page = Content(job.component, job.key, b"")
-        host = self.host[job.component]
-        lucky = self.random.random() >= self.faults
-        if io.transfer.kind is TransferKind.STORE:
-            assert host.get(job.page_id) == page, f"STORE read {host.get(job.page_id)} where {page} should be"
-            if lucky:
-                self.storage[page] = None
-                io.good[job.component][job.place] = None
-        elif lucky and page in self.storage:
-            host[job.page_id] = page
-            io.good[job.component][job.place] = None
-        else:
-            host[job.page_id] = Content("torn", job.key, b"")
-
-    def outcomes(self) -> dict[int, Outcome]:
-        """What this rank says about every live storage transfer."""
-        live = self.core.live_transfers()
-        self.io = {id: io for id, io in self.io.items() if id in live}
-        return {id: self._outcome(id) for id in live}
-
-    def _outcome(self, id: int) -> Outcome:
-        io = self.io.get(id)
-        if io is None:  # planned, but not applied yet
-            return Outcome(False, False)
-        if io.transfer.kind is TransferKind.QUERY:
-            if not io.asked and self.random.random() < 0.3:
-                return Outcome(False, True)
-            io.asked = True
-            exists = {
-                move.component: [Content(move.component, key, b"") in self.storage for key in move.page_keys]
-                for move in io.transfer.moves
-            }
-            end = self.core.largest_end(id, exists)
-            return Outcome(True, True, smallest_end=end, largest_end=end)
-        if io.result is None:
-            pages = {move.component: io.leading(move.component) for move in io.transfer.moves}
-            if io.todo and self.random.random() >= self.faults:
-                return Outcome(False, False, pages)
-            io.result = pages  # over, or past its deadline while a thread still reads or writes
-        return Outcome(True, not io.todo, io.result)
+        self._arriving.clear()
+        for pages in self.device:
+            pages[:] = [GARBAGE] * len(pages)
 
     # ---- the model's side
 
-    def model_step(self, lease: Lease, begin: int, end: int) -> None:
-        """Computes tokens [begin, end) of a lease: reads everything that resuming needs, writes the chunk."""
-        core, sequence = self.core, lease.sequence
-        page = core.config.page_tokens
-        for c, component in enumerate(core.components):
-            name = component.name
-            if c == core.tiers.point:
-                self._state_step(name, lease, begin, end)
-                continue
-            table = lease.page_tables[name].tolist()
-            for i in range(core.tiers.required_start(c, begin) // page, -(-begin // page)):
-                self.read(name, table[i], content(name, sequence, min(begin, (i + 1) * page)))
-            for i in range(begin // page, -(-end // page)):
-                self.write(name, table[i], content(name, sequence, min(end, (i + 1) * page)))
+    def model_step(self, lease: Lease, step: ModelStep) -> None:
+        """Computes the next tokens of a lease: reads everything that resuming needs, writes the chunk."""
+        suffix = RANK[self.rank]
+        tables = lease.page_tables
+        for c, first, pages in step.reads:
+            ids = tables[self.core.components[c].name][first : first + len(pages)].tolist()
+            self._read(c, ids, [page + suffix for page in pages])
+        for c, first, pages in step.writes:
+            device = self.device[c]
+            for page_id, page in zip(tables[self.core.components[c].name][first:].tolist(), pages, strict=False):
+                device[page_id] = page + suffix
+        if step.state_after is not None:
+            self._state_step(lease, step)
 
-    def _state_step(self, name: str, lease: Lease, begin: int, end: int) -> None:
-        sequence = lease.sequence
-        assert lease.write_slot is not None
-        if begin:
-            first = begin == lease.num_cached_tokens
-            slot = lease.read_slot if first else lease.write_slot
+    def _state_step(self, lease: Lease, step: ModelStep) -> None:
+        c, suffix = self.core.tiers.point, RANK[self.rank]
+        assert c is not None and lease.write_slot is not None and step.state_after is not None
+        if step.state_before is not None:
+            slot = lease.read_slot if step.begin == lease.num_cached_tokens else lease.write_slot
             assert slot is not None
-            self.read(name, slot, content(name, sequence, begin))
-        self.write(name, lease.write_slot, content(name, sequence, end))
-        if end in lease.checkpoints:
-            self.write(name, lease.checkpoints[end], content(name, sequence, end))
+            self._read(c, [slot], [step.state_before + suffix])
+        self.device[c][lease.write_slot] = step.state_after + suffix
+        if step.end in lease.checkpoints:
+            self.device[c][lease.checkpoints[step.end]] = step.state_after + suffix
 
-    def read(self, component: str, page_id: int, expected: Content) -> None:
-        found = self.device[component].get(page_id)
-        assert found == expected, f"a model step read {found} from page {page_id}, {expected} should be there"
-
-    def write(self, component: str, page_id: int, page: Content) -> None:
-        self.device[component][page_id] = page
-
-
-def reduce(outcomes: list[dict[int, Outcome]]) -> dict[int, Outcome]:
-    """What the agreement of several ranks gives: minima, and the two ends of a QUERY."""
-    agreed = {}
-    for id in outcomes[0]:
-        rows = [ranks[id] for ranks in outcomes]
-        components = {name: None for row in rows for name in row.pages}
-        agreed[id] = Outcome(
-            all(row.done for row in rows),
-            all(row.quiet for row in rows),
-            {name: min(row.pages.get(name, 0) for row in rows) for name in components},
-            min(row.smallest_end for row in rows),
-            max(row.largest_end for row in rows),
-        )
-    return agreed
+    def _read(self, c: int, page_ids: list[int], expected: list[bytes]) -> None:
+        device = self.device[c]
+        found = [device[page_id] for page_id in page_ids]
+        if found != expected:
+            where = next(i for i, row in enumerate(expected) if i >= len(found) or found[i] != row)
+            name = self.core.components[c].name
+            raise AssertionError(
+                f"rank {self.rank}: a model step read page {where} of {len(expected)} of {name}, id "
+                f"{page_ids[where : where + 1]}: {found[where : where + 1]}, {expected[where]} should be there"
+            )

@@ -1,12 +1,16 @@
 """A serving loop without a model: requests come, are admitted, run, branch, are aborted, on one or several ranks.
 
-Every rank has the real core and its own fake data plane with its own delays and faults; all get the same calls. After
-each step the digests are equal, and every page that a model step would read has the content it should have.
+Every rank has the real core, and its own fake data plane with its own delays and faults; all get the same calls, and
+tell each other what the product's lanes and reduction carry, one step late. After each step the digests are equal, and
+every page that a model step would read has the content it should have.
 """
 
 from __future__ import annotations
 
 import random
+from collections import Counter
+
+import numpy as np
 
 from jaxcache.components.base import Component
 from jaxcache.config import CacheConfig
@@ -14,47 +18,64 @@ from jaxcache.core.lease import Lease
 from jaxcache.core.page_hash import Namespace
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.core.sequence import Sequence
-from jaxcache.core.ticket import Ticket
-from jaxcache.testing.fake_plane import Content, FakePlane, content, reduce
-from jaxcache.types import Outcome
+from jaxcache.runtime.lanes import Lanes
+from jaxcache.testing.delays import Delays
+from jaxcache.testing.exchange import Exchange
+from jaxcache.testing.fake_plane import FakePlane
+from jaxcache.testing.model_step import model_step
+from jaxcache.testing.request import Request
+from jaxcache.testing.simulated_storage import SimulatedStorage
+from jaxcache.testing.storage_faults import StorageFaults
+from jaxcache.testing.virtual_rank import VirtualRank
 
-TENANTS = ("a", "b")  # whose namespaces these are, where tenants have limits
-
-
-class Request:
-    """One request on every rank."""
-
-    def __init__(self, tokens: list[int], sequences: list[Sequence], tickets: list[Ticket | None], num_output: int):
-        self.tokens = tokens
-        self.sequences = sequences
-        self.tickets = tickets
-        self.num_output = num_output
-        self.leases: list[Lease] = []
-        self.num_computed = 0
+TENANTS = ("a", "b", "c")  # whose namespaces these are, where tenants have limits
+REMEMBERED = 40
+MAX_WIND_DOWN = 2000
 
 
 class Scenario:
-    """waiting, running: requests. finished: token lists to branch from. published: what may ever be found."""
+    """waiting, running: requests. finished: token lists to branch from. published: keys of what may ever be found."""
 
-    def __init__(self, components: tuple[Component, ...], config: CacheConfig, seed: int, num_ranks: int = 1):
+    def __init__(
+        self,
+        components: tuple[Component, ...],
+        config: CacheConfig,
+        seed: int,
+        mesh_shape: tuple[int, int, int] = (1, 1, 1),
+        faults: StorageFaults | None = None,
+        delays: Delays | None = None,
+    ):
         self.random = random.Random(seed)
+        self.counts: Counter[str] = Counter()  # what only the loop knows
+        num_ranks = mesh_shape[0] * mesh_shape[1] * mesh_shape[2]
+        self.faults = faults or StorageFaults(seed, num_ranks)
+        self.delays = delays or Delays(seed)
+        self.storage = SimulatedStorage(num_ranks, len(components))
         self.cores = [PrefixCache(components, config) for _ in range(num_ranks)]
-        storages: list[dict[Content, None]] = [{} for _ in range(num_ranks)]
-        pairs = enumerate(zip(self.cores, storages, strict=True))
-        self.planes = [FakePlane(core, storage, seed * 97 + rank) for rank, (core, storage) in pairs]
-        for core in self.cores:
-            if core.tiers.has_host:
-                core.attachment.attach()
+        self.planes = [
+            FakePlane(core, self.storage, rank, self.faults, self.delays) for rank, core in enumerate(self.cores)
+        ]
+        lanes = Lanes(tuple(component.name for component in components), config.max_live_transfers)
+        self.exchange = Exchange(dict(zip(("cp", "tp", "pp"), mesh_shape, strict=True)), lanes.num_unanimous)
+        self.ranks = [VirtualRank(core, plane, lanes) for core, plane in zip(self.cores, self.planes, strict=True)]
+        self.agreed: np.ndarray | None = None
+        if self.core.tiers.has_host:
+            self.attach()
         self.namespaces: list[list[Namespace]] = []
+        self.num_namespaces = 2
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.finished: list[tuple[int, list[int]]] = []
-        self.published: dict[Content, None] = {}
-        self.previous: dict[int, Outcome] = {}
+        self.published: dict[bytes, None] = {}
         self.weights_version = 0
         self.cap_chance = 0.1  # of asking for less than what is cached
         self.wish_chance = 0.0  # of inserting with a priority or a retention
-        self.wishes = random.Random(seed + 1)
+        self.decode_tokens: tuple[int, ...] = (1,)  # per model step, one of these
+        self.chunk_tokens: tuple[int, ...] = (1, config.page_tokens, 1000)  # of a prompt, one of these
+        self.insert_chance, self.stop_insert_chance = 0.6, 1.0  # of publishing after a chunk; and where it had to end
+        self.max_new_tokens, self.max_output_tokens = 3 * config.page_tokens, 2 * config.page_tokens
+        self.elsewhere_chance = 0.4  # that another replica has stored a prompt
+        self.prefetch_chance = 0.4  # of asking storage all the same
         self.vocabulary = self.random.choice([2, 3, 50])
 
     @property
@@ -65,23 +86,30 @@ class Scenario:
     # ---- steps
 
     def step(self) -> None:
-        """Storage moves on, the outcomes of the step before are agreed, the plan is applied."""
+        """Time passes, differently on every rank; outcomes of the step before are agreed, the next ones exchanged."""
+        step = self.core.step_number
+        if self.agreed is not None:  # nobody goes on before the last one has said its part
+            self._all_reach(max(plane.jobs.now_us for plane in self.planes))
         for plane in self.planes:
-            plane.work(plane.random.choice([0, 1, 2, 5, 50]))
-        for core in self.cores:
-            core.commit(self.previous)
-        self.previous = reduce([plane.outcomes() for plane in self.planes])
+            plane.jobs.advance(plane.jobs.now_us + self.delays.step_us(plane.rank, step))
+        agreed = [None] * len(self.ranks) if self.agreed is None else self.agreed
+        self.agreed = self.exchange.reduce([rank.step(row) for rank, row in zip(self.ranks, agreed, strict=True)])
         self._same_digests()
 
+    def _all_reach(self, now_us: int) -> None:
+        for plane in self.planes:
+            plane.jobs.advance(now_us)
+
     def _same_digests(self) -> None:
-        digests = [core.digest for core in self.cores]
-        assert len(set(digests)) == 1, f"I8: {digests=}"
+        digest = self.core.planner.digest
+        for core in self.cores:
+            assert core.planner.digest == digest, f"I8: digests={[core.digest for core in self.cores]}"
 
     def apply(self) -> None:
         for plane in self.planes:
             plane.apply()
 
-    # ---- requests
+    # ---- namespaces
 
     def namespace(self, index: int) -> list[Namespace]:
         while len(self.namespaces) <= index:
@@ -96,6 +124,7 @@ class Scenario:
 
     def retire(self, index: int) -> None:
         """New weights: nothing of the old namespace may be found from now on; who waits or runs in it goes on."""
+        self.counts["retired_namespaces"] += 1
         for core, namespace in zip(self.cores, self.namespace(index), strict=True):
             core.retire_namespace(namespace)
         self.weights_version += 1
@@ -104,53 +133,87 @@ class Scenario:
     # ---- everything at once
 
     def reset(self) -> None:
+        self.counts["resets"] += 1
         for request in list(self.running):
             self.finish(request)
         for core in self.cores:
             core.reset()
 
     def drop_device(self) -> None:
+        self.counts["lost_devices"] += 1
         for request in list(self.running):
             self.finish(request)
         for core, plane in zip(self.cores, self.planes, strict=True):
             core.drop_device()
             plane.lose_device()
 
-    def arrive(self, max_tokens: int) -> None:
+    def attach(self) -> None:
+        """Storage comes, or comes back."""
+        for core, plane in zip(self.cores, self.planes, strict=True):
+            core.attachment.attach()
+            plane.io.is_attached = True
+
+    def detach(self) -> None:
+        """Storage goes, with whatever is in flight."""
+        self.counts["detaches"] += 1
+        for core, plane in zip(self.cores, self.planes, strict=True):
+            core.attachment.detach()
+            plane.io.is_attached = False
+
+    # ---- requests
+
+    def arrive(self, max_tokens: int, seed: int | None = None) -> Request:
         """A new prompt: often a branch of an earlier conversation, inside its prompt or its generated text."""
-        rng = self.random
-        space, tokens = rng.randrange(2), []
+        rng = self.random if seed is None else random.Random(seed)
+        self.counts["arrivals"] += 1
+        space, tokens = rng.randrange(self.num_namespaces), []
         if self.finished and rng.random() < 0.9:
             space, earlier = rng.choice(self.finished[-rng.choice([1, 4, 12]) :])
             tokens = earlier[: rng.choice([len(earlier), rng.randint(0, len(earlier))])]
-        page = self.core.config.page_tokens
         tokens = tokens[: max_tokens - 2]
-        num_new = rng.randint(1, max(1, min(3 * page, max_tokens - len(tokens) - 1)))
+        is_stored = rng.random() < self.elsewhere_chance
+        num_new = self.max_new_tokens * (2 if is_stored else 1)
+        num_new = rng.randint(1, max(1, min(num_new, max_tokens - len(tokens) - 1)))
         tokens = tokens + [rng.randrange(self.vocabulary) for _ in range(num_new)]
-        pairs = zip(self.cores, self.namespace(space), strict=True)
-        sequences = [core.sequence(tokens, namespace) for core, namespace in pairs]
-        if rng.random() < 0.4:
-            self._store_elsewhere(sequences[0])
-        tickets: list[Ticket | None] = [None] * len(self.cores)
-        if rng.random() < 0.6:
-            tickets = [core.prefetch(seq) for core, seq in zip(self.cores, sequences, strict=True)]
-        self.waiting.append(Request(tokens, sequences, tickets, rng.randint(0, 2 * page)))
+        num_output = rng.randint(0, min(self.max_output_tokens, max_tokens - len(tokens)))
+        request = Request(tokens, self._sequences(tokens, space), num_output, rng.getrandbits(32))
+        if is_stored:
+            self._store_elsewhere(request.sequences[0], rng)
+        if is_stored or rng.random() < self.prefetch_chance:
+            request.prefetch(self.cores)
+        self.waiting.append(request)
+        return request
 
-    def _store_elsewhere(self, sequence: Sequence) -> None:
+    def arrive_again(self, request: Request, seed: int) -> None:
+        """Somebody else has the same prompt, at the same time: their prefetches are one."""
+        self.counts["arrivals"] += 1
+        sequences = self._sequences(request.tokens, request.space)
+        twin = Request(list(request.tokens), sequences, request.num_output, seed)
+        twin.prefetch(self.cores)
+        self.waiting.append(twin)
+
+    def _sequences(self, tokens: list[int], space: int) -> list[Sequence]:
+        return [
+            core.sequence(tokens, namespace) for core, namespace in zip(self.cores, self.namespace(space), strict=True)
+        ]
+
+    def _store_elsewhere(self, sequence: Sequence, rng: random.Random) -> None:
         """Another replica has served this prompt and stored most of it."""
-        page = sequence.page_bytes // 4
-        for plane in self.planes:
-            for end in range(page, sequence.num_tokens + 1, page):
-                for component in self.core.components:
-                    if plane.random.random() < 0.98:
-                        self.published[content(component.name, sequence, end)] = None
-                        plane.storage[content(component.name, sequence, end)] = None
+        num_ranks, step = len(self.ranks), self.core.step_number
+        for key in sequence.page_keys(sequence.num_tokens * 4 // sequence.page_bytes):
+            self.published[key] = None
+            for c in range(len(self.core.components)):
+                missing = rng.randrange(20 * num_ranks)
+                for rank in range(num_ranks):
+                    if rank != missing:
+                        is_torn = self.faults.of_page(rank, step, key) == "torn"
+                        self.storage.put_share(rank, c, key, is_torn)
 
     def admit(self, request: Request) -> bool:
         """Admits a waiting request on every rank; a Wait changes nothing."""
-        digest = self.core.digest
-        chunk = self.random.choice([1, self.core.config.page_tokens, 1000])
-        cap = None if self.random.random() >= self.cap_chance else self.random.randint(0, len(request.tokens))
+        digest, rng = self.core.digest, request.random
+        chunk = rng.choice(self.chunk_tokens)
+        cap = None if rng.random() >= self.cap_chance else rng.randint(0, len(request.tokens))
         found = self.core.match(request.sequences[0], cap).num_tokens
         chunk = min(chunk, len(request.tokens) - found)
         answers = [
@@ -171,57 +234,54 @@ class Scenario:
 
     def _check_published(self, request: Request, num_tokens: int) -> None:
         """The simple model: a dictionary of all prefixes that were ever published or stored."""
-        backbone = self.core.components[self.core.tiers.full or 0].name
-        page = self.core.config.page_tokens
-        for end in range(page, num_tokens + 1, page):
-            assert content(backbone, request.sequences[0], end) in self.published, "found what nobody published"
+        for key in request.sequences[0].page_keys(num_tokens // self.core.config.page_tokens):
+            assert key in self.published, "found what nobody published"
 
     def run(self, request: Request) -> None:
         """One model step of one request: reads everything that resuming needs, writes the chunk; then insert, grow."""
-        lease = request.leases[0]
+        lease, rng = request.leases[0], request.random
         if self.core.step_number < lease.first_step or not self.core.plan_is_applied():
             return
         begin = request.num_computed
         stop = lease.next_stop
         end = min(len(request.tokens), lease.num_tokens, stop if stop is not None else lease.num_tokens)
         if end > begin:
-            for plane, each in zip(self.planes, request.leases, strict=True):
-                plane.model_step(each, begin, end)
-            request.num_computed = end
-        finished = end == len(request.tokens) and not request.num_output
-        if self.random.random() < 0.6 or finished or end == stop:
+            self._model_step(request, begin, end)
+        is_finished = end == len(request.tokens) and not request.num_output
+        if rng.random() < (self.stop_insert_chance if end == stop else self.insert_chance) or is_finished:
             self.insert(request)
-        if finished:
+        if is_finished:
             self._check_resumable(request)
             self.finish(request)
             return
         if end == len(request.tokens):
-            request.num_output -= 1
-            token = self.random.randrange(self.vocabulary)
-            request.tokens.append(token)
-            for sequence in request.sequences:
-                sequence.extend([token])
+            num_new = min(request.num_output, rng.choice(self.decode_tokens))
+            request.extend([rng.randrange(self.vocabulary) for _ in range(num_new)])
         self._grow(request)
 
+    def _model_step(self, request: Request, begin: int, end: int) -> None:
+        step = model_step(self.core, request.sequences[0], begin, end)
+        for plane, lease in zip(self.planes, request.leases, strict=True):
+            plane.model_step(lease, step)
+        request.num_computed = end
+
     def _grow(self, request: Request) -> None:
-        room = min(
-            self.random.choice([1, self.core.config.page_tokens, 1000]), len(request.tokens) - request.num_computed
-        )
+        room = request.random.choice(self.chunk_tokens)
+        room = min(room, len(request.tokens) - request.num_computed)
         pairs = zip(self.cores, request.leases, strict=True)
         grown = [core.grow(lease, request.num_computed, room) for core, lease in pairs]
         if not all(grown):
-            self.finish(request)  # retracted
+            assert not any(grown), "R: ranks disagree about the room for a request"
+            self.retract(request)
 
     def insert(self, request: Request) -> None:
         priority = retain_steps = 0
-        if self.wishes.random() < self.wish_chance:
-            priority, retain_steps = self.wishes.choice([0, 1, 5]), self.wishes.choice([0, 1, 5, 30])
+        if request.random.random() < self.wish_chance:
+            priority, retain_steps = request.random.choice([0, 1, 5]), request.random.choice([0, 1, 5, 30])
         for core, lease in zip(self.cores, request.leases, strict=True):
             core.insert(lease, request.num_computed, priority=priority, retain_steps=retain_steps)
-        page = self.core.config.page_tokens
-        for end in range(page, request.num_computed + 1, page):
-            for component in self.core.components:
-                self.published[content(component.name, request.sequences[0], end)] = None
+        for key in request.sequences[0].page_keys(request.num_computed // self.core.config.page_tokens):
+            self.published[key] = None
 
     def _check_resumable(self, request: Request) -> None:
         """Without recurrent states, a conversation that was published whole can be resumed at its last whole page."""
@@ -233,20 +293,36 @@ class Scenario:
             again = core.sequence([*request.tokens, 0], namespace)
             assert core.match(again).num_tokens >= whole, f"A4: not resumable at {whole}"
 
+    def retract(self, request: Request) -> None:
+        """A running request gives its room back, and waits to be admitted again before all others (A6)."""
+        self.counts["retractions"] += 1
+        self._release(request)
+        if not request.sequences[0].namespace.retired:
+            self.waiting.insert(0, request)
+
     def finish(self, request: Request) -> None:
-        """Releases a running request: finished, aborted or retracted."""
+        """Ends a running request, finished or aborted."""
+        self._release(request)
+        self.finished.append((request.space, request.tokens))
+        del self.finished[:-REMEMBERED]
+
+    def _release(self, request: Request) -> None:
         for core, lease in zip(self.cores, request.leases, strict=True):
             core.release(lease)
+        request.leases, request.tickets = [], [None] * len(self.cores)
         self.running.remove(request)
-        self.finished.append((int(request.sequences[0].namespace.fields["salt"]), request.tokens))
-        del self.finished[:-40]
+
+    def cancel(self, request: Request) -> None:
+        """Its prefetch, while it waits."""
+        self.counts["cancels_in_flight"] += request.has_running_prefetch
+        request.cancel(self.cores)
 
     def give_up(self, request: Request) -> None:
         """Aborts a waiting request and its prefetch."""
-        for core, ticket in zip(self.cores, request.tickets, strict=True):
-            if ticket is not None:
-                core.cancel(ticket)
+        self.cancel(request)
         self.waiting.remove(request)
+
+    # ---- the end
 
     def wind_down(self) -> None:
         """Ends everything, and waits until every transfer is quiet."""
@@ -255,7 +331,7 @@ class Scenario:
         for request in list(self.waiting):
             self.give_up(request)
         self.apply()
-        for _ in range(500):
+        for _ in range(MAX_WIND_DOWN):
             self.step()
             self.apply()
             if not (self.core.live_transfers() or self.core.is_busy() or self.core.stores.is_waiting):

@@ -18,7 +18,9 @@ from jaxcache.components.base import Component
 from jaxcache.config import CacheConfig, TenantShare
 from jaxcache.core import invariants
 from jaxcache.core.eviction import POLICIES
-from jaxcache.testing.scenario import Request, Scenario
+from jaxcache.testing.request import Request
+from jaxcache.testing.scenario import Scenario
+from jaxcache.testing.storage_faults import FAULTS, StorageFaults
 from jaxcache.types import PrefetchPolicy, TransferKind, WritePolicy
 from tests.core.consumer import Consumer
 from tests.core.strict import Strict
@@ -63,12 +65,11 @@ def drive(
     max_pages = max_pages or rng.choice([6, 12, 20])
     components = draw_components(rng, mixture or rng.choice(MIXTURES), page_tokens)
     config = draw_config(rng, components, page_tokens, max_pages, **overrides)
-    scenario = Strict(components, config, seed, num_ranks)
+    faults = StorageFaults(seed, num_ranks, FAULTS, rng.choice([0.0, 1.0, 6.0]))
+    scenario = Strict(components, config, seed, (num_ranks, 1, 1), faults)
     scenario.cap_chance = cap_chance
     scenario.wish_chance = wish_chance
     consumers = [Consumer(core) for core in scenario.cores if config.events]
-    for plane in scenario.planes:
-        plane.faults = rng.choice([0.0, 0.02, 0.2])
     for step in range(num_steps):
         iterate(scenario, rng, max_pages * page_tokens, abort_chance)
         if rng.random() < accident_chance:
@@ -174,8 +175,7 @@ def iterate(scenario: Scenario, rng: random.Random, max_tokens: int, abort_chanc
 def _admit(scenario: Scenario, request: Request) -> None:
     core = scenario.core
     idle = not scenario.running and not core.live_transfers() and not core.is_busy()
-    ticket = request.tickets[0]
-    held_up = core.config.prefetch_policy is PrefetchPolicy.WAIT_COMPLETE and ticket and not ticket.done
+    held_up = core.config.prefetch_policy is not PrefetchPolicy.BEST_EFFORT and request.has_running_prefetch
     assert scenario.admit(request) or not idle or held_up, "A1: starved in an empty system"
 
 

@@ -13,11 +13,21 @@ from jaxcache.core.page_hash import Namespace
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.core.sequence import Sequence
 from jaxcache.core.ticket import Ticket
-from jaxcache.testing.fake_plane import Content, FakePlane, content
-from jaxcache.types import Match, Outcome, Transfer, TransferKind, Wait
+from jaxcache.runtime.lanes import Lanes
+from jaxcache.testing.delays import Delays
+from jaxcache.testing.exchange import Exchange
+from jaxcache.testing.fake_plane import FakePlane
+from jaxcache.testing.model_step import model_step
+from jaxcache.testing.simulated_storage import SimulatedStorage
+from jaxcache.testing.virtual_rank import VirtualRank
+from jaxcache.types import Match, Transfer, TransferKind, Wait
 
 PAGE = 4
 FULL = FullAttention("full", ())
+PAGE_US = 1000
+DELAYS = Delays(
+    copies=(0, 1), queries=(0, 1), pages=(PAGE_US, PAGE_US), deadline_us=10**12, piece_pages=1, num_threads=1
+)
 NEXT = 1_000_000  # a token that follows every prompt, so that the whole prompt may be found
 
 
@@ -44,10 +54,12 @@ class Server:
 
     def __init__(self, *components: Component, **fields: Any):
         self.core = make_core(*components, **fields)
-        self.storage: dict[Content, None] = {}
-        self.plane = FakePlane(self.core, self.storage, seed=0, faults=0.0)
+        self.storage = SimulatedStorage(1, len(self.core.components))
+        self.plane = FakePlane(self.core, self.storage, delays=DELAYS)
+        lanes = Lanes(tuple(self.plane.numbers), self.core.config.max_live_transfers)
+        self.rank = VirtualRank(self.core, self.plane, lanes)
         self.namespace = self.core.new_namespace(model="test")
-        self.outcomes: dict[int, Outcome] = {}
+        self.agreed: Any = None
 
     def sequence(self, tokens: list[int], namespace: Namespace | None = None) -> Sequence:
         return self.core.sequence(tokens, namespace or self.namespace)
@@ -72,13 +84,8 @@ class Server:
     # ---- steps
 
     def step(self, num_storage_pages: int = 1000) -> None:
-        """The plan is applied, storage moves on, and the outcomes of the step before are agreed."""
-        self.plane.apply()
-        self.plane.work(num_storage_pages)
-        self.core.commit(self.outcomes)
-        self.outcomes = self.plane.outcomes()
-        self.plane.apply()
-        self.check()
+        """The plan is applied, each transfer moves so many pages, and the outcomes of the step before are agreed."""
+        self.agreed = step_all([self], self.agreed, num_storage_pages)
 
     def settle(self) -> None:
         """Steps until no transfer is live or queued."""
@@ -118,7 +125,7 @@ class Server:
             self.plane.apply()
             stop = lease.next_stop
             chunk_end = min(end, lease.num_tokens, end if stop is None else stop)
-            self.plane.model_step(lease, begin, chunk_end)
+            self.plane.model_step(lease, model_step(self.core, lease.sequence, begin, chunk_end))
             if chunk_end < end:
                 assert self.core.grow(lease, chunk_end, end - chunk_end)
             begin = chunk_end
@@ -161,10 +168,9 @@ class Server:
 
     def store(self, tokens: list[int]) -> None:
         """Another replica has stored every page, window and state of this prompt."""
-        sequence = self.sequence(tokens)
-        for end in range(PAGE, len(tokens) + 1, PAGE):
-            for component in self.core.components:
-                self.storage[content(component.name, sequence, end)] = None
+        for key in self.sequence(tokens).page_keys(len(tokens) // PAGE):
+            for c in range(len(self.core.components)):
+                self.storage.put_share(0, c, key)
 
     def prefetch(self, tokens: list[int]) -> Ticket:
         ticket = self.core.prefetch(self.sequence([*tokens, NEXT]))
@@ -177,3 +183,17 @@ def server_with_storage(*components: Component, **fields: Any) -> Server:
     server = Server(*components, **{"host_pages": 64, "prefetch_host_share": 1.0, **fields})
     server.core.attachment.attach()
     return server
+
+
+def step_all(servers: list[Server], agreed: Any = None, num_storage_pages: int = 1000) -> Any:
+    """One step of servers that are ranks of one fleet. agreed: what the step before returned."""
+    rows = []
+    for server, row in zip(servers, [None] * len(servers) if agreed is None else agreed, strict=True):
+        server.plane.apply()
+        jobs = server.plane.jobs
+        jobs.advance(jobs.now_us + num_storage_pages * PAGE_US)
+        rows.append(server.rank.step(row))
+        server.plane.apply()
+        server.check()
+    assert len({server.core.digest for server in servers}) == 1
+    return Exchange({"cp": len(servers), "tp": 1, "pp": 1}, servers[0].rank.lanes.num_unanimous).reduce(rows)

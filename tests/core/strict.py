@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.core.tenants import Groups
-from jaxcache.testing.scenario import Request, Scenario
+from jaxcache.testing.request import Request
+from jaxcache.testing.scenario import Scenario
 
 
 class Strict(Scenario):

@@ -24,10 +24,10 @@ def test_what_host_memory_has_is_stored_when_storage_comes(components):
             server.prefill([*prompt(12, first), *prompt(12, first + 500)])
         server.settle()
         if not attach_first:
-            assert not server.storage
+            assert not any(server.storage.cells[0])
             server.core.attachment.attach()
             server.settle()
-        stored.append(set(server.storage))
+        stored.append([set(cells) for cells in server.storage.cells[0]])
         server.check_empty()
     assert stored[0] == stored[1] and stored[0]
 
@@ -90,11 +90,11 @@ def test_what_the_old_storage_got_is_not_believed_of_the_new_one(forget):
     getattr(server.core.attachment, forget)()
     server.settle()
     assert not server.core.stores.believed
-    server.storage.clear()
+    server.storage.cells[0][0].clear()
     if forget == "detach":
         server.core.attachment.attach()
         server.settle()
-        assert len(server.storage) == 4
+        assert len(server.storage.cells[0][0]) == 4
 
 
 def test_attaching_twice_or_to_nothing_is_refused():

@@ -24,7 +24,7 @@ def history(seed: int, policy: str) -> list[tuple]:
     page_tokens, max_pages = rng.choice([1, 4, 16]), rng.choice([6, 12, 20])
     components = (FullAttention("full", ()),)
     config = draw_config(rng, components, page_tokens, max_pages, host_pages=0, eviction_policy=policy)
-    scenario = Scenario(components, config, seed, num_ranks=1)
+    scenario = Scenario(components, config, seed)
     steps = []
     for _ in range(STEPS):
         iterate(scenario, rng, max_pages * page_tokens, abort_chance=0.03)

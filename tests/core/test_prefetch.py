@@ -6,9 +6,8 @@ import pytest
 
 from jaxcache.core.prefetch import PrefetchState
 from jaxcache.core.ticket import Ticket
-from jaxcache.testing.fake_plane import content, reduce
 from jaxcache.types import Match, Outcome, PrefetchPolicy, TransferKind, Wait, WritePolicy
-from tests.core.helpers import FULL, PAGE, Server, prompt, server_with_storage, state, window
+from tests.core.helpers import FULL, PAGE, Server, prompt, server_with_storage, state, step_all, window
 
 NO_WRITES = {"write_policy": WritePolicy.NONE}
 
@@ -24,7 +23,9 @@ def until(server: Server, ticket: Ticket, wanted: PrefetchState) -> None:
 
 def forget(server: Server, component: str, tokens: list[int]) -> None:
     """Storage loses the page (or state) that ends with these tokens."""
-    del server.storage[content(component, server.sequence(tokens), len(tokens))]
+    del server.storage.cells[0][server.plane.numbers[component]][
+        server.sequence(tokens).page_keys(len(tokens) // PAGE)[-1]
+    ]
 
 
 def unfulfilled(server: Server) -> dict[str, int]:
@@ -123,17 +124,6 @@ def test_a_missing_window_is_asked_for_although_the_pages_are_there():
 # ---- agreement
 
 
-def step_all(servers: list[Server], agreed: dict[int, Outcome]) -> dict[int, Outcome]:
-    for server in servers:
-        server.plane.apply()
-        server.plane.work(1000)
-        server.core.commit(agreed)
-        server.plane.apply()
-        server.check()
-    assert len({server.core.digest for server in servers}) == 1
-    return reduce([server.plane.outcomes() for server in servers])
-
-
 @pytest.mark.parametrize(
     ("states", "agreed_end"),
     [(({8, 16}, {8, 16}), 16), (({8, 16}, {8, 12}), 8), (({16}, {12}), 0), (({8, 12}, set()), 0)],
@@ -147,7 +137,7 @@ def test_the_largest_end_that_all_ranks_can_serve(states, agreed_end):
         for end in {4, 8, 12, 16} - ends:
             forget(server, "state", prompt(end))
         tickets.append(server.prefetch(prompt(16)))
-    agreed: dict[int, Outcome] = {}
+    agreed = None
     for _ in range(60):
         agreed = step_all(servers, agreed)
     for server, ticket in zip(servers, tickets, strict=True):
@@ -162,7 +152,7 @@ def test_what_one_rank_failed_to_read_is_a_miss_on_all():
     for server in servers:
         server.store(prompt(32))
         tickets.append(server.prefetch(prompt(32)))
-    agreed: dict[int, Outcome] = {}
+    agreed = None
     while tickets[0].state is PrefetchState.QUERY:
         agreed = step_all(servers, agreed)
         if tickets[0].state is PrefetchState.FETCH:
@@ -261,7 +251,6 @@ def test_best_effort_takes_what_has_come_so_far():
     ticket = server.prefetch(prompt(40))
     until(server, ticket, PrefetchState.FETCH)
     server.plane.apply()
-    server.plane.io[ticket.prefetch.id].todo.sort(key=lambda job: job.place)
     server.step(3)
     server.step(0)
     lease = server.admit(ticket.sequence, ticket=ticket)
@@ -291,11 +280,9 @@ def test_admitting_while_a_window_is_still_being_read():
     ticket = server.prefetch(prompt(32))
     until(server, ticket, PrefetchState.FETCH)
     server.plane.apply()
-    io = server.plane.io[ticket.prefetch.id]
-    io.todo.sort(key=lambda job: job.component)  # full attention comes first
-    server.step(8)
+    server.step(8)  # full attention comes first
     server.step(0)
-    assert io.todo
+    assert not server.plane.io.live[ticket.prefetch.id].status().quiet
     reserved = set(ticket.prefetch.pages[1].tolist())
     lease = server.admit(ticket.sequence, ticket=ticket)
     assert lease.num_cached_tokens == 0

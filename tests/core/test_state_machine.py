@@ -24,7 +24,7 @@ from hypothesis.stateful import (
 )
 
 from jaxcache.core import invariants
-from jaxcache.testing.scenario import Request
+from jaxcache.testing.request import Request
 from jaxcache.types import PrefetchPolicy, TransferKind, WritePolicy
 from tests.core.consumer import Consumer
 from tests.core.driver import draw_components, draw_config

@@ -1,0 +1,38 @@
+"""What a page holds: bytes that are a function of what it stands for, so that a wrong page is seen at the first read.
+
+content = | 12 bytes of the page key | component |      of a page that is not full: of its key and its tail
+row     = | content | rank |                            every rank has its own share of a page
+"""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+
+from jaxcache.core.sequence import Sequence
+
+KEY_BYTES = 12
+GARBAGE = b"garbage"  # what a page holds while somebody writes it, or after it was written by mistake
+
+
+def content(c: int, sequence: Sequence, num_tokens: int) -> bytes:
+    """Of the page, or state, of component number `c` that ends after the first `num_tokens` of a sequence."""
+    whole = num_tokens * 4 // sequence.page_bytes
+    key = sequence.page_keys(whole)[-1] if whole else sequence.namespace.digest
+    tail = bytes(sequence.data[whole * sequence.page_bytes : num_tokens * 4])
+    return page_content(c, key) if not tail else blake2b(tail + key, digest_size=KEY_BYTES).digest() + COMPONENT[c]
+
+
+def page_content(c: int, key: bytes) -> bytes:
+    """Of the whole page, or state at its end, that this key stands for."""
+    return key[:KEY_BYTES] + COMPONENT[c]
+
+
+def contents(c: int, sequence: Sequence, start: int, stop: int, end: int) -> list[bytes]:
+    """Of the pages [start, stop) (numbers) when the sequence is computed up to token `end`."""
+    whole = min(stop, end * 4 // sequence.page_bytes)
+    pages = [key[:KEY_BYTES] + COMPONENT[c] for key in sequence.page_keys(whole)[start:]] if whole > start else []
+    return pages if whole == stop else [*pages, content(c, sequence, end)]
+
+
+COMPONENT = [bytes([c]) for c in range(256)]
+RANK = COMPONENT

@@ -1,0 +1,54 @@
+"""One request of the simulated serving loop: the same on every rank, with a sequence, a ticket and a lease on each."""
+
+from __future__ import annotations
+
+import random
+
+from jaxcache.core.lease import Lease
+from jaxcache.core.prefix_cache import PrefixCache
+from jaxcache.core.sequence import Sequence
+from jaxcache.core.ticket import Ticket
+
+
+class Request:
+    """tokens: the prompt and what was generated. num_output: tokens still to generate.
+
+    random: everything that this request does by chance, so that leaving out another request changes nothing here
+    """
+
+    def __init__(self, tokens: list[int], sequences: list[Sequence], num_output: int, seed: int):
+        self.tokens = tokens
+        self.sequences = sequences
+        self.num_output = num_output
+        self.random = random.Random(seed)
+        self.tickets: list[Ticket | None] = [None] * len(sequences)
+        self.leases: list[Lease] = []
+        self.num_computed = 0
+        for sequence in sequences[1:]:  # equal tokens have equal keys: hashed once
+            sequence.keys = sequences[0].keys
+
+    @property
+    def space(self) -> int:
+        """Which of the scenario's namespaces it is in."""
+        return int(self.sequences[0].namespace.fields["salt"])
+
+    @property
+    def has_running_prefetch(self) -> bool:
+        return self.tickets[0] is not None and not self.tickets[0].done
+
+    def extend(self, tokens: list[int]) -> None:
+        """Generated text."""
+        self.tokens += tokens
+        self.num_output -= len(tokens)
+        for sequence in self.sequences:
+            sequence.extend(tokens)
+
+    def prefetch(self, cores: list[PrefixCache]) -> None:
+        self.tickets = [core.prefetch(sequence) for core, sequence in zip(cores, self.sequences, strict=True)]
+
+    def cancel(self, cores: list[PrefixCache]) -> None:
+        """Its prefetch, if there is one."""
+        for core, ticket in zip(cores, self.tickets, strict=True):
+            if ticket is not None:
+                core.cancel(ticket)
+        self.tickets = [None] * len(cores)

@@ -1,0 +1,83 @@
+"""A simulation that failed: its error, and the smallest part of its schedule that was found to fail as well."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from jaxcache.testing.delta_debugging import ddmin
+from jaxcache.testing.schedule import Operation, schedule
+from jaxcache.testing.simulation import FAILURES, Report, Settings, Simulation
+
+
+@dataclass(frozen=True)
+class Failure:
+    """settings: of the smallest run; operations: what happened in it from outside; error: how it ended, in `step`."""
+
+    settings: Settings
+    operations: list[Operation]
+    step: int
+    error: Exception
+
+    def command(self) -> str:
+        """The command line that repeats it."""
+        settings = self.settings
+        options = {
+            "mesh": ",".join(map(str, settings.mesh)),
+            "steps": settings.num_steps,
+            "seed": settings.seed,
+            "faults": ",".join(settings.faults) or "none",
+            "components": ",".join(settings.components),
+            "check-every": settings.check_every,
+            "only": ",".join(str(operation.index) for operation in self.operations) or "none",
+        }
+        return "python -m jaxcache simulate " + " ".join(f"--{name} {value}" for name, value in options.items())
+
+
+def simulate(
+    settings: Settings,
+    operations: Sequence[Operation] | None = None,
+    progress: Callable[[int], object] = lambda num_steps: None,
+    reduce_seconds: float = 60.0,
+) -> Report | Failure:
+    """One run; if it fails, so many seconds (or what one run takes) are spent on finding a smaller one that fails.
+
+    operations: of the schedule, if not all of it; progress: told of steps that are done
+    """
+    if operations is None:
+        operations = schedule(settings.seed, settings.num_steps)
+    outcome = attempt(settings, operations, progress)
+    return reduced(outcome, reduce_seconds) if isinstance(outcome, Failure) else outcome
+
+
+def attempt(
+    settings: Settings, operations: Sequence[Operation], progress: Callable[[int], object] = lambda num_steps: None
+) -> Report | Failure:
+    """One run. A failure says no more than what had happened until then."""
+    simulation = Simulation(settings, operations)
+    try:
+        return simulation.run(progress)
+    except FAILURES as error:
+        step = simulation.step
+        shorter = replace(settings, num_steps=step + 1)
+        return Failure(shorter, [operation for operation in operations if operation.step <= step], step, error)
+
+
+def reduced(failure: Failure, seconds: float) -> Failure:
+    """A smaller one, as small as can be found in so many seconds of the wall clock."""
+    end = time.monotonic() + seconds
+    smallest = attempt(failure.settings, failure.operations)
+    if not isinstance(smallest, Failure):
+        return failure  # it needs the steps that come later
+
+    def fails(operations: list[Operation]) -> bool:
+        nonlocal smallest
+        assert isinstance(smallest, Failure)
+        outcome = attempt(smallest.settings, operations)
+        if isinstance(outcome, Failure):
+            smallest = outcome
+        return isinstance(outcome, Failure)
+
+    ddmin(failure.operations, fails, lambda: time.monotonic() < end)
+    return smallest

@@ -1,0 +1,69 @@
+"""One rank of the simulation: the real core, a fake data plane, a clock of its own, and the step of the controller.
+
+step    what was agreed in the step before -> commit -> poll the plane -> what this rank says now
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from jaxcache.core.prefix_cache import PrefixCache
+from jaxcache.runtime import carried
+from jaxcache.runtime.lanes import Lanes
+from jaxcache.testing.fake_plane import FakePlane
+from jaxcache.testing.mixing import mix
+from jaxcache.types import CLOCK_MODULUS, Outcome
+
+
+class VirtualRank:
+    """clock_ms: of any origin, and up to 2 % fast or slow."""
+
+    def __init__(self, core: PrefixCache, plane: FakePlane, lanes: Lanes):
+        self.core, self.plane, self.lanes = core, plane, lanes
+        seed = plane.delays.seed
+        self._origin_ms = mix(seed, plane.rank, 1) % CLOCK_MODULUS
+        self._drift = 0.98 + mix(seed, plane.rank, 2) % 1000 / 25_000
+        self._said: tuple[int, int, Mapping[int, Outcome]] | None = None
+
+    @property
+    def clock_ms(self) -> int:
+        return int(self._origin_ms + self.plane.jobs.now_us / 1000 * self._drift) % CLOCK_MODULUS
+
+    def step(self, agreed: np.ndarray | None) -> np.ndarray | None:
+        """agreed: the reduced row of the step before, or None; returns this rank's row, or None without an exchange."""
+        core, plane = self.core, self.plane
+        before = core.live_transfers()
+        if agreed is None:
+            core.commit({})
+        else:
+            assert self._said is not None
+            outcomes = self.lanes.unpack(agreed, *self._said)
+            self._check(outcomes)
+            core.commit(outcomes, self.leader_clock_ms(agreed))
+        live = core.live_transfers()
+        for id in before:
+            if id not in live:
+                plane.io.forget(id)
+        for id in core.unwanted_transfers():
+            plane.io.cancel(id)
+        self._said = None
+        if not carried.is_due(core):
+            return None
+        outcomes = carried.outcomes(core, plane.io.poll())
+        digest = carried.digest(core)
+        self._said = (core.step_number, digest, outcomes)
+        return self.lanes.pack(digest, outcomes, self.clock_ms, True)
+
+    def leader_clock_ms(self, agreed: np.ndarray) -> int:
+        """Stage 0's."""
+        return self.lanes.clock_ms(agreed)
+
+    def _check(self, agreed: Mapping[int, Outcome]) -> None:
+        """Nothing that is still under way here was taken for done or quiet."""
+        for id, outcome in agreed.items():
+            if outcome.done or outcome.quiet:
+                here = self.plane.io.live[id].status()
+                assert here.done or not outcome.done, f"R4: rank {self.plane.rank}: {id} is not done, but taken for it"
+                assert here.quiet or not outcome.quiet, f"L6: rank {self.plane.rank}: {id} is not quiet"

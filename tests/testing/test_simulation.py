@@ -1,0 +1,181 @@
+"""The simulation: everything happens, nothing is ever wrong, and the same seed gives the same run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxcache.runtime.host_page_order import HostPageOrder
+from jaxcache.runtime.reduction import collective
+from jaxcache.testing import simulation
+from jaxcache.testing.delays import Delays
+from jaxcache.testing.exchange import Exchange
+from jaxcache.testing.scenario import Scenario
+from jaxcache.testing.schedule import schedule
+from jaxcache.testing.simulation import Settings, Simulation
+from jaxcache.testing.storage_faults import FAULTS, fault_kinds
+from jaxcache.testing.virtual_rank import VirtualRank
+from jaxcache.types import PrefetchPolicy
+
+ROOT = Path(__file__).parent.parent.parent
+MESHES = ((1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2, 2), (2, 2, 2), (1, 1, 4), (8, 1, 1))
+SHORT = Settings(num_steps=240, seed=3)
+
+
+def total(seeds: range, num_steps: int, mesh: tuple[int, int, int] = (2, 2, 2)) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    for seed in seeds:
+        report = Simulation(Settings(mesh, num_steps, seed)).run()
+        counts.update({**report.counts, **{f"fault {kind}": n for kind, n in report.faults.items()}})
+    return counts
+
+
+def test_everything_happens_and_nothing_is_wrong(seed):
+    """I1-I12, R1-R6, L1-L9 on eight ranks: each count is of something that must have happened."""
+    counts = total(range(10 * seed, 10 * seed + 2), 2000)
+    assert not [name for name, count in counts.items() if not count], counts
+    assert counts["arrivals"] >= 4000 / 4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_everything_happens_for_long(seed):
+    for i in range(4):
+        report = Simulation(Settings(num_steps=20_000, seed=1000 * (seed + 1) + i)).run()
+        assert not report.missing
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_every_mesh(mesh):
+    """R1: an axis of one rank needs no special case."""
+    assert Simulation(replace(SHORT, mesh=mesh)).run().counts["admits"]
+
+
+@pytest.mark.parametrize("components", [("full",), ("full", "window"), ("full", "state"), ("window",), ("state",)])
+def test_every_mixture(components):
+    """R6."""
+    assert Simulation(replace(SHORT, components=components)).run().counts["admits"]
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_the_exchange_is_that_of_the_compiled_program(make_mesh, rng, mesh):
+    program = collective(make_mesh(*mesh), 30)
+    exchange = Exchange(dict(zip(("cp", "tp", "pp"), mesh, strict=True)), 30)
+    for _ in range(3):
+        rows = rng.integers(-(2**31), 2**31, (np.prod(mesh), 40)).astype(np.int32)
+        np.testing.assert_array_equal(exchange.reduce(list(rows)), np.asarray(program(rows)))
+
+
+# ---- the same again
+
+
+def test_the_same_seed_gives_the_same_digest():
+    """R9: and another one another."""
+    digests = [Simulation(replace(SHORT, seed=seed)).run().digest for seed in (3, 3, 4)]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_the_same_digest_under_another_pythonhashseed():
+    code = (
+        "from jaxcache.testing.simulation import Settings, Simulation\n"
+        "print(Simulation(Settings(num_steps=100, seed=5)).run().digest)"
+    )
+    outputs = []
+    for hash_seed in ("0", "4711"):
+        environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+        outputs.append(done.stdout)
+    assert outputs[0] == outputs[1]
+
+
+def test_a_schedule_of_fewer_steps_is_the_beginning_of_one_of_more():
+    long = schedule(1, 400)
+    short = schedule(1, 150)
+    assert short == long[: len(short)]
+    assert all(operation.index == i for i, operation in enumerate(long))
+
+
+def test_faults_strike_the_same_places_whatever_else_happens():
+    """Delta debugging relies on it: leaving out an operation of a late step changes nothing before."""
+    operations = schedule(SHORT.seed, SHORT.num_steps)
+    early = [operation for operation in operations if operation.step < 200]
+    digests = []
+    for some in (operations, early):
+        run = Simulation(replace(SHORT, num_steps=200), some)
+        run.run()
+        digests.append(run.scenario.core.digest)
+    assert digests[0] == digests[1]
+
+
+# ---- what decides, and what does not
+
+
+def without_storage(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Scenario, "attach", lambda self: None)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_waiting_is_not_a_decision(monkeypatch, seed):
+    """DESIGN 1.3: copies between device and host may end in any order, at any time, on every rank for itself."""
+    without_storage(monkeypatch)
+    settings = replace(SHORT, seed=seed)
+    bounds = ((0, 1), (100, 30_000), (1_000, 1_000_000))
+    reports = [Simulation(settings, delays=Delays(seed, copies=copies)).run() for copies in bounds]
+    assert len({report.digest for report in reports}) == 1
+    assert reports[0].counts["waits_for_copies"] == 0 < reports[2].counts["waits_for_copies"]
+
+
+@pytest.mark.parametrize("guard", ["before_read", "before_write"])
+def test_whoever_needs_the_bytes_has_to_wait(monkeypatch, guard):
+    """Without the order of host pages some rank reads what is not there yet, or writes what is still read."""
+    monkeypatch.setattr(HostPageOrder, guard, lambda self, page_ids: [])
+    with pytest.raises(AssertionError, match="rank"):
+        total(range(8), 600)
+
+
+def test_only_the_clocks_of_stage_0_matter(monkeypatch):
+    """L5, R3."""
+    make = simulation.make_config
+    timeout = PrefetchPolicy.TIMEOUT
+    monkeypatch.setattr(simulation, "make_config", lambda *args: replace(make(*args), prefetch_policy=timeout))
+    clock = VirtualRank.clock_ms.fget
+    digests, timeouts = [], []
+    for wrong_stages in ((), (1,), (0,)):
+
+        def wrong_clock_ms(rank: VirtualRank, wrong_stages: tuple[int, ...] = wrong_stages) -> int:
+            return clock(rank) * (41 if rank.plane.rank % 2 in wrong_stages else 1)
+
+        monkeypatch.setattr(VirtualRank, "clock_ms", property(wrong_clock_ms))
+        report = Simulation(replace(SHORT, num_steps=600)).run()
+        digests.append(report.digest)
+        timeouts.append(report.counts["prefetch_timeouts"])
+    assert digests[0] == digests[1] != digests[2]
+    assert timeouts[2] > 0
+
+
+# ---- options
+
+
+@pytest.mark.parametrize("kinds", [(), *((kind,) for kind in FAULTS)], ids=lambda kinds: "".join(kinds) or "none")
+def test_each_fault_alone(kinds):
+    """L8: serving goes on, and nothing else strikes."""
+    report = Simulation(Settings(num_steps=400, seed=6, faults=kinds)).run()
+    assert report.counts["admits"] > 50
+    struck = [kind for kind, count in report.faults.items() if count and kind not in ("unasked", "timeout")]
+    assert set(struck) <= set(kinds)
+
+
+def test_names_of_faults():
+    assert fault_kinds("all") == FAULTS
+    assert fault_kinds("none") == ()
+    assert fault_kinds("lost,torn") == ("lost", "torn")
+    with pytest.raises(ValueError, match="'moon' is no fault: use all, none, or some of lost"):
+        fault_kinds("lost,moon")

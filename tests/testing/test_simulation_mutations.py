@@ -1,0 +1,269 @@
+"""What keeps ranks together is needed: the simulation that passes fails when one piece of it is taken out.
+
+The whole list of "ranks that cannot disagree" is here. The same mutations of axes and stages, applied to the compiled
+program, are in tests/runtime/test_agreement.py; mutations of the core alone in tests/core/test_mutations.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jaxcache.core.eviction.lru import Lru
+from jaxcache.core.prefetch import PrefetchState
+from jaxcache.core.prefetches import Prefetches
+from jaxcache.core.prefix_cache import PrefixCache
+from jaxcache.runtime import carried
+from jaxcache.runtime.lanes import ID, NOT_ID, Lanes
+from jaxcache.testing import scenario, simulation
+from jaxcache.testing.exchange import Exchange
+from jaxcache.testing.schedule import RATES
+from jaxcache.testing.simulation import Settings, Simulation
+from jaxcache.testing.virtual_rank import VirtualRank
+from jaxcache.types import NO_PAGES, Outcome, PrefetchPolicy, RanksDiverged, WritePolicy
+
+MESH = (2, 2, 2)
+NUM_STEPS = 600
+SEEDS = range(6)
+CP, TP, PP = range(3)
+
+Patch = pytest.MonkeyPatch
+
+
+# ---- axes and stages
+
+
+def reduced_over(axes: tuple[int, ...], leader_axes: tuple[int, ...], forwards: bool):
+    """An exchange whose minima leave out the other axes; forwards: whether stage 0's lanes reach the other stages."""
+
+    def reduce(self: Exchange, rows: Sequence[np.ndarray | None]) -> np.ndarray | None:
+        if any(row is None for row in rows):
+            return None
+        grid = np.stack([row for row in rows if row is not None]).reshape(*MESH, -1)
+        unanimous = np.broadcast_to(grid.min(axis=axes, keepdims=True), grid.shape)
+        leader = np.broadcast_to(grid.min(axis=leader_axes, keepdims=True), grid.shape)
+        leader = np.broadcast_to(leader[:, :, :1], grid.shape) if forwards else leader
+        cut = self.num_unanimous
+        return np.concatenate([unanimous[..., :cut], leader[..., cut:]], axis=-1).reshape(len(rows), -1)
+
+    return reduce
+
+
+def reducing_over_cp_only(patch: Patch) -> None:
+    patch.setattr(Exchange, "reduce", reduced_over((CP,), (CP,), True))
+
+
+def reducing_over_tp_only(patch: Patch) -> None:
+    patch.setattr(Exchange, "reduce", reduced_over((TP,), (TP,), True))
+
+
+def reducing_over_cp_and_tp_only(patch: Patch) -> None:
+    patch.setattr(Exchange, "reduce", reduced_over((CP, TP), (CP, TP), True))
+
+
+def stage_1_decides_by_itself(patch: Patch) -> None:
+    patch.setattr(Exchange, "reduce", reduced_over((CP, TP, PP), (CP, TP), False))
+
+
+def wall_clock_on_a_follower(patch: Patch) -> None:
+    leader = VirtualRank.leader_clock_ms
+    patch.setattr(
+        VirtualRank, "leader_clock_ms", lambda self, row: self.clock_ms if is_last(self) else leader(self, row)
+    )
+
+
+def is_last(rank: VirtualRank) -> bool:
+    return rank.plane.rank == MESH[0] * MESH[1] * MESH[2] - 1
+
+
+# ---- who takes part, and what it says
+
+
+def a_rank_skips_the_exchange_because_nothing_of_its_own_is_in_flight(patch: Patch) -> None:
+    step = VirtualRank.step
+
+    def skips(self: VirtualRank, agreed: np.ndarray | None) -> np.ndarray | None:
+        row = step(self, agreed)
+        return row if any(operation.num_open for operation in self.plane.io.live.values()) else None
+
+    patch.setattr(VirtualRank, "step", skips)
+
+
+def pending_is_taken_for_zero(patch: Patch) -> None:
+    outcome = carried._outcome
+    patch.setattr(carried, "_outcome", lambda *args: outcome(*args)._replace(done=True))
+
+
+def pending_is_taken_for_quiet(patch: Patch) -> None:
+    outcome = carried._outcome
+    patch.setattr(carried, "_outcome", lambda *args: said_quiet(outcome(*args)))
+
+
+def said_quiet(outcome: Outcome) -> Outcome:
+    """As soon as it is decided."""
+    return outcome._replace(quiet=outcome.done)
+
+
+def failed_transfers_are_left_out(patch: Patch) -> None:
+    """On the rank where they failed: its later ones move up by one place."""
+    outcomes = carried.outcomes
+
+    def without_failed(core, statuses):
+        unwanted = core.unwanted_transfers()
+        failed = [id for id, status in statuses.items() if not status.ok and id not in unwanted]
+        return {id: said for id, said in outcomes(core, statuses).items() if id not in failed}
+
+    patch.setattr(carried, "outcomes", without_failed)
+
+
+def lanes_are_matched_by_position(patch: Patch) -> None:
+    """The same, where the lanes do not name the transfers: nobody notices that they have moved up."""
+    failed_transfers_are_left_out(patch)
+    slot = Lanes._slot
+
+    def anonymous(self: Lanes, transfer_id: int, outcome: Outcome) -> list[int]:
+        lanes = slot(self, transfer_id, outcome)
+        lanes[ID], lanes[NOT_ID] = self._absent_slots[ID], self._absent_slots[NOT_ID]
+        return lanes
+
+    patch.setattr(Lanes, "_slot", anonymous)
+
+
+# ---- what is decided with it
+
+
+def the_first_minimum_is_the_answer_for_windows_and_states(patch: Patch) -> None:
+    commit = Prefetches._commit_query
+
+    def first_round(self, prefetch, outcome):
+        commit(self, prefetch, outcome._replace(largest_end=outcome.smallest_end))
+
+    patch.setattr(Prefetches, "_commit_query", first_round)
+
+
+def host_pages_are_freed_at_cancel(patch: Patch) -> None:
+    abandon = Prefetches._abandon
+
+    def frees(self, prefetch):
+        was_fetching = prefetch.state is PrefetchState.FETCH
+        abandon(self, prefetch)
+        if was_fetching:
+            for host, pages in zip(self.tiers.host, prefetch.pages, strict=True):
+                host.allocator.free(pages)
+            prefetch.pages = [NO_PAGES] * len(prefetch.pages)
+
+    patch.setattr(Prefetches, "_abandon", frees)
+
+
+def a_model_step_runs_between_insert_and_apply(patch: Patch) -> None:
+    patch.setattr(PrefixCache, "plan_is_applied", lambda self: True)
+
+
+def capacity_is_what_this_rank_has(patch: Patch) -> None:
+    """The last rank has one page less, and was not asked at the start."""
+    ranks = count(1)
+
+    def core(components, config):
+        pages = dict(config.device_pages)
+        pages["full"] -= next(ranks) == MESH[0] * MESH[1] * MESH[2]
+        return PrefixCache(components, replace(config, device_pages=pages))
+
+    patch.setattr(scenario, "PrefixCache", core)
+    make = simulation.Scenario
+
+    def made(*args, **options):
+        nonlocal ranks
+        ranks = count(1)
+        return make(*args, **options)
+
+    patch.setattr(simulation, "Scenario", made)
+
+
+def a_set_is_iterated_in_eviction_order(patch: Patch) -> None:
+    """Its order is that of addresses: another one on every rank."""
+    patch.setattr(Lru, "first", lambda self: next(iter({*self._nodes, *self._back}), None))
+
+
+MUTATIONS = (
+    reducing_over_cp_only,
+    reducing_over_tp_only,
+    reducing_over_cp_and_tp_only,
+    stage_1_decides_by_itself,
+    a_rank_skips_the_exchange_because_nothing_of_its_own_is_in_flight,
+    the_first_minimum_is_the_answer_for_windows_and_states,
+    pending_is_taken_for_zero,
+    pending_is_taken_for_quiet,
+    host_pages_are_freed_at_cancel,
+    a_model_step_runs_between_insert_and_apply,
+    capacity_is_what_this_rank_has,
+    wall_clock_on_a_follower,
+    a_set_is_iterated_in_eviction_order,
+    failed_transfers_are_left_out,
+    lanes_are_matched_by_position,
+)
+
+
+# ---- what makes them show soon: fields of the config, and rates of operations
+
+
+@dataclass(frozen=True)
+class Setup:
+    config: Mapping[str, Any] = field(default_factory=dict)
+    rates: Mapping[str, int] = field(default_factory=dict)
+
+    def apply(self, patch: Patch) -> None:
+        make = simulation.make_config
+        patch.setattr(simulation, "make_config", lambda *args: replace(make(*args), **self.config))
+        for kind, rate in self.rates.items():
+            patch.setitem(RATES, kind, rate)
+        if self.config:
+            patch.setitem(RATES, "change_policy", 0)
+
+
+USUAL = Setup()
+CLOCKS = Setup({"prefetch_policy": PrefetchPolicy.TIMEOUT})  # the only one that looks at a clock
+CANCELS = Setup({"prefetch_policy": PrefetchPolicy.WAIT_COMPLETE, "host_pages": 40}, {"cancel": 300})
+CROWD = Setup({"device_pages": 18, "write_policy": WritePolicy.WRITE_THROUGH}, {"arrive": 700})
+SETUPS = {
+    stage_1_decides_by_itself: CLOCKS,
+    wall_clock_on_a_follower: CLOCKS,
+    host_pages_are_freed_at_cancel: CANCELS,
+    a_model_step_runs_between_insert_and_apply: CROWD,
+    a_set_is_iterated_in_eviction_order: Setup({"eviction_policy": "lru"}),
+}
+
+
+def first_failure(seeds: Sequence[int] = SEEDS) -> tuple[int, Exception] | None:
+    """The first seed that fails, and how."""
+    for seed in seeds:
+        try:
+            Simulation(Settings(MESH, NUM_STEPS, seed)).run()
+        except (AssertionError, RanksDiverged) as error:
+            return seed, error
+    return None
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.__name__)
+def test_the_simulation_notices_that(mutation, monkeypatch):
+    setup = SETUPS.get(mutation, USUAL)
+    setup.apply(monkeypatch)
+    mutation(monkeypatch)
+    found = first_failure()
+    assert found is not None, f"{len(SEEDS)} seeds pass although {mutation.__name__}"
+    monkeypatch.undo()
+    setup.apply(monkeypatch)
+    assert first_failure([found[0]]) is None
+
+
+@pytest.mark.parametrize("axes", [((CP,), (CP,)), ((CP, TP, PP), (CP, TP))], ids=str)
+def test_the_mutated_exchange_differs_from_the_real_one_only_in_its_axes(axes, rng):
+    exchange = Exchange({"cp": 2, "tp": 2, "pp": 2}, 30)
+    rows = list(rng.integers(-(2**31), 2**31, (8, 40)).astype(np.int32))
+    whole = reduced_over((CP, TP, PP), (CP, TP), True)
+    np.testing.assert_array_equal(whole(exchange, rows), exchange.reduce(rows))
+    assert not np.array_equal(reduced_over(*axes, False)(exchange, rows), exchange.reduce(rows))

@@ -16,7 +16,7 @@ from jaxcache.core.prefetch import Prefetch
 from jaxcache.core.prefetches import Prefetches
 from jaxcache.runtime.circuit_breaker import CircuitBreaker
 from jaxcache.runtime.host_page_order import HostPageOrder
-from jaxcache.runtime.storage_io import MAX_FAILURES
+from jaxcache.runtime.storage_connection import MAX_FAILURES
 from jaxcache.runtime.storage_operation import Status
 from jaxcache.testing.delays import Delays
 from jaxcache.testing.page_content import GARBAGE, RANK, page_content

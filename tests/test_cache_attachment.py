@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -90,17 +92,118 @@ def test_another_storage_after_the_first(rig, tmp_path: Path):
 
 
 def test_clear(rig):
+    """What host memory holds is written again."""
     storage = jaxcache.MemoryStorage()
     with rig.cache(storage) as cache:
         driver = Driver(rig, cache)
         driver.ask(PROMPT)
         driver.drain()
+        before = cache.stats()["counters"]["stored_pages"]
         cache.clear_storage()
-        cache.reset()
-        assert driver.ask_storage(PROMPT).hits == (0, 0, 0)
         driver.drain()
+        assert cache.stats()["counters"]["stored_pages"] == 2 * before
         cache.reset()
         assert driver.ask_storage(PROMPT).hits == (0, 0, 44)
+
+
+class Broken(jaxcache.MemoryStorage):
+    """Raises whatever is asked."""
+
+    def exists(self, keys: Sequence[ObjectKey]) -> list[bool]:
+        raise jaxcache.StorageError("down")
+
+    def get(self, key: ObjectKey, buffer: memoryview) -> bool:
+        raise jaxcache.StorageError("down")
+
+    def put(self, key: ObjectKey, buffer: memoryview) -> bool:
+        raise jaxcache.StorageError("down")
+
+    def clear(self) -> None:
+        raise jaxcache.StorageError("down")
+
+
+def test_the_failures_of_the_old_storage_are_not_held_against_the_new_one(rig):
+    with rig.cache(Broken()) as cache:
+        driver = Driver(rig, cache)
+        for seed in range(4):
+            driver.ask(random_tokens(seed, 45))
+        driver.drain()
+        assert cache.stats()["transfers"]["breaker_openings"] >= 1
+        cache.detach_storage()
+        cache.attach_storage(jaxcache.MemoryStorage())
+        driver.drain()
+        assert cache.stats()["counters"]["stored_pages"] == 48
+
+
+def test_a_storage_that_cannot_be_emptied_is_written_to_again(rig):
+    with rig.cache(Broken()) as cache:
+        with pytest.raises(jaxcache.StorageError, match="down"):
+            cache.clear_storage()
+        Driver(rig, cache).drain()
+
+
+class Hung(jaxcache.MemoryStorage):
+    """Answers nothing before it may."""
+
+    def __init__(self):
+        super().__init__()
+        self.may_answer, self.is_asked = threading.Event(), threading.Event()
+
+    def exists(self, keys: Sequence[ObjectKey]) -> list[bool]:
+        self.is_asked.set()
+        self.may_answer.wait(30)
+        return super().exists(keys)
+
+    def put(self, key: ObjectKey, buffer: memoryview) -> bool:
+        return self.may_answer.wait(30) and super().put(key, buffer)
+
+
+def test_an_old_storage_that_hangs_does_not_hold_up_the_new_one(rig):
+    old, new = Hung(), jaxcache.MemoryStorage()
+    with rig.cache(old, storage_deadline_s=0.2) as cache:
+        driver = Driver(rig, cache)
+        for seed in range(5):
+            driver.ask(random_tokens(seed, 45))
+        driver.step()
+        cache.detach_storage()
+        cache.attach_storage(new)
+        deadline = time.monotonic() + 20
+        while cache.stats()["counters"].get("stored_pages", 0) < 60 and time.monotonic() < deadline:
+            driver.step()
+        assert cache.stats()["counters"]["stored_pages"] == 60
+        assert cache.storage_in_use
+        old.may_answer.set()
+        driver.drain()
+        assert not cache.storage_in_use
+
+
+def test_a_storage_whose_question_is_unanswered_is_in_use(rig):
+    """A call under way cannot be taken back: the storage must not be closed below it."""
+    storage = Hung()
+    with rig.cache(storage) as cache:
+        driver = Driver(rig, cache)
+        assert cache.prefetch(driver.sequence(PROMPT)) is not None
+        driver.step()
+        assert storage.is_asked.wait(10)
+        cache.detach_storage()
+        for _ in range(5):
+            driver.step()
+        assert not cache.core.live_transfers() and cache.storage_in_use
+        storage.may_answer.set()
+        cache.engine.drain()
+        assert not cache.storage_in_use
+
+
+def test_a_detached_storage_is_asked_no_more(rig):
+    """Not even for what was planned and not yet begun."""
+    storage = Hung()
+    with rig.cache(storage) as cache:
+        driver = Driver(rig, cache)
+        assert cache.prefetch(driver.sequence(PROMPT)) is not None
+        cache.detach_storage()
+        driver.step()
+        cache.engine.drain()
+        assert not storage.is_asked.is_set()
 
 
 def test_what_is_refused_changes_nothing(rig):
@@ -120,6 +223,8 @@ def test_what_is_refused_changes_nothing(rig):
             cache.attach_storage(jaxcache.MemoryStorage())
     with pytest.raises(RuntimeError, match="closed"):
         cache.detach_storage()
+    with pytest.raises(RuntimeError, match="closed"):
+        cache.set_policies(prefetch_policy=jaxcache.PrefetchPolicy.TIMEOUT)
 
 
 def test_storage_without_a_host_tier(rig):
@@ -139,6 +244,11 @@ def test_policies_at_run_time(rig):
         cache.set_policies(write_policy=jaxcache.WritePolicy.WRITE_THROUGH)
         check_equal(driver.ask(PROMPT), answer(rig))
         assert cache.stats()["counters"]["backup_pages"] == 12
+        sequence = driver.sequence(random_tokens(7, 45))
+        ticket = cache.prefetch(sequence)
+        assert cache.admit(sequence, 16, ticket) == jaxcache.Wait("prefetch")
+        cache.set_policies(prefetch_policy=jaxcache.PrefetchPolicy.BEST_EFFORT)
+        assert cache.admit(sequence, 16, ticket)
 
 
 def test_a_prefetch_that_holds_up_a_request_for_too_long(rig):

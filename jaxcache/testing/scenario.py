@@ -334,7 +334,7 @@ class Scenario:
         for _ in range(MAX_WIND_DOWN):
             self.step()
             self.apply()
-            if not (self.core.live_transfers() or self.core.is_busy() or self.core.stores.is_waiting):
+            if not (self.core.needs_exchange() or self.core.is_busy() or self.core.stores.is_waiting):
                 break
         self.step()
         self._check_accounts()

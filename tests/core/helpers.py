@@ -90,7 +90,7 @@ class Server:
     def settle(self) -> None:
         """Steps until no transfer is live or queued."""
         self.step()
-        while self.core.live_transfers() or self.core.stores.is_waiting or self.core.admission.loading:
+        while self.core.needs_exchange() or self.core.stores.is_waiting or self.core.admission.loading:
             self.step()
 
     def check(self) -> None:

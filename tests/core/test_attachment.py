@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from jaxcache.core.prefetch import PrefetchState
-from jaxcache.types import PrefetchPolicy, TransferKind, Wait, WritePolicy
+from jaxcache.types import Outcome, PrefetchPolicy, TransferKind, Wait, WritePolicy
 from tests.core.helpers import FULL, Server, make_core, prompt, server_with_storage, state, window
 
 MIXTURE = (FULL, window(6), state(4))
@@ -32,12 +32,55 @@ def test_what_host_memory_has_is_stored_when_storage_comes(components):
     assert stored[0] == stored[1] and stored[0]
 
 
-def test_back_filling_stops_where_the_queue_is_full():
-    server = Server(host_pages=64, max_queued_stores=2)
-    for first in (0, 1000, 2000):
-        server.prefill(prompt(8, first))
+def num_stored(server: Server) -> int:
+    return len(server.storage.cells[0][0])
+
+
+def test_back_filling_loses_nothing_and_lets_newcomers_go_first():
+    server = Server(host_pages=256, device_pages=256, max_queued_stores=2, max_stores=1)
+    for first in range(8):
+        server.prefill(prompt(8, 1000 * first))
     server.core.attachment.attach()
-    assert (len(server.core.stores.queue), server.core.counters["dropped_stores"]) == (2, 1)
+    server.prefill(prompt(8, 50_000))
+    server.core.stores.start()
+    (store,) = server.planned(TransferKind.STORE)
+    assert store.moves[0].page_keys == tuple(server.sequence(prompt(8, 50_000)).page_keys(2))
+    server.settle()
+    assert (num_stored(server), server.core.counters["dropped_stores"]) == (18, 0)
+
+
+def test_back_filling_goes_from_the_root_down():
+    """A page whose parents are not stored is of no use."""
+    server = Server(host_pages=64, max_stores=1)
+    for end in (8, 16, 24):
+        server.prefill(prompt(end))
+    server.core.attachment.attach()
+    order = []
+    while server.core.stores.is_waiting or server.core.stores.live:
+        server.step()
+        order += [key for store in server.core.stores.live.values() for key in store.keys["full"] if key not in order]
+    assert order == server.sequence(prompt(24)).page_keys(6)
+
+
+def test_a_node_that_is_split_before_its_turn_is_stored_whole():
+    server = Server(host_pages=64)
+    server.prefill(prompt(24))
+    server.core.attachment.attach()
+    server.prefill([*prompt(12), *prompt(4, 3000)])
+    server.settle()
+    assert num_stored(server) == 7
+
+
+def test_a_large_tree_is_visited_in_many_steps():
+    server = Server(device_pages=400, host_pages=8, write_policy=WritePolicy.NONE)
+    for first in range(300):
+        server.prefill(prompt(4, 1000 * first))
+    server.core.attachment.attach()
+    num_steps = 0
+    while server.core.stores.is_waiting:
+        server.core.commit({})
+        num_steps += 1
+    assert num_steps == 2
 
 
 @pytest.mark.parametrize("when", [PrefetchState.QUERY, PrefetchState.FETCH])
@@ -78,8 +121,7 @@ def test_stores_under_way_end_and_queued_ones_are_dropped():
     server.check_empty()
 
 
-@pytest.mark.parametrize("forget", ["detach", "cleared"])
-def test_what_the_old_storage_got_is_not_believed_of_the_new_one(forget):
+def test_what_the_old_storage_got_is_not_believed_of_the_new_one():
     """A STORE that ends afterwards included."""
     server = server_with_storage()
     server.prefill(prompt(8))
@@ -87,14 +129,65 @@ def test_what_the_old_storage_got_is_not_believed_of_the_new_one(forget):
     server.prefill(prompt(8, 1000))
     server.step(0)
     assert server.core.stores.live
-    getattr(server.core.attachment, forget)()
+    server.core.attachment.detach()
     server.settle()
     assert not server.core.stores.believed
     server.storage.cells[0][0].clear()
-    if forget == "detach":
-        server.core.attachment.attach()
-        server.settle()
-        assert len(server.storage.cells[0][0]) == 4
+    server.core.attachment.attach()
+    server.settle()
+    assert num_stored(server) == 4
+
+
+def test_what_storage_lost_by_a_clear_is_written_once_all_ranks_have_cleared():
+    """L1: a rank that is slower would remove what the others have written since."""
+    server = server_with_storage()
+    server.prefill(prompt(24))
+    server.settle()
+    server.core.attachment.cleared()
+    assert server.core.needs_exchange()
+    for clock_ms in (None, 0, None, 1):
+        assert not server.planned(TransferKind.STORE)
+        server.core.commit({}, clock_ms)
+    (store,) = server.planned(TransferKind.STORE)
+    assert store.moves[0].page_keys == tuple(server.sequence(prompt(24)).page_keys(6))
+
+
+@pytest.mark.parametrize("call", ["detach", "reset"])
+def test_what_was_accepted_and_is_not_quiet_yet(call):
+    """L9: a detach does not lose it, a reset does."""
+    server = server_with_storage()
+    server.store(prompt(24))
+    ticket = server.prefetch(prompt(24))
+    while ticket.state is not PrefetchState.FETCH:
+        server.step(0)
+    server.core.take_plan()
+    server.core.commit({ticket.prefetch.id: Outcome(True, False, {"full": 6})})
+    if call == "detach":
+        server.core.attachment.detach()
+    else:
+        server.core.reset()
+    lease = server.admit(ticket.sequence, ticket=ticket)
+    assert lease.storage_tokens == 24 * (call == "detach")
+    assert server.core.counters["unfulfilled_host_capacity"] == 24 * (call == "reset")
+
+
+def test_an_old_storage_that_hangs_does_not_use_up_the_stores_of_the_new_one():
+    server = server_with_storage(max_stores=1)
+    server.prefill(prompt(8))
+    server.plane.apply()
+    server.core.commit({})
+    server.core.attachment.detach()
+    server.core.attachment.attach("another")
+    server.core.commit({})
+    assert len(server.core.stores.live) == 2
+
+
+def test_a_reset_counts_the_stores_that_it_drops():
+    server = server_with_storage()
+    for first in (0, 1000):
+        server.prefill(prompt(8, first))
+    server.core.reset()
+    assert server.core.counters["dropped_stores"] == 2
 
 
 def test_attaching_twice_or_to_nothing_is_refused():
@@ -114,6 +207,9 @@ def test_attaching_twice_or_to_nothing_is_refused():
 def test_every_change_enters_the_digest():
     """Ranks that do it in different steps are found."""
     digests = [make_core(host_pages=8).digest]
+    other = make_core(host_pages=8)
+    other.attachment.attach("another kind")
+    digests.append(other.digest)
     for calls in (("attach",), ("attach", "detach"), ("attach", "cleared")):
         core = make_core(host_pages=8)
         for call in calls:

@@ -6,6 +6,7 @@ import pytest
 
 from jaxcache.core.lease import Lease
 from jaxcache.core.prefetch import PrefetchState
+from jaxcache.core.prefetches import MAX_HELD_MS
 from jaxcache.core.ticket import Ticket
 from jaxcache.types import CLOCK_MODULUS, Outcome, PrefetchPolicy, Wait
 from tests.core.helpers import Server, prompt, server_with_storage
@@ -102,7 +103,69 @@ def test_a_question_that_takes_too_long_is_given_up():
 @pytest.mark.parametrize("policy", [PrefetchPolicy.WAIT_COMPLETE, PrefetchPolicy.BEST_EFFORT])
 def test_other_policies_look_at_no_clock(policy):
     server, ticket = asked(prefetch_policy=policy)
-    ticket.prefetch.is_held = True
+    server.core.prefetches.hold_up(ticket)
     tick(server, ticket, 0)
     tick(server, ticket, 1_000_000)
     assert not ticket.done
+
+
+def test_no_room_is_no_prefetch():
+    """Nobody is held up by a prefetch while there is no room anyway."""
+    server = server_with_storage(**TIMEOUT)
+    server.store(prompt(40))
+    server.admit(prompt(120, 5000))  # 31 of 32 device pages
+    ticket = server.prefetch(prompt(40))
+    assert server.try_admit(ticket.sequence, ticket=ticket) == Wait("no room")
+    for clock_ms in (0, 1000, 2000):
+        server.core.take_plan()
+        server.core.commit({ticket.prefetch.id: Outcome(False, True)}, clock_ms)
+    assert not ticket.done
+
+
+def test_the_one_that_was_held_up_has_left():
+    """Of two that share, the other only queues."""
+    server = server_with_storage(**TIMEOUT)
+    server.store(prompt(40))
+    held, queued = (server.prefetch(prompt(40)) for _ in range(2))
+    server.try_admit(held.sequence, ticket=held)
+    server.core.cancel(held)
+    for clock_ms in (0, 1000, 2000):
+        server.core.take_plan()
+        server.core.commit({queued.prefetch.id: Outcome(False, True)}, clock_ms)
+    assert not queued.done
+    server.try_admit(queued.sequence, ticket=queued)
+    for clock_ms in (3000, 3000 + ALLOWANCE_MS):
+        server.core.commit({queued.prefetch.id: Outcome(False, True)}, clock_ms)
+    assert queued.done
+
+
+def test_another_host_of_stage_0_has_the_smallest_clock_now():
+    """A clock that goes back starts the time anew."""
+    server, ticket = asked()
+    server.try_admit(ticket.sequence, ticket=ticket)
+    for clock_ms in (5_000_000, 5_000_010, 3, 13):
+        tick(server, ticket, clock_ms)
+    assert not ticket.done
+    tick(server, ticket, 3 + ALLOWANCE_MS)
+    assert ticket.done
+
+
+def test_the_deadline_decides_once():
+    """What has been accepted stays accepted, however long the rest takes to be quiet."""
+    server, ticket = asked()
+    server.try_admit(ticket.sequence, ticket=ticket)
+    for clock_ms in (0, ALLOWANCE_MS, 10 * ALLOWANCE_MS):
+        tick(server, ticket, clock_ms)
+    assert server.core.counters["prefetch_timeouts"] == 1
+    assert server.admit(ticket.sequence, ticket=ticket).storage_tokens == 12
+    assert server.core.counters["unfulfilled_aborted"] == 0
+
+
+@pytest.mark.parametrize(("per_1k_tokens_s", "allowance_ms"), [(1.0, 100 + 24), (999_999, MAX_HELD_MS - 1)])
+def test_the_allowance_is_of_what_is_asked_for(per_1k_tokens_s, allowance_ms):
+    """And never so long that the clock comes round."""
+    server = server_with_storage(**{**TIMEOUT, "prefetch_timeout_s_per_1k_tokens": per_1k_tokens_s}, host_pages=5000)
+    server.prefill(prompt(40))
+    num_tokens = 64 if per_1k_tokens_s == 1.0 else 4000
+    ticket = server.prefetch(prompt(num_tokens))
+    assert server.core.prefetches._allowance_ms(ticket.prefetch) == allowance_ms

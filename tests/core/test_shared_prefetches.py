@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from jaxcache.core.prefetch import PrefetchState
-from jaxcache.types import PrefetchPolicy, TransferKind
+from jaxcache.types import PrefetchPolicy, TransferKind, Wait, WritePolicy
 from tests.core.helpers import FULL, NEXT, Server, prompt, server_with_storage, state, window
 
 
@@ -106,15 +106,93 @@ def test_nobody_joins_what_is_decided_or_of_another_namespace():
         server.step(0)
     server.core.cancel(first)
     assert server.prefetch(prompt(24)).prefetch is not first.prefetch
+
+
+def test_nobody_joins_what_is_read_for_a_retired_namespace():
+    """K5: equal fields make an equal namespace, but not the same."""
+    server = server_with_storage()
+    server.store(prompt(24))
+    old = server.prefetch(prompt(24))
+    server.core.retire_namespace(server.namespace)
+    server.namespace = server.core.new_namespace(model="test")
+    new = server.prefetch(prompt(24))
+    assert new.prefetch is not old.prefetch
     server.settle()
-    assert not server.core.prefetches.by_first_key
+    assert server.admit(new.sequence, ticket=new).storage_tokens == 24
+    server.core.cancel(old)
+    check_accounts(server)
 
 
 def test_those_who_share_wait_together():
-    """L5: the deadline counts from the first time that one of them was held up."""
     server = server_with_storage(prefetch_policy=PrefetchPolicy.WAIT_COMPLETE)
     server.store(prompt(24))
     tickets = [server.prefetch(prompt(24)) for _ in range(2)]
-    assert [server.try_admit(t.sequence, ticket=t) for t in tickets] == 2 * [server.core._wait("prefetch")]
+    assert [server.try_admit(t.sequence, ticket=t) for t in tickets] == 2 * [Wait("prefetch")]
     server.settle()
     assert [server.admit(t.sequence, ticket=t).num_cached_tokens for t in tickets] == [24, 24]
+
+
+@pytest.mark.parametrize("when", [PrefetchState.QUERY, PrefetchState.FETCH])
+def test_one_that_will_not_wait_goes_without_and_leaves_it_to_the_other(when):
+    """L5: best effort."""
+    server = server_with_storage()
+    server.store(prompt(24))
+    hasty, patient = (server.prefetch(prompt(24)) for _ in range(2))
+    while hasty.state is not when:
+        server.step(0)
+    lease = server.admit(hasty.sequence, ticket=hasty)
+    assert (lease.num_cached_tokens, hasty.done, patient.done) == (0, True, False)
+    server.settle()
+    assert server.admit(patient.sequence, ticket=patient).storage_tokens == 24
+    check_accounts(server)
+
+
+def test_each_token_counts_for_the_request_that_uses_it():
+    """L9: of two that ask for different lengths, whoever comes first takes its own."""
+    server = server_with_storage()
+    server.store(prompt(24))
+    long, short = server.prefetch(prompt(24)), server.prefetch(prompt(20))
+    assert long.prefetch is short.prefetch
+    server.settle()
+    assert server.admit(short.sequence, ticket=short).storage_tokens == 20
+    assert server.admit(long.sequence, ticket=long).storage_tokens == 4
+    assert unfulfilled(server) == {}
+    check_accounts(server)
+
+
+def test_a_capped_hit_takes_nothing_from_the_other():
+    server = server_with_storage()
+    server.store(prompt(24))
+    capped, whole = (server.prefetch(prompt(24)) for _ in range(2))
+    server.settle()
+    assert server.admit(capped.sequence, ticket=capped, max_cached_tokens=0).storage_tokens == 0
+    assert server.admit(whole.sequence, ticket=whole).storage_tokens == 24
+    assert unfulfilled(server) == {}
+
+
+def test_a_ticket_counts_once():
+    """A6: the request was retracted and comes again with the ticket that it had."""
+    server = server_with_storage()
+    server.store(prompt(24))
+    ticket = server.prefetch(prompt(24))
+    server.settle()
+    lease = server.admit(ticket.sequence, ticket=ticket)
+    server.compute(lease, 25)
+    server.release(lease)
+    assert server.admit(ticket.sequence, ticket=ticket).storage_tokens == 0
+    server.core.cancel(ticket)
+    check_accounts(server)
+
+
+def test_all_live_ones_are_looked_at():
+    server = server_with_storage(FULL, window(6))
+    first, second, third = (server.prefetch(prompt(n)) for n in (24, 32, 24))
+    assert first.prefetch is third.prefetch is not second.prefetch
+
+
+def test_a_prefetch_of_a_window_alone_is_shared():
+    server = server_with_storage(FULL, window(6), write_policy=WritePolicy.NONE)
+    server.prefill(prompt(24))
+    for node in list(server.core.tiers.device[1].order):
+        server.core.tiers.drop(server.core.tiers.device[1], node)
+    assert server.prefetch(prompt(24)).prefetch is server.prefetch(prompt(24)).prefetch

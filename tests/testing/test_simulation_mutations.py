@@ -229,7 +229,9 @@ USUAL = Setup()
 CLOCKS = Setup({"prefetch_policy": PrefetchPolicy.TIMEOUT})  # the only one that looks at a clock
 CANCELS = Setup({"prefetch_policy": PrefetchPolicy.WAIT_COMPLETE, "host_pages": 40}, {"cancel": 300})
 CROWD = Setup({"device_pages": 18, "write_policy": WritePolicy.WRITE_THROUGH}, {"arrive": 700})
+QUESTIONS = Setup({"prefetch_policy": PrefetchPolicy.WAIT_COMPLETE}, {"arrive": 500})
 SETUPS = {
+    the_first_minimum_is_the_answer_for_windows_and_states: QUESTIONS,
     stage_1_decides_by_itself: CLOCKS,
     wall_clock_on_a_follower: CLOCKS,
     host_pages_are_freed_at_cancel: CANCELS,

@@ -71,15 +71,18 @@ class PrefixCache:
     def digest(self) -> int:
         return self.planner.digest
 
+    def sizes(self) -> list[int]:
+        """Of the tree and of pages: equal on ranks which hold the same, whatever they decided."""
+        sizes = [self.tiers.tree.num_nodes, len(self.leases)]
+        for residency in self.tiers.residencies:
+            sizes += (residency.allocator.num_free, residency.num_resident, residency.num_pinned)
+        return sizes
+
     def counts(self) -> dict[str, int]:
-        """Of the tree and of pages, by name: equal on ranks which hold the same, whatever they decided."""
-        counts = {"nodes": self.tiers.tree.num_nodes, "leases": len(self.leases)}
-        for r in self.tiers.residencies:
-            name = f"{r.tier.name.lower()} pages of {r.component.name}"
-            counts[f"free {name}"] = r.allocator.num_free
-            counts[f"resident {name}"] = r.num_resident
-            counts[f"pinned {name}"] = r.num_pinned
-        return counts
+        """The same by name, for people."""
+        pages = [f"{r.tier.name.lower()} pages of {r.component.name}" for r in self.tiers.residencies]
+        names = [f"{what} {name}" for name in pages for what in ("free", "resident", "pinned")]
+        return dict(zip(["nodes", "leases", *names], self.sizes(), strict=True))
 
     @property
     def step_number(self) -> int:
@@ -311,6 +314,8 @@ class PrefixCache:
 
     def live_transfers(self) -> list[int]:
         """Ids of the storage transfers whose outcomes are awaited, ascending."""
+        if not self.stores.live and not self.prefetches.live:
+            return []
         return sorted([*self.stores.live, *self.prefetches.live])
 
     def needs_exchange(self) -> bool:

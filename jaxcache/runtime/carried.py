@@ -19,7 +19,7 @@ def is_due(core: PrefixCache) -> bool:
 
 def digest(core: PrefixCache) -> int:
     """64 bits of all decisions, and of what the tree holds: a tree that was damaged need not have decided anything."""
-    return hash((core.digest, *core.counts().values())) & (2**64 - 1)
+    return hash((core.digest, *core.sizes())) & (2**64 - 1)
 
 
 def outcomes(core: PrefixCache, statuses: Mapping[int, Status]) -> dict[int, Outcome]:

@@ -65,36 +65,46 @@ class Lanes:
         lanes = [*digest_lanes(digest), int(ok)]
         for transfer_id in sorted(outcomes):
             lanes += self._slot(transfer_id, outcomes[transfer_id])
-        lanes += self._absent_slots[: self.num_unanimous - len(lanes)]
-        lanes.append(clock_ms % CLOCK_MODULUS)
-        return np.frombuffer(array("i", lanes), np.int32)
+        row = array("i", lanes)
+        row += self._absent_slots[: self.num_unanimous - len(row)]
+        row.append(clock_ms % CLOCK_MODULUS)
+        return np.frombuffer(row, np.int32)
 
     def unpack(self, row: Row, step: int, digest: int, outcomes: Mapping[int, Outcome]) -> dict[int, Outcome]:
         """What all ranks agreed on, given what this one said.
 
         RanksDiverged: the digests or the live transfers differ; TransferFault: some rank's copy failed
         """
-        lanes, live_ids = row.tolist(), sorted(outcomes)
+        live_ids, size = sorted(outcomes), self.slot_lanes
+        end = FIRST_SLOT + len(live_ids) * size
+        lanes = row[:end].tolist()
         _check_digest(lanes, step, digest)
         if not lanes[OK_LANE]:
             raise TransferFault(f"{step=}: a copy between device and host failed on some rank")
-        _check_ids(self._lane(lanes, ID), self._lane(lanes, NOT_ID), step, live_ids)
-        starts = range(FIRST_SLOT, self.num_unanimous, self.slot_lanes)
-        return {id: self._outcome(lanes[at : at + self.slot_lanes]) for id, at in zip(live_ids, starts, strict=False)}
+        slots = [lanes[at : at + size] for at in range(FIRST_SLOT, end, size)]
+        is_absent = self._absent_slots.tobytes().startswith(row[end : self.num_unanimous].tobytes())
+        if not is_absent or any(slot[ID] != ~slot[NOT_ID] for slot in slots):
+            raise self._differing_ids(row, step, live_ids)
+        return {id: self._outcome(slot) for id, slot in zip(live_ids, slots, strict=True)}
 
     def clock_ms(self, row: Row) -> int:
         """The leader's clock, modulo CLOCK_MODULUS."""
         return int(row[self.num_unanimous])
 
     @cached_property
-    def _absent_slots(self) -> list[int]:
+    def _absent_slots(self) -> array:
         slot = [NEUTRAL] * self.slot_lanes
         slot[NOT_ID] = ~NEUTRAL
-        return slot * self.max_live
+        return array("i", slot * self.max_live)
 
-    def _lane(self, lanes: list[int], lane: int) -> list[int]:
-        """One lane of every slot."""
-        return lanes[FIRST_SLOT + lane : self.num_unanimous : self.slot_lanes]
+    def _differing_ids(self, row: Row, step: int, live_ids: Sequence[int]) -> RanksDiverged:
+        slots = row[FIRST_SLOT : self.num_unanimous].reshape(self.max_live, self.slot_lanes)
+        smallest, largest = slots[:, ID], ~slots[:, NOT_ID]
+        bad = int(np.argmax(smallest != largest))
+        return RanksDiverged(
+            f"{step=}: this rank's live transfers are {list(live_ids)}, "
+            f"slot {bad} holds ids from {smallest[bad]} to {largest[bad]} ({NEUTRAL}: none)"
+        )
 
     def _slot(self, transfer_id: int, outcome: Outcome) -> list[int]:
         low = transfer_id % ID_MODULUS
@@ -122,16 +132,6 @@ def _check_digest(lanes: list[int], step: int, digest: int) -> None:
     if not are_equal(lanes):
         low, high = _hex(lanes[0], lanes[1]), _hex(~lanes[2], ~lanes[3])
         raise RanksDiverged(f"{step=}: this rank's digest is {digest:#018x}, all ranks' halves lie in [{low}, {high}]")
-
-
-def _check_ids(smallest: list[int], not_largest: list[int], step: int, live_ids: Sequence[int]) -> None:
-    largest = [~lane for lane in not_largest]
-    if smallest != largest:
-        bad = next(i for i, (low, high) in enumerate(zip(smallest, largest, strict=True)) if low != high)
-        raise RanksDiverged(
-            f"{step=}: this rank's live transfers are {list(live_ids)}, "
-            f"slot {bad} holds ids from {smallest[bad]} to {largest[bad]} ({NEUTRAL}: none)"
-        )
 
 
 def _hex(low: int, high: int) -> str:

@@ -5,7 +5,7 @@ import pytest
 
 from jaxcache.runtime import reduction
 from jaxcache.runtime.agreement import Agreed, Agreement
-from jaxcache.runtime.lanes import NEUTRAL, Lanes
+from jaxcache.runtime.lanes import FIRST_SLOT, NEUTRAL, Lanes
 from jaxcache.runtime.reduction import CollectiveReduction, LocalReduction, collective, reduce_rows
 from jaxcache.types import Outcome, RanksDiverged, TransferFault
 
@@ -65,7 +65,8 @@ def test_a_fault_anywhere_is_a_fault_everywhere():
 
 def test_large_ids_and_absent_slots_never_collide():
     row = LANES.pack(1, {2**31 - 1: OUTCOMES[7], 2**40: OUTCOMES[7]}, 0, True)
-    assert NEUTRAL not in LANES._lane(row.tolist(), 0)[:2]
+    ids = row[FIRST_SLOT : LANES.num_unanimous : LANES.slot_lanes]
+    assert NEUTRAL not in ids[:2].tolist() and ids[2] == NEUTRAL
 
 
 @pytest.mark.parametrize("shape", MESHES)

@@ -126,7 +126,7 @@ def without_storage(patch: pytest.MonkeyPatch) -> None:
 def test_waiting_is_not_a_decision(monkeypatch, seed):
     """DESIGN 1.3: copies between device and host may end in any order, at any time, on every rank for itself."""
     without_storage(monkeypatch)
-    settings = replace(SHORT, seed=seed)
+    settings = replace(SHORT, seed=seed, num_steps=600)
     bounds = ((0, 1), (100, 30_000), (1_000, 1_000_000))
     reports = [Simulation(settings, delays=Delays(seed, copies=copies)).run() for copies in bounds]
     assert len({report.digest for report in reports}) == 1

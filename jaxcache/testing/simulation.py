@@ -216,7 +216,7 @@ class Simulation:
             "lost_devices": own["lost_devices"],
             "retired_namespaces": own["retired_namespaces"],
         }
-        if not self.scenario.core.tiers.full:
+        if scenario.core.tiers.full is not None:
             storage = Counter(own) + Counter(core)
             names = (
                 "prefetches", "joined_prefetches", "agreed_fetches", "prefetch_timeouts", "cancels_in_flight",

@@ -97,9 +97,9 @@ class Simulation:
             components, self.config, settings.seed, settings.mesh, self.faults, delays or Delays(settings.seed)
         )
         self.scenario.num_namespaces = 3
-        self.scenario.decode_tokens = (1, page_tokens, 2 * page_tokens, 2 * page_tokens)
-        self.scenario.chunk_tokens = (page_tokens, *[1000] * 7)
-        self.scenario.insert_chance = self.scenario.stop_insert_chance = 0.1
+        self.scenario.decode_tokens = (1, *[2 * page_tokens] * 7)
+        self.scenario.chunk_tokens = (page_tokens, *[1000] * 11)
+        self.scenario.insert_chance = self.scenario.stop_insert_chance = 0.05
         self.scenario.max_new_tokens, self.scenario.max_output_tokens = 3 * page_tokens // 2, page_tokens // 2
         self.scenario.elsewhere_chance, self.scenario.prefetch_chance = 0.2, 0.1
         self.max_tokens = MAX_PAGES * page_tokens

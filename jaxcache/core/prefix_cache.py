@@ -338,13 +338,15 @@ class PrefixCache:
         clock_ms: stage 0's clock as agreed with them, modulo CLOCK_MODULUS; None: nothing was exchanged
         Raises RuntimeError while a planned load-back is unapplied: it must be on its way before its first step begins.
         """
-        if any(transfer.kind is TransferKind.LOAD_BACK for transfer in self.planner.transfers):
+        planned = self.planner.transfers
+        if planned and any(transfer.kind is TransferKind.LOAD_BACK for transfer in planned):
             raise RuntimeError(
                 "a load-back was planned but not applied: call pools = cache.apply(pools) before cache.step"
             )
         self.tiers.step += 1
         self.planner.step = self.tiers.step
-        self._scatter_is_due |= self.admission.scattered()
+        if self.admission.loading:
+            self._scatter_is_due |= self.admission.scattered()
         self.retentions.expire()
         for id in sorted(agreed):
             if id in self.stores.live:
@@ -355,7 +357,8 @@ class PrefixCache:
             self.stores.exchanged()
             if self.prefetches.policy is PrefetchPolicy.TIMEOUT:
                 self.prefetches.expire(clock_ms)
-        self.clearing.settle()
+        if self.clearing.limbo:
+            self.clearing.settle()
         self.stores.start()
         log = self.tiers.log
         if log is not None and log.overflows():

@@ -25,6 +25,8 @@ from jaxcache.types import RanksDiverged, RankUnresponsive
 
 LISTEN_SHARE = 0.2  # of the bound, for hearing the others
 MAX_LISTEN_S = 2.0
+END_SHARE = 0.1  # for the end of the process after that
+MAX_END_S = 1.0
 
 
 class State(NamedTuple):
@@ -51,7 +53,7 @@ class State(NamedTuple):
 class Fleet:
     """Who takes part, and how long one waits for the others.
 
-    timeout_s: until a report is complete: `wait_s` of waiting for the mesh, `listen_s` of listening to the others
+    timeout_s: until this process has ended: `wait_s` for the mesh, `listen_s` for hearing the others, the end
     topic:     of the reports; the same in all processes
     """
 
@@ -60,7 +62,7 @@ class Fleet:
         self.processes = sorted({device.process_index for device in devices})
         self.process = devices[0].client.process_index()
         self.listen_s = min(MAX_LISTEN_S, LISTEN_SHARE * timeout_s)
-        self.wait_s = timeout_s - self.listen_s
+        self.wait_s = timeout_s - self.listen_s - min(MAX_END_S, END_SHARE * timeout_s)
         self._bulletin = Bulletin(topic)
         self._watch: CoordinatorWatch | None = None
 

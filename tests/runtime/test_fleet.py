@@ -77,7 +77,7 @@ def test_diverged_without_a_decision_that_differs(make_mesh):
 @pytest.mark.parametrize("timeout_s", [0.1, 5.0, 60.0])
 def test_the_bound_holds_waiting_and_listening(make_mesh, timeout_s):
     fleet = Fleet(make_mesh(), timeout_s, "test")
-    assert fleet.wait_s + fleet.listen_s == pytest.approx(timeout_s)
+    assert 0.85 * timeout_s < fleet.wait_s + fleet.listen_s < timeout_s
     assert 0 < fleet.listen_s < fleet.wait_s
 
 
@@ -170,7 +170,7 @@ def test_the_agreement_that_does_not_come_ends_the_loop_with_a_report(cache, mon
     pools = cache.step(cache.init_pools())
 
     def never(timeout_s):
-        assert timeout_s == pytest.approx(0.4)
+        assert timeout_s == pytest.approx(0.35)
         raise RankUnresponsive(f"was not ready after {timeout_s:g} s")
 
     monkeypatch.setattr(cache._controller.agreement._reduction, "finish", never)

@@ -174,7 +174,7 @@ def test_the_agreement_that_does_not_come_ends_the_loop_with_a_report(cache, mon
         raise RankUnresponsive(f"was not ready after {timeout_s:g} s")
 
     monkeypatch.setattr(cache._controller.agreement._reduction, "finish", never)
-    with pytest.raises(RankUnresponsive, match=r"the agreement was not ready after 0.4 s(.|\n)*step 1, digest"):
+    with pytest.raises(RankUnresponsive, match=r"the agreement was not ready after 0.35 s(.|\n)*step 1, digest"):
         cache.step(pools)
     monkeypatch.setattr(cache.engine, "close", None)
     cache.close()  # joins nobody: threads may wait for ever

@@ -6,13 +6,14 @@ step t + 1   read() -> Agreed: the same on every rank, or RanksDiverged <-------
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jax.sharding import Mesh
 
 from jaxcache.runtime.lanes import Lanes
+from jaxcache.runtime.readiness import nobody
 from jaxcache.runtime.reduction import Reduction, reduction_of
 from jaxcache.types import Outcome
 
@@ -57,7 +58,7 @@ class Agreement:
         row = self.lanes.pack(digest, outcomes, clock_ms, ok)
         self._reduction.start(np.broadcast_to(row, (self._num_ranks, len(row))))
 
-    def read(self, timeout_s: float) -> Agreed | None:
+    def read(self, timeout_s: float, is_reported: Callable[[], bool] = nobody) -> Agreed | None:
         """Waits for what was issued; None if nothing was.
 
         RanksDiverged and TransferFault end serving on every rank; RankUnresponsive here: it did not come in time.
@@ -65,6 +66,6 @@ class Agreement:
         issued, self._issued = self._issued, None
         if issued is None:
             return None
-        row = self._reduction.finish(timeout_s)
+        row = self._reduction.finish(timeout_s, is_reported)
         outcomes = self.lanes.unpack(row, issued.step, issued.digest, issued.outcomes)
         return Agreed(issued.step, outcomes, self.lanes.clock_ms(row))

@@ -19,6 +19,7 @@ T = TypeVar("T")
 
 ROOT, LEFT = "jaxcache", "left"
 POLL_S = 0.005
+ASK_S = 0.2
 
 
 class Bulletin:
@@ -27,6 +28,20 @@ class Bulletin:
     def __init__(self, topic: str):
         self._topic = topic
         self._client, self.why_silent = _client()
+        self._asking = threading.Event()
+        self._asking.set()
+
+    def is_posted(self, kind: str, processes: Collection[int]) -> bool:
+        """Whether one of these has said anything; False, too, while the service does not answer."""
+        client, found = self._client, []
+        if client is None or not self._asking.is_set():
+            return False
+
+        def ask() -> None:
+            found.extend(_said(client, f"{ROOT}/{self._topic}/{kind}/", processes))
+
+        self._asking = _bounded(ask, ASK_S)
+        return bool(found)
 
     def exchange(
         self, kind: str, process: int, text: str, processes: Collection[int], timeout_s: float
@@ -40,8 +55,7 @@ class Bulletin:
         def talk() -> None:
             client.key_value_set(f"{folder}{process}", text, True)
             while not over.is_set() and not set(processes) <= set(heard):
-                for key, value in client.key_value_dir_get(folder):
-                    heard[int(key.rpartition("/")[2])] = value
+                heard.update(_said(client, folder, processes))
                 over.wait(POLL_S)
 
         _bounded(talk, timeout_s)
@@ -69,8 +83,17 @@ def _posters(client: Any, but: str = "", only: str = "") -> set[int]:
     return {int(path[-1]) for path in paths if path[1] != but and only in ("", path[1])}
 
 
-def _bounded(work: Callable[[], None], timeout_s: float) -> None:
-    """Runs it on a thread that is left behind when time is up: a call to a stopped service never returns."""
+def _said(client: Any, folder: str, processes: Collection[int]) -> dict[int, str]:
+    """What these processes have posted in a folder."""
+    texts = {int(key.rpartition("/")[2]): text for key, text in client.key_value_dir_get(folder)}
+    return {process: text for process, text in texts.items() if process in processes}
+
+
+def _bounded(work: Callable[[], None], timeout_s: float) -> threading.Event:
+    """Runs it on a thread that is left behind when time is up: a call to a stopped service never returns.
+
+    Returns what is set when it has returned.
+    """
     done = threading.Event()
 
     def run() -> None:
@@ -83,6 +106,7 @@ def _bounded(work: Callable[[], None], timeout_s: float) -> None:
 
     threading.Thread(target=run, name="jaxcache-bulletin", daemon=True).start()
     done.wait(timeout_s)
+    return done
 
 
 def coordinator_address() -> str | None:

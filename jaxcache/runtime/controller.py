@@ -21,7 +21,7 @@ from jaxcache.runtime.agreement import Agreed, Agreement
 from jaxcache.runtime.fleet import Fleet, State
 from jaxcache.runtime.readiness import wait_until_ready
 from jaxcache.runtime.transfer_engine import TransferEngine
-from jaxcache.types import RanksDiverged, RankUnresponsive
+from jaxcache.types import RanksDiverged, RankUnresponsive, TransferFault
 
 
 class Controller:
@@ -32,7 +32,7 @@ class Controller:
         self.engine = engine
         self.agreement = agreement
         self.fleet = fleet
-        self._is_cut_off = False  # from other ranks
+        self._fatal: Exception | None = None  # what has ended serving
         self._agreed = Agreed(0, {}, 0)
         fleet.watch(self._state)
 
@@ -41,6 +41,7 @@ class Controller:
 
         Raises RankUnresponsive, RanksDiverged, TransferFault.
         """
+        self._check()
         agreed = self._read()
         before = self.core.live_transfers()
         if agreed is not None:
@@ -57,11 +58,15 @@ class Controller:
 
     def _read(self) -> Agreed | None:
         try:
-            agreed = self.agreement.read(self.fleet.wait_s)
+            agreed = self.agreement.read(self.fleet.wait_s, self.fleet.is_reported)
         except RankUnresponsive as error:
             raise self._unresponsive("the agreement", error) from error
         except RanksDiverged as error:
-            raise self.fleet.diverged(error, self._state()) from error
+            self._fatal = self.fleet.diverged(error, self._state())
+            raise self._fatal from error
+        except TransferFault as error:
+            self._fatal = error
+            raise
         self._agreed = agreed or self._agreed
         return agreed
 
@@ -80,21 +85,27 @@ class Controller:
 
     def wait(self, arrays: Sequence[jax.Array]) -> None:
         """Until these are computed, which may need all ranks. Raises RankUnresponsive."""
+        self._check()
         try:
-            wait_until_ready(arrays, self.fleet.wait_s)
+            wait_until_ready(arrays, self.fleet.wait_s, self.fleet.is_reported)
         except RankUnresponsive as error:
             if error.__cause__ is not None and len(self.fleet.processes) == 1:
                 raise error.__cause__ from None  # no other process can be to blame
             raise self._unresponsive("a computation", error) from error
 
-    def _unresponsive(self, what: str, error: RankUnresponsive) -> RankUnresponsive:
-        self._is_cut_off = True
-        return self.fleet.unresponsive(what, error, self._state())
+    def _unresponsive(self, what: str, error: RankUnresponsive) -> RankUnresponsive | TransferFault:
+        self._fatal = self.fleet.unresponsive(what, error, self._state())
+        return self._fatal
+
+    def _check(self) -> None:
+        """What has ended serving ends every later call."""
+        if self._fatal is not None:
+            raise self._fatal
 
     def close(self) -> None:
-        """Joins the engine's threads, unless they may wait for ever for what other ranks owe."""
+        """Joins the engine's threads, unless serving has ended: they may wait for ever for what others owe."""
         self.fleet.close()
-        if not self._is_cut_off:
+        if self._fatal is None:
             self.engine.close()
 
     def _state(self) -> State:
@@ -107,8 +118,13 @@ class Controller:
 
     def apply(self, pools: DevicePools) -> DevicePools:
         """Dispatches everything planned so far, in plan order; load-backs of earlier steps are scattered first."""
+        self._check()
         plan: Any = self.core.take_plan()
-        return self.engine.apply(pools, plan.transfers, self.core.step_number)
+        try:
+            return self.engine.apply(pools, plan.transfers, self.core.step_number)
+        except TransferFault as error:
+            self._fatal = self.fleet.fault(error, self._state())
+            raise
 
 
 def _clock_ms() -> int:

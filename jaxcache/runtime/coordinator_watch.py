@@ -6,11 +6,14 @@ fail as soon, but with a C++ exception, and those wait while the aborting thread
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
+import time
 from collections.abc import Callable
 
 CONNECT_S = 10.0
+SHORT_S = 1.0  # whoever ends connections sooner is no service that lives: one waits so long before the next
 
 
 class CoordinatorWatch:
@@ -21,32 +24,44 @@ class CoordinatorWatch:
 
     def __init__(self, address: str | None, on_loss: Callable[[], None]):
         self._is_over = threading.Event()
-        if address is not None:
-            host, _, port = address.rpartition(":")
+        self._connection: socket.socket | None = None
+        host, _, port = (address or "").rpartition(":")
+        if port.isdigit():
             args = (host.strip("[]"), int(port)), on_loss
             threading.Thread(target=self._watch, args=args, name="jaxcache-watch", daemon=True).start()
 
     def close(self) -> None:
-        """Whatever ends now, ends in order."""
+        """Whatever ends now, ends in order. The thread ends, and lets go of `on_loss`."""
         self._is_over.set()
+        if self._connection is not None:
+            with contextlib.suppress(OSError):  # it has ended by itself
+                self._connection.shutdown(socket.SHUT_RDWR)
 
     def _watch(self, address: tuple[str, int], on_loss: Callable[[], None]) -> None:
-        try:
-            while not self._is_over.is_set():
-                _hold(address)  # the service closes what stays silent, after minutes; then it takes the next
-        except TimeoutError:  # the host is slow or gone, which is left to jax's heartbeats
-            return
-        except OSError:
-            if not self._is_over.is_set():
-                on_loss()
+        """The service closes what stays silent, after minutes; then it takes the next."""
+        was_there = False
+        while not self._is_over.is_set():
+            start = time.monotonic()
+            try:
+                connection = socket.create_connection(address, CONNECT_S)
+            except (ConnectionRefusedError, ConnectionResetError):
+                if was_there and not self._is_over.is_set():
+                    on_loss()
+                return
+            except OSError:  # slow, or out of reach: left to jax's heartbeats
+                return
+            was_there = True
+            self._hold(connection)
+            if time.monotonic() - start < SHORT_S:
+                self._is_over.wait(SHORT_S)
 
-
-def _hold(address: tuple[str, int]) -> None:
-    """Returns when the other side ends the connection; OSError if there is nobody to connect to."""
-    with socket.create_connection(address, CONNECT_S) as connection:
-        connection.settimeout(None)
-        try:
-            while connection.recv(4096):
-                pass
-        except ConnectionError:
-            pass
+    def _hold(self, connection: socket.socket) -> None:
+        """Returns when either side ends the connection."""
+        with connection:
+            self._connection = connection
+            if self._is_over.is_set():
+                return
+            connection.settimeout(None)
+            with contextlib.suppress(OSError):
+                while connection.recv(4096):
+                    pass

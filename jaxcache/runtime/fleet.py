@@ -13,7 +13,8 @@ from __future__ import annotations
 import atexit
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from jax.sharding import Mesh
@@ -21,12 +22,13 @@ from jax.sharding import Mesh
 from jaxcache.core.first_difference import Decision, DecisionLog, describe, first_difference
 from jaxcache.runtime.bulletin import Bulletin, coordinator_address
 from jaxcache.runtime.coordinator_watch import CoordinatorWatch
-from jaxcache.types import RanksDiverged, RankUnresponsive
+from jaxcache.types import RanksDiverged, RankUnresponsive, TransferFault
 
 LISTEN_SHARE = 0.2  # of the bound, for hearing the others
 MAX_LISTEN_S = 2.0
 END_SHARE = 0.1  # for the end of the process after that
 MAX_END_S = 1.0
+GIVEN_UP, FAULT = "unresponsive", "TransferFault: "
 
 
 class State(NamedTuple):
@@ -69,8 +71,11 @@ class Fleet:
     def watch(self, state: Callable[[], State]) -> None:
         """From now on says on stderr what `state`, called on another thread, returns when process 0 is gone."""
 
+        state_of = weakref.WeakMethod(state)  # a thread must keep no cache alive
+
         def report() -> None:
-            self._say(f"process 0 is gone, and jax will abort this one; {state().summary}")
+            here = state_of()
+            self._say(f"process 0 is gone, and jax will abort this one; {here().summary if here else 'no cache'}")
 
         if self.process != 0 and len(self.processes) > 1:
             self._watch = CoordinatorWatch(coordinator_address(), report)
@@ -85,33 +90,53 @@ class Fleet:
     def _say(self, text: str) -> None:
         print(f"jaxcache: process {self.process}: {text}", file=sys.stderr, flush=True)
 
-    def unresponsive(self, what: str, error: RankUnresponsive, state: State) -> RankUnresponsive:
-        """The report on `what`, which did not come; `error` says how."""
+    def is_reported(self) -> bool:
+        """Whether another process has given up."""
+        return len(self.processes) > 1 and self._bulletin.is_posted(GIVEN_UP, self.processes)
+
+    def fault(self, error: TransferFault, state: State) -> TransferFault:
+        """A copy failed here, and this process stops: the others are told why before they miss it."""
+        self._say(f"{error}; {state.summary}")
+        self._exchange(GIVEN_UP, f"{FAULT}{error}")
+        return error
+
+    def unresponsive(self, what: str, error: RankUnresponsive, state: State) -> RankUnresponsive | TransferFault:
+        """The report on `what`, which did not come; `error` says how. TransferFault: another stopped for that."""
         own = f"{what} {error}; {state.summary}"
         self._say(own)
-        heard = self._exchange("unresponsive", own)
-        silent = [process for process in self.processes if process not in heard]
-        lines = [f"{what} {error} (process {self.process})", *_by_process(heard)]
-        if silent:
-            why = f" ({self._bulletin.why_silent})" if self._bulletin.why_silent else ""
-            whom = f"process {', '.join(map(str, silent))}"
-            lines.append(f"nothing was heard within {self.listen_s:g} s of: {whom}{why}")
+        heard = self._exchange(GIVEN_UP, own)
+        for process, text in heard.items():
+            if text.startswith(FAULT):
+                return TransferFault(f"process {process}: {text.removeprefix(FAULT)}")
+        lines = [f"{what} {error} (process {self.process})", *_by_process(heard), *self._silent(heard)]
         return RankUnresponsive("\n  ".join(lines))
+
+    def _silent(self, heard: Collection[int]) -> list[str]:
+        silent = [process for process in self.processes if process not in heard]
+        if not silent:
+            return []
+        why = f" ({self._bulletin.why_silent})" if self._bulletin.why_silent else ""
+        return [f"nothing was heard within {self.listen_s:g} s of: process {', '.join(map(str, silent))}{why}"]
 
     def diverged(self, error: RanksDiverged, state: State) -> RanksDiverged:
         """The report on a difference that every process has seen in the same step."""
+        self._say(f"{error}; {state.summary}")
         own = {"summary": state.summary, "since": state.since, "log": state.decisions, "counts": dict(state.counts)}
         heard = {process: json.loads(text) for process, text in self._exchange("diverged", json.dumps(own)).items()}
         logs = {p: DecisionLog(said["since"], [tuple(d) for d in said["log"]]) for p, said in heard.items()}
-        difference = first_difference(logs) or f"none since step {max(log.since for log in logs.values())}"
-        lines = [f"{error} (process {self.process})", f"first difference: {difference}"]
+        difference = first_difference(logs)
+        if difference is None and len(logs) == len(self.processes):
+            difference = f"none since step {max(log.since for log in logs.values())}"
+        lines = [f"{error} (process {self.process})", f"first difference: {difference or 'not known'}"]
         lines += different({process: said["counts"] for process, said in heard.items()})
-        return RanksDiverged("\n  ".join([*lines, *_by_process({p: said["summary"] for p, said in heard.items()})]))
+        lines += _by_process({process: said["summary"] for process, said in heard.items()})
+        return RanksDiverged("\n  ".join([*lines, *self._silent(heard)]))
 
     def differing(self, settings: Mapping[str, str]) -> list[str]:
-        """What all processes say about themselves, where that differs."""
+        """What all processes say about themselves, where that differs; and who said nothing."""
         heard = self._exchange("settings", json.dumps(dict(settings)))
-        return different({process: json.loads(text) for process, text in heard.items()})
+        said = {process: json.loads(text) for process, text in heard.items()}
+        return [*different(said), *self._silent(heard)]
 
     def _exchange(self, kind: str, text: str) -> dict[int, str]:
         return self._bulletin.exchange(kind, self.process, text, self.processes, self.listen_s)

@@ -15,7 +15,7 @@ LEAVE_S, SAY_S = 1.0, 0.1  # process 0 waits for the others; these only say that
 
 
 def end_process(error: BaseException) -> NoReturn:
-    """Prints the error with its traceback and ends this process at once, with code 1; for RankUnresponsive.
+    """Prints the error with its traceback and ends this process at once, with code 1; for what ends serving.
 
     A normal exit would wait: jax for all processes, minutes, and then it aborts; Python for threads that wait for what
     a dead rank owes. Neither `finally` nor `atexit` runs. Process 0 goes after those that have reported, LEAVE_S later

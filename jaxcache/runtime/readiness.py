@@ -6,7 +6,7 @@ Polls, since a wait inside the runtime cannot be left again.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,18 +15,30 @@ from jaxcache.types import RankUnresponsive
 
 SHORTEST_NAP_S = 5e-5
 LONGEST_NAP_S = 1e-3
+ASK_EVERY_S = 0.5
 
 
-def wait_until_ready(arrays: Sequence[Any], timeout_s: float) -> None:
+def nobody() -> bool:
+    return False
+
+
+def wait_until_ready(arrays: Sequence[Any], timeout_s: float, is_reported: Callable[[], bool] = nobody) -> None:
     """Returns when all are computed.
 
-    Raises RankUnresponsive when that takes longer, or, from the runtime's own error, when their computation failed.
+    is_reported: asked now and then: whether another process has given up, so that one need not wait any longer
+    Raises RankUnresponsive then, or when it takes longer, or, from the runtime's own error, when it has failed.
     """
-    deadline, nap_s = time.monotonic() + timeout_s, SHORTEST_NAP_S
+    start, nap_s = time.monotonic(), SHORTEST_NAP_S
+    ask_at = start + ASK_EVERY_S
     for array in arrays:
         while not array.is_ready():
-            if time.monotonic() >= deadline:
+            now = time.monotonic()
+            if now >= start + timeout_s:
                 raise RankUnresponsive(f"was not ready after {timeout_s:g} s")
+            if now >= ask_at:
+                if is_reported():
+                    raise RankUnresponsive(f"was not ready after {now - start:.1f} s, when another process gave up")
+                ask_at = now + ASK_EVERY_S
             time.sleep(nap_s)
             nap_s = min(2 * nap_s, LONGEST_NAP_S)
     try:

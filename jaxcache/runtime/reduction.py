@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxcache.pools.page_layout import local_devices
-from jaxcache.runtime.readiness import wait_until_ready
+from jaxcache.runtime.readiness import nobody, wait_until_ready
 from jaxcache.types import RankUnresponsive
 
 ATTENTION_AXES = ("cp", "tp")
@@ -53,8 +53,8 @@ class Reduction(ABC):
         """Hands over the rows: int32[num_ranks, num_lanes] in mesh order; only those of this process's ranks count."""
 
     @abstractmethod
-    def finish(self, timeout_s: float) -> np.ndarray:
-        """Waits for the reduced row, int32[num_lanes]; RankUnresponsive if it fails or takes longer."""
+    def finish(self, timeout_s: float, is_reported: Callable[[], bool] = nobody) -> np.ndarray:
+        """Waits for the reduced row, int32[num_lanes]; RankUnresponsive as `wait_until_ready`."""
 
 
 class LocalReduction(Reduction):
@@ -67,7 +67,7 @@ class LocalReduction(Reduction):
     def start(self, rows: np.ndarray) -> None:
         self._reduced = reduce_rows(rows, self._shape, self._num_unanimous)
 
-    def finish(self, timeout_s: float) -> np.ndarray:
+    def finish(self, timeout_s: float, is_reported: Callable[[], bool] = nobody) -> np.ndarray:
         return self._reduced
 
 
@@ -87,8 +87,8 @@ class CollectiveReduction(Reduction):
             raise RankUnresponsive(f"failed: {error}") from error
         self._shard.copy_to_host_async()
 
-    def finish(self, timeout_s: float) -> np.ndarray:
-        wait_until_ready([self._shard], timeout_s)
+    def finish(self, timeout_s: float, is_reported: Callable[[], bool] = nobody) -> np.ndarray:
+        wait_until_ready([self._shard], timeout_s, is_reported)
         return np.asarray(self._shard)[0]
 
 

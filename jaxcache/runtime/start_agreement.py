@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import NamedTuple
@@ -27,7 +28,9 @@ from jaxcache.types import RanksDiverged, RankUnresponsive
 
 MAX_COMPONENTS = 64
 NUM_UNANIMOUS = DIGEST_LANES + 2 * MAX_COMPONENTS
-CAPACITIES = ("device_pages", "host_pages")
+CAPACITIES = {"device_pages": 1, "host_pages": 0}  # and what they must be at least
+REFUSED = -1  # instead of capacities that cannot be
+_starts: Counter[str] = Counter()  # by the devices of the mesh
 
 
 class Start(NamedTuple):
@@ -40,24 +43,27 @@ class Start(NamedTuple):
 def agree_on_start(components: Sequence[Component], mesh: Mesh, config: CacheConfig, storage: Storage | None) -> Start:
     """Every process of the mesh calls it with its own capacities, and everything else equal.
 
-    Raises RanksDiverged, in all of them, naming what differs; RankUnresponsive if one does not come.
+    Raises RanksDiverged, in all of them, naming what differs; RankUnresponsive if one does not come. ValueError for
+    capacities of its own that cannot be; then the others raise RanksDiverged.
     """
     names = [component.name for component in components]
     if len(names) > MAX_COMPONENTS:
         raise ValueError(f"{len(names)} components, but a cache can have {MAX_COMPONENTS} at most")
     said = settings(components, mesh, config, storage)
-    own = {
-        "device_pages": _pages(config, names, "device_pages", 1),
-        "host_pages": _pages(config, names, "host_pages", 0),
-    }
-    fleet = Fleet(mesh, config.agreement_timeout_s, "start")
+    own, problem = _capacities(config, names)
+    topic = _topic(mesh)
+    fleet = Fleet(mesh, config.agreement_timeout_s, topic)
     row = _reduced(_row(said, [*own["device_pages"].values(), *own["host_pages"].values()]), mesh, fleet)
-    fleet = Fleet(mesh, config.agreement_timeout_s, str(row[NUM_UNANIMOUS]))
+    if problem is not None:
+        raise problem
+    fleet = Fleet(mesh, config.agreement_timeout_s, f"{topic}-{row[NUM_UNANIMOUS]}")
     if not are_equal(row):
-        differing = fleet.differing(said) or ["the processes were not heard"]
+        differing = fleet.differing(said)
         raise RanksDiverged("\n  ".join([f"the ranks' settings differ (process {fleet.process})", *differing]))
     agreed = iter(row[DIGEST_LANES:NUM_UNANIMOUS].tolist())
     smallest = {tier: {name: next(agreed) for name in names} for tier in CAPACITIES}
+    if REFUSED in smallest["device_pages"].values():
+        raise RanksDiverged(f"another process refuses its own capacities, and says why (process {fleet.process})")
     return Start(config if smallest == own else replace(config, **smallest), fleet)
 
 
@@ -75,8 +81,27 @@ def settings(
     return said | {"storage": type(storage).__name__}
 
 
+def _capacities(config: CacheConfig, names: Sequence[str]) -> tuple[dict[str, dict[str, int]], ValueError | None]:
+    """Pages by tier and component; REFUSED and why, if they cannot be: the others must not wait for this process."""
+    try:
+        return {tier: _pages(config, names, tier, at_least) for tier, at_least in CAPACITIES.items()}, None
+    except ValueError as error:
+        return {tier: dict.fromkeys(names, REFUSED) for tier in CAPACITIES}, error
+
+
 def _pages(config: CacheConfig, names: Sequence[str], tier: str, at_least: int) -> dict[str, int]:
-    return {name: config.num_pages(config.__dict__[tier], name, at_least) for name in names}
+    pages = {name: config.num_pages(config.__dict__[tier], name, at_least) for name in names}
+    for name, count in pages.items():
+        if count >= NEUTRAL:
+            raise ValueError(f"{tier} of component {name!r} must be below {NEUTRAL}, not {count}")
+    return pages
+
+
+def _topic(mesh: Mesh) -> str:
+    """Of the reports at a start: replicas have other devices, and every process makes its caches in the same order."""
+    devices = "-".join(str(device.id) for device in mesh.devices.flat)
+    _starts[devices] += 1
+    return f"{hashlib.sha256(devices.encode()).hexdigest()[:16]}-{_starts[devices]}"
 
 
 def _row(said: Mapping[str, str], pages: Sequence[int]) -> np.ndarray:

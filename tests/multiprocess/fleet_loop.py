@@ -1,12 +1,14 @@
 """A serving loop of several processes, in which one goes wrong; run by test_fleet_failures.py.
 
-argv: {"steps", "model": whether there is one, "halts" or "corrupts": a process, "at": a step}
+argv: {"steps", "model": whether there is one, "halts", "corrupts" or "faults": a process, "at": a step,
+       "timeout_s": the bound, "hangs": whether storage never answers}
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
 from dataclasses import replace
 
@@ -20,6 +22,12 @@ from jaxcache.testing.processes import join
 KV = jaxcache.FieldSpec("kv", (2, 2, 4, 1, 8), "float32", ("layers", None, "slots", "heads", None))
 CONFIG = jaxcache.CacheConfig(page_tokens=4, device_pages=64, host_pages=32, agreement_timeout_s=5.0)
 PROMPT = list(range(32))
+
+
+class HungStorage(jaxcache.MemoryStorage):
+    def put(self, key, buffer) -> bool:
+        threading.Event().wait()
+        return False
 
 
 def mesh_of_all() -> Mesh:
@@ -46,6 +54,8 @@ def serve(cache: jaxcache.Cache, index: int, plan: dict) -> None:
             (node,) = namespace_root(cache, namespace).children.values()
             namespace_root(cache, namespace).children.clear()
             print(f"lost {node.end} tokens", flush=True)
+        if step == plan["at"] and index == plan.get("faults"):
+            cache.engine.fault = OSError("a copy that failed")
         lease = cache.admit(cache.sequence([*PROMPT, step], namespace), num_new_tokens=1)
         pools = cache.apply(pools)
         if step == plan["at"] and index == plan.get("halts"):
@@ -69,6 +79,10 @@ def start(index: int) -> None:
     own = replace(CONFIG, device_pages=64 - 16 * index, host_pages=8 + index)
     with jaxcache.Cache([component], mesh, own) as cache:
         print(cache.device_pages, cache.config.host_pages, cache.init_pools()["full"]["kv"].shape[0], flush=True)
+    try:
+        jaxcache.Cache([component], mesh, replace(CONFIG, device_pages={"full": 1 - index}))
+    except (ValueError, jaxcache.RanksDiverged) as error:
+        print(error, flush=True)
     for components, config in (
         ([component], replace(CONFIG, max_states_per_path=4 + index)),
         ([replace(component, name=f"full{index}")], CONFIG),
@@ -83,10 +97,12 @@ def main() -> None:
     index, plan = join(), json.loads(sys.argv[1])
     if "steps" not in plan:
         return start(index)
+    config = replace(CONFIG, agreement_timeout_s=plan.get("timeout_s", 5.0))
+    storage = HungStorage() if plan.get("hangs") else None
     try:
-        with jaxcache.Cache([jaxcache.FullAttention("full", (KV,))], mesh_of_all(), CONFIG) as cache:
+        with jaxcache.Cache([jaxcache.FullAttention("full", (KV,))], mesh_of_all(), config, storage) as cache:
             serve(cache, index, plan)
-    except (jaxcache.RankUnresponsive, jaxcache.RanksDiverged) as error:
+    except (jaxcache.RankUnresponsive, jaxcache.RanksDiverged, jaxcache.TransferFault) as error:
         jaxcache.end_process(error)
 
 

@@ -27,10 +27,10 @@ def fleet(num_processes: int, **plan) -> Processes:
 
 
 def fail(
-    num_processes: int, victim: int, model: bool, end: Callable[[Processes, int], None]
+    num_processes: int, victim: int, model: bool, end: Callable[[Processes, int], None], timeout_s: float = TIMEOUT_S
 ) -> tuple[list[Exit], float]:
     """One process halts in step AT and is then ended. Returns the others' ends, and how long after they came."""
-    with fleet(num_processes, steps=50, model=model, halts=victim, at=AT) as processes:
+    with fleet(num_processes, steps=50, model=model, halts=victim, at=AT, timeout_s=timeout_s) as processes:
         deadline = time.monotonic() + START_S
         while "halts" not in processes.stdout(victim):
             assert not processes.has_ended(victim), processes.stderr(victim)
@@ -82,8 +82,30 @@ def test_when_the_coordinators_process_dies_the_others_have_reported_before_jax_
         assert_names_step(exit, model)
 
 
-def test_a_tree_that_was_damaged_in_one_process_ends_all_within_two_steps():
-    with fleet(2, steps=50, model=True, corrupts=1, at=AT) as processes:
+@pytest.mark.parametrize("victim", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_those_who_are_not_connected_to_the_dead_process_hear_of_it(victim):
+    """With the default bound, too: process 0 stays until all have reported, or jax would abort them."""
+    exits, seconds = fail(4, victim, True, Processes.kill, timeout_s=60.0)
+    assert seconds < 2 * TIMEOUT_S
+    for exit in exits:
+        assert (exit.code, exit.was_ended) == (1, False), exit.stderr
+        assert "jaxcache.types.RankUnresponsive: a computation" in exit.stderr
+
+
+@pytest.mark.parametrize("model", [False, True], ids=["agreement", "model"])
+def test_a_copy_that_fails_in_one_process_is_a_fault_in_all(model):
+    with fleet(2, steps=50, model=model, faults=1, at=AT) as processes:
+        exits = processes.wait(START_S)
+    for exit in exits:
+        assert (exit.code, exit.was_ended) == (1, False), exit.stderr
+        assert "jaxcache.types.TransferFault" in exit.stderr
+        assert "a copy that failed" in exit.stderr
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_a_tree_that_was_damaged_in_one_process_ends_all_within_two_steps(hangs):
+    """Also while a thread waits for a storage that never answers."""
+    with fleet(2, steps=50, model=True, corrupts=1, at=AT, hangs=hangs) as processes:
         exits = processes.wait(START_S)
     for exit in exits:
         assert (exit.code, exit.was_ended) == (1, False), exit.stderr
@@ -99,5 +121,6 @@ def test_capacities_become_the_smallest_and_other_differences_are_refused():
         exits = processes.check(START_S)
     for exit in exits:
         assert "{'full': 48} {'full': 8} 48" in exit.stdout
+        assert ("at least 1 pages, not 0", "another process refuses")[1 - exit.index] in exit.stdout
         assert "config.max_states_per_path differs: process 0: 4; process 1: 5" in exit.stdout
         assert "components differs: process 0: ['full0']; process 1: ['full1']" in exit.stdout

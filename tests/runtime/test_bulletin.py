@@ -102,3 +102,37 @@ def test_process_0_leaves_after_those_that_have_spoken(use):
     assert leaving.is_alive()
     bulletin.leave(1, 60.0)
     leaving.join()
+
+
+def test_other_processes_are_not_heard(use):
+    """Of another replica, which may have the same topic."""
+    service = FakeService()
+    use(service)
+    Bulletin("7").exchange("kind", 2, "somebody else", [2, 3], 0.05)
+    assert Bulletin("7").exchange("kind", 0, "a", [0, 1], 0.05) == {0: "a"}
+    assert not Bulletin("7").is_posted("kind", [1])
+
+
+def test_whether_somebody_has_posted(use):
+    use(FakeService())
+    board = Bulletin("7")
+    assert not board.is_posted("kind", [0, 1])
+    board.exchange("kind", 1, "b", [0, 1], 0.05)
+    assert board.is_posted("kind", [0, 1])
+    assert not board.is_posted("other", [0, 1])
+
+
+def test_a_service_that_does_not_answer_is_asked_once(use, monkeypatch):
+    class Silent(FakeService):
+        num_asked = 0
+
+        def key_value_dir_get(self, folder):
+            self.num_asked += 1
+            threading.Event().wait()
+
+    monkeypatch.setattr(bulletin, "ASK_S", 0.05)
+    service = Silent()
+    use(service)
+    board = Bulletin("7")
+    assert [board.is_posted("kind", [0, 1]) for _ in range(3)] == [False] * 3
+    assert service.num_asked == 1

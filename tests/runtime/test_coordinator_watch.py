@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 
+import pytest
+
+from jaxcache.runtime import coordinator_watch
 from jaxcache.runtime.coordinator_watch import CoordinatorWatch
 
 PATIENCE_S = 60.0
@@ -55,3 +59,25 @@ def test_nothing_to_watch():
     before = threading.active_count()
     CoordinatorWatch(None, lambda: None).close()
     assert threading.active_count() == before
+
+
+def test_a_service_that_closes_every_connection_is_not_pestered(monkeypatch):
+    monkeypatch.setattr(coordinator_watch, "SHORT_S", 0.2)
+    times = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        watch = CoordinatorWatch(f"127.0.0.1:{server.getsockname()[1]}", lambda: None)
+        for _ in range(4):
+            accept(server).close()
+            times.append(time.monotonic())
+        watch.close()
+    assert times[-1] - times[0] > 0.5
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "no-such-host.invalid:1", "no port"])
+def test_what_was_never_there_is_no_loss(address):
+    lost = threading.Event()
+    CoordinatorWatch(address, lost.set)
+    for thread in threading.enumerate():
+        if thread.name == "jaxcache-watch":
+            thread.join(PATIENCE_S)
+    assert not lost.is_set()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import socket
+import threading
+import weakref
 from dataclasses import replace
 
 import jax
@@ -11,11 +15,11 @@ import pytest
 
 import jaxcache
 from jaxcache.runtime import carried, start_agreement
-from jaxcache.runtime.fleet import Fleet, State, different
+from jaxcache.runtime.fleet import FAULT, Fleet, State, different
 from jaxcache.runtime.lanes import DIGEST_LANES
 from jaxcache.runtime.reduction import LocalReduction
 from jaxcache.runtime.start_agreement import NUM_UNANIMOUS, agree_on_start
-from jaxcache.types import RanksDiverged, RankUnresponsive
+from jaxcache.types import RanksDiverged, RankUnresponsive, TransferFault
 
 KV = jaxcache.FieldSpec("kv", (2, 2, 4, 1, 8), "float32", ("layers", None, "slots", "heads", None))
 COMPONENT = jaxcache.FullAttention("full", (KV,))
@@ -31,15 +35,16 @@ def cache(make_mesh):
 
 
 class Others:
-    """A bulletin on which others have said the same as this process, with some changes."""
+    """A bulletin on which others have said the same as this process, with some changes, or a text instead."""
 
     why_silent = ""
 
-    def __init__(self, *changes: dict | None):
+    def __init__(self, *changes: dict | str | None):
         self.changes = dict(enumerate(changes, 1))
 
     def exchange(self, kind, process, text, processes, timeout_s):
-        said = {p: json.dumps(json.loads(text) | change) for p, change in self.changes.items() if change is not None}
+        changes = {p: change for p, change in self.changes.items() if change is not None}
+        said = {p: c if isinstance(c, str) else json.dumps(json.loads(text) | c) for p, c in changes.items()}
         return {process: text, **said}
 
 
@@ -169,13 +174,16 @@ def test_the_agreement_that_does_not_come_ends_the_loop_with_a_report(cache, mon
     cache._controller.fleet.processes = [0, 1]
     pools = cache.step(cache.init_pools())
 
-    def never(timeout_s):
+    def never(timeout_s, is_reported):
         assert timeout_s == pytest.approx(0.35)
         raise RankUnresponsive(f"was not ready after {timeout_s:g} s")
 
     monkeypatch.setattr(cache._controller.agreement._reduction, "finish", never)
     with pytest.raises(RankUnresponsive, match=r"the agreement was not ready after 0.35 s(.|\n)*step 1, digest"):
         cache.step(pools)
+    for call in (lambda: cache.step(pools), lambda: cache.apply(pools), lambda: cache.wait(pools)):
+        with pytest.raises(RankUnresponsive, match="the agreement was not ready"):
+            call()
     monkeypatch.setattr(cache.engine, "close", None)
     cache.close()  # joins nobody: threads may wait for ever
 
@@ -189,13 +197,13 @@ def test_wait_returns_what_it_was_given(cache):
 def test_in_one_process_an_error_is_nobody_elses(cache, monkeypatch):
     own = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
-    def fails(arrays, timeout_s):
+    def fails(arrays, timeout_s, is_reported):
         raise RankUnresponsive(f"failed: {own}") from own
 
     monkeypatch.setattr("jaxcache.runtime.controller.wait_until_ready", fails)
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
         cache.wait(jax.numpy.ones(2))
-    cache._controller.fleet.processes = [0, 1]
+    cache._controller.fleet.processes, cache._controller._fatal = [0, 1], None
     with pytest.raises(RankUnresponsive, match="a computation failed: RESOURCE_EXHAUSTED"):
         cache.wait(jax.numpy.ones(2))
 
@@ -207,3 +215,52 @@ def test_the_digest_sees_a_tree_that_was_damaged_before_anything_is_decided(cach
     assert cache.core.digest == before[0]
     assert carried.digest(cache.core) != before[1]
     cache.core.tiers.device[0].allocator.num_free += 1
+
+
+def test_a_copy_that_failed_ends_the_loop_and_closing_joins_nobody(cache, monkeypatch, capsys):
+    pools = cache.step(cache.init_pools())
+
+    def fails(pools, transfers, step):
+        raise TransferFault("a copy between device and host failed: here")
+
+    monkeypatch.setattr(cache.engine, "apply", fails)
+    for call in (cache.apply, cache.step):
+        with pytest.raises(TransferFault, match="here"):
+            call(pools)
+    assert "a copy between device and host failed: here; step 1, digest" in capsys.readouterr().err
+    monkeypatch.setattr(cache.engine, "close", None)
+    cache.close()
+
+
+def test_another_process_stopped_for_a_fault(make_mesh):
+    fleet = fleet_with(make_mesh, f"{FAULT}a copy failed")
+    error = fleet.unresponsive("the agreement", RankUnresponsive("was not ready"), STATE)
+    assert isinstance(error, TransferFault) and str(error) == "process 1: a copy failed"
+
+
+def test_a_cache_that_was_dropped_is_kept_by_no_watch(make_mesh):
+    """On every process but 0 a thread watches process 0."""
+    fleet = Fleet(make_mesh(), 1.0, "test")
+    fleet.processes, fleet.process = [0, 1], 1
+
+    class Cache:
+        def state(self) -> State:
+            return STATE
+
+    cache, gone = Cache(), threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("jaxcache.runtime.fleet.coordinator_address", lambda: address)
+            fleet.watch(cache.state)
+        connection, _ = server.accept()
+        weakref.finalize(cache, gone.set)
+        del cache
+        gc.collect()
+        assert gone.is_set()
+        fleet.close()
+        watching = [thread for thread in threading.enumerate() if thread.name == "jaxcache-watch"]
+        for thread in watching:
+            thread.join(60.0)
+        assert not any(thread.is_alive() for thread in watching)
+        connection.close()

@@ -9,7 +9,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import shutil
 import sys
 import tempfile
@@ -115,11 +114,13 @@ def main(argv: Sequence[str]) -> int:
     args = parser().parse_args(argv)
     errors = Console(stderr=True)
     try:
+        shape = three_numbers("--mesh", args.mesh)
+        fleet.check_options(args.coordinator, args.num_processes, args.process_id)
         if args.processes != 1:
-            return fleet.start(argv, args.processes, math.prod(three_numbers("--mesh", args.mesh)), args.storage)
-        is_first = fleet.join(args.coordinator, args.num_processes, args.process_id) == 0
+            return fleet.start(argv, args.processes, math.prod(shape), args.storage)
+        is_first = fleet.join(args.coordinator, args.num_processes, args.process_id, math.prod(shape)) == 0
         console = Console(stderr=args.json == "-", quiet=not is_first)
-        demo = Demo(args, make_mesh(three_numbers("--mesh", args.mesh), args.num_processes or 1), console)
+        demo = Demo(args, make_mesh(shape), console)
         figures = demo.without_cache() if args.no_cache else demo.compare()
     except (ValueError, OSError, MemoryError, fleet.ProcessesFailed) as error:
         errors.print("[red]error:[/]", Text(str(error)), soft_wrap=True)
@@ -139,12 +140,9 @@ def three_numbers(option: str, text: str) -> tuple[int, int, int]:
     return cp, tp, pp
 
 
-def make_mesh(shape: tuple[int, ...], num_processes: int = 1) -> jax.sharding.Mesh:
-    """A mesh (cp, tp, pp) of the devices of all processes; without GPUs, of as many CPU devices as it takes."""
+def make_mesh(shape: tuple[int, ...]) -> jax.sharding.Mesh:
+    """A mesh (cp, tp, pp) of the devices of all processes."""
     num_devices = math.prod(shape)
-    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        flags = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={num_devices // num_processes}"
     if len(jax.devices()) < num_devices:
         raise ValueError(f"--mesh {shape} needs {num_devices} devices, there are {len(jax.devices())}")
     devices = jax.devices()[:num_devices]

@@ -38,13 +38,28 @@ def start(argv: Sequence[str], num_processes: int, mesh_size: int, storage: Path
     return 0
 
 
-def join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> int:
+def check_options(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    """Refuses what would be ignored."""
+    if coordinator is None and (num_processes is not None or process_id is not None):
+        raise ValueError("--num-processes and --process-id need --coordinator; --processes starts a fleet on this host")
+
+
+def join(coordinator: str | None, num_processes: int | None, process_id: int | None, mesh_size: int) -> int:
     """Becomes a part of the fleet, if there is one. Returns the number of this process."""
     if processes.is_started():
         return processes.join()
-    if coordinator is not None:
-        return processes.join(None if coordinator == "auto" else coordinator, num_processes, process_id)
-    return 0
+    if coordinator is None:
+        processes.share_cpu_devices(mesh_size, 1)
+        return 0
+    address = None if coordinator == "auto" else coordinator
+    options = {"--coordinator HOST:PORT": address, "--num-processes": num_processes, "--process-id": process_id}
+    try:
+        return processes.join(address, num_processes, process_id, mesh_size)
+    except ValueError as error:
+        missing = ", ".join(option for option, value in options.items() if value is None)
+        if not missing:
+            raise
+        raise ValueError(f"{error} What the cluster does not tell must be set: {missing}") from error
 
 
 def failed() -> int:

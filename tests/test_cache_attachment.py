@@ -194,6 +194,61 @@ def test_a_storage_whose_question_is_unanswered_is_in_use(rig):
         assert not cache.storage_in_use
 
 
+def storage_threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name.startswith("jaxcache-storage")}
+
+
+def test_a_detached_storage_leaves_no_threads(rig):
+    before = storage_threads()
+    with rig.cache(jaxcache.MemoryStorage()) as cache:
+        driver = Driver(rig, cache)
+        driver.ask(PROMPT)
+        driver.drain()
+        assert storage_threads() - before
+        cache.detach_storage()
+        assert not storage_threads() - before
+
+
+def test_the_threads_of_a_detached_storage_end_once_it_has_answered(rig):
+    before, storage = storage_threads(), Hung()
+    with rig.cache(storage) as cache:
+        driver = Driver(rig, cache)
+        assert cache.prefetch(driver.sequence(PROMPT)) is not None
+        driver.step()
+        assert storage.is_asked.wait(10)
+        cache.detach_storage()
+        driver.step()
+        assert storage_threads() - before
+        storage.may_answer.set()
+        cache.engine.drain()
+        driver.step()
+        assert not storage_threads() - before
+
+
+class Finishing:
+    """Jobs of which the last ends right after the first look."""
+
+    def __init__(self):
+        self.num_looks, self.is_closed = 0, False
+
+    @property
+    def num_open(self) -> int:
+        self.num_looks += 1
+        return int(self.num_looks == 1)
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def test_a_storage_whose_last_call_ends_while_it_is_looked_at_is_closed(rig):
+    with rig.cache(jaxcache.MemoryStorage()) as cache:
+        jobs = cache.engine._storage_io._connection.jobs = Finishing()
+        cache.engine.set_storage(None)
+        cache.engine.set_storage(None)
+        cache.engine.poll()
+        assert jobs.is_closed
+
+
 def test_a_detached_storage_is_asked_no_more(rig):
     """Not even for what was planned and not yet begun."""
     storage = Hung()

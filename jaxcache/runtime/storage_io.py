@@ -91,7 +91,7 @@ class StorageIO:
         counters: Counters,
     ):
         self._num_threads = num_threads
-        self._connections: list[StorageConnection] = []  # of storages that are gone, as long as a thread calls them
+        self._connections: list[StorageConnection] = []  # the present one, and old ones that a thread still calls
         self._connection: StorageConnection | None = None
         self.connect(storage)
         self._shares = {name: local_shares(pool) for name, pool in host_pools.items()}
@@ -100,12 +100,10 @@ class StorageIO:
 
     def connect(self, storage: Storage | None) -> None:
         """From now on asks this storage; transfers under way stay with the one that they began with."""
-        for connection in self._connections:
-            if connection is not self._connection and not connection.jobs.num_open:
-                connection.jobs.close()
-        self._connections = [c for c in self._connections if c is self._connection or c.jobs.num_open]
         self._connection = None if storage is None else StorageConnection(storage, self._num_threads)
-        self._connections += [self._connection] if self._connection is not None else []
+        if self._connection is not None:
+            self._connections = [*self._connections, self._connection]
+        self._close_idle()
 
     @property
     def num_open(self) -> int:
@@ -138,7 +136,8 @@ class StorageIO:
             start_move(connection, operation, move)
 
     def poll(self) -> dict[int, Status]:
-        """What every live transfer has delivered; here deadlines are noticed."""
+        """What every live transfer has delivered; here deadlines are noticed, and the end of calls of old storages."""
+        self._close_idle()
         for operation in self._live.values():
             if operation.expire():
                 self._failed(operation.connection, storage_timeouts=1)
@@ -159,6 +158,16 @@ class StorageIO:
             operation.stop()
         for connection in self._connections:
             connection.jobs.close()
+
+    def _close_idle(self) -> None:
+        """Ends the threads of old storages that none of them calls any more."""
+        kept = []
+        for connection in self._connections:
+            if connection is self._connection or connection.jobs.num_open:
+                kept.append(connection)
+            else:
+                connection.jobs.close()
+        self._connections = kept
 
     def _failed(self, connection: StorageConnection | None, **counts: int) -> None:
         self._counters.add(**counts)

@@ -96,9 +96,13 @@ class Processes:
         self._ended: set[int] = set()
         self._start = time.monotonic()
         common = {**os.environ, **_fleet_env(num_processes, platform), **(env or {})}
-        for index in range(num_processes):
-            own = {**common, **_process_env(index, devices_per_process, platform, common)}
-            self._children.append(self._start_one(index, program, own, cwd))
+        try:
+            for index in range(num_processes):
+                own = {**common, **_process_env(index, devices_per_process, platform, common)}
+                self._children.append(self._start_one(index, program, own, cwd))
+        except BaseException:
+            self.close()
+            raise
 
     def _start_one(
         self, index: int, program: Sequence[str], env: Mapping[str, str], cwd: str | os.PathLike[str] | None
@@ -200,11 +204,17 @@ class Processes:
         return "" if index in self._forward else self._file(index, stream).read_text(errors="replace")
 
 
-def join(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> int:
+def join(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    num_devices: int | None = None,
+) -> int:
     """Joins the fleet, before any other use of jax. Returns the number of this process.
 
     In a process that `Processes` started, all is known. Elsewhere the arguments are those of
-    `jax.distributed.initialize`, and what is not given jax learns from the cluster's environment (Slurm, Open MPI).
+    `jax.distributed.initialize`, and what is not given jax learns from the cluster's environment (Slurm, Open MPI);
+    num_devices: of the whole fleet, see `share_cpu_devices`.
     From now on an exception that nobody catches, and the end of whoever started this process, ends it: see `leave`.
     """
     import jax
@@ -213,6 +223,8 @@ def join(coordinator: str | None = None, num_processes: int | None = None, proce
     _keep_stdout()
     if PROCESS_ID not in os.environ:
         jax.distributed.initialize(coordinator, num_processes, process_id)
+        if num_devices is not None:
+            share_cpu_devices(num_devices, num_processes or _fleet_size())
         return jax.process_index()
     threading.Thread(target=_end_with_caller, daemon=True).start()
     devices = os.environ.get(LOCAL_DEVICES)
@@ -223,6 +235,13 @@ def join(coordinator: str | None = None, num_processes: int | None = None, proce
         cluster_detection_method="deactivate",
     )
     return jax.process_index()
+
+
+def share_cpu_devices(num_devices: int, num_processes: int) -> None:
+    """This process's share of so many CPU devices, before jax starts; not with GPUs, nor if XLA_FLAGS has a number."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if local_platform() == "cpu" and DEVICE_COUNT not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {DEVICE_COUNT}={max(1, num_devices // num_processes)}".strip()
 
 
 def is_started() -> bool:
@@ -245,6 +264,16 @@ def local_platform() -> str:
     has_plugin = any(importlib.util.find_spec(f"jax_cuda{major}_plugin") for major in (12, 13))
     is_allowed = "cuda" in os.environ.get("JAX_PLATFORMS", "cuda")
     return "gpu" if has_plugin and is_allowed and glob.glob("/dev/nvidia[0-9]*") else "cpu"
+
+
+def _fleet_size() -> int:
+    """What jax has learnt from the cluster; jax.process_count() would start the backend."""
+    try:
+        from jax._src import distributed
+
+        return distributed.global_state.num_processes
+    except (ImportError, AttributeError):
+        raise ValueError("The number of processes is not known.") from None
 
 
 def _keep_stdout() -> None:

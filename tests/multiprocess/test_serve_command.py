@@ -9,8 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
+from jaxcache.testing import processes
+from models import demo
 from tests.multiprocess.fleets import TIMEOUT_S
 
 pytestmark = pytest.mark.multiprocess
@@ -39,18 +42,14 @@ def test_the_first_process_shows_the_results_of_all(tmp_path):
 
 
 @pytest.mark.slow
-def test_processes_that_somebody_else_starts_find_their_coordinator(tmp_path):
+@pytest.mark.parametrize("launcher", ["options", "slurm"])
+def test_processes_that_somebody_else_starts_find_their_coordinator(tmp_path, launcher):
+    """Each makes its own two CPU devices."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_BIND_ADDRESS": address, "XLA_FLAGS": ""}
-    one = [sys.executable, "-m", "models.serve", "--mesh", "1,1,2", "--requests", "2", "--no-cache"]
-    fleet = [*one, "--coordinator", address, "--num-processes", "2", "--process-id"]
+        port = str(probe.getsockname()[1])
     outputs = [tmp_path / "0.json", tmp_path / "1.json"]
-    started = [
-        subprocess.Popen([*fleet, str(i), "--json", str(outputs[i])], cwd=ROOT, env=env, stderr=subprocess.PIPE)
-        for i in range(2)
-    ]
+    started = [start_one(launcher, port, i, outputs[i]) for i in range(2)]
     try:
         errors = [process.communicate(timeout=TIMEOUT_S)[1] for process in started]
     finally:
@@ -59,6 +58,52 @@ def test_processes_that_somebody_else_starts_find_their_coordinator(tmp_path):
     assert [process.returncode for process in started] == [0, 0], errors
     assert json.loads(outputs[0].read_text())["requests"] == 2
     assert not outputs[1].exists()
+
+
+def start_one(launcher: str, port: str, index: int, output: Path) -> subprocess.Popen[bytes]:
+    """One of two processes, which is told where it belongs by options or by the variables of Slurm."""
+    address = f"127.0.0.1:{port}"
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_BIND_ADDRESS": address, "XLA_FLAGS": ""}
+    if launcher == "slurm":
+        job = {"JOB_ID": "1", "STEP_NODELIST": "127.0.0.1", "NTASKS": "2", "PROCID": str(index), "LOCALID": str(index)}
+        env |= {f"SLURM_{name}": value for name, value in job.items()} | {"JAX_COORDINATOR_PORT": port}
+        where = ["--coordinator", "auto"]
+    else:
+        where = ["--coordinator", address, "--num-processes", "2", "--process-id", str(index)]
+    one = [sys.executable, "-m", "models.serve", "--mesh", "1,2,2", "--requests", "2", "--no-cache", *where]
+    return subprocess.Popen([*one, "--json", str(output)], cwd=ROOT, env=env, stderr=subprocess.PIPE)
+
+
+@pytest.mark.parametrize("option", ["--num-processes", "--process-id"])
+def test_options_of_a_fleet_without_its_coordinator_are_refused(capsys, option):
+    assert demo.main(["--mesh", "1,1,1", "--trace", "nowhere.jsonl", option, "1"]) == 1
+    assert "--num-processes and --process-id need --coordinator" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "missing"),
+    [
+        (["auto"], "--coordinator HOST:PORT, --num-processes, --process-id"),
+        (["127.0.0.1:1", "--process-id", "0"], "--num-processes"),
+    ],
+)
+def test_what_no_cluster_tells_is_named(monkeypatch, capsys, options, missing):
+    monkeypatch.setattr(processes, "_keep_stdout", lambda: None)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    assert demo.main(["--coordinator", *options]) == 1
+    assert capsys.readouterr().err.endswith(f"What the cluster does not tell must be set: {missing}\n")
+
+
+def test_a_number_of_processes_that_jax_does_not_know_is_named(monkeypatch, capsys):
+    """As with a jax that keeps it elsewhere."""
+    monkeypatch.setattr(processes, "_keep_stdout", lambda: None)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args: None)
+    monkeypatch.setattr("jax._src.distributed.global_state", None)
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: False)
+    assert demo.main(["--coordinator", "auto"]) == 1
+    error = capsys.readouterr().err
+    assert "The number of processes is not known." in error and "--num-processes" in error
 
 
 def test_an_error_is_shown_with_the_number_of_its_process():

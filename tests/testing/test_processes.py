@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 
 import pytest
 
-from jaxcache.testing.processes import Processes, ProcessesFailed
+from jaxcache.testing.processes import Processes, ProcessesFailed, share_cpu_devices
 
 SLEEP = "import time; time.sleep(60)"
 FOREVER_S = 60.0
@@ -82,6 +83,40 @@ def test_nothing_is_left_behind():
         pids = processes.pids
         assert all(map(is_alive, pids))
     assert not any(map(is_alive, pids))
+
+
+def test_if_one_cannot_be_started_those_before_are_ended(monkeypatch):
+    popen, started = subprocess.Popen, []
+
+    def start(*args, **options):
+        if len(started) == 2:
+            raise OSError("no more processes")
+        started.append(popen(*args, **options))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    with pytest.raises(OSError, match="no more processes"):
+        Processes(code(SLEEP), 3)
+    codes = [process.poll() for process in started]
+    for process in started:
+        process.kill()
+    assert codes == [-signal.SIGABRT] * 2
+
+
+def test_cpu_devices_are_shared_unless_somebody_has_said_how_many(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("XLA_FLAGS", "--other")
+    share_cpu_devices(8, 2)
+    assert os.environ["XLA_FLAGS"] == "--other --xla_force_host_platform_device_count=4"
+    share_cpu_devices(8, 4)
+    assert os.environ["XLA_FLAGS"] == "--other --xla_force_host_platform_device_count=4"
+
+
+def test_with_gpus_no_cpu_devices_are_made(monkeypatch):
+    monkeypatch.setattr("jaxcache.testing.processes.local_platform", lambda: "gpu")
+    monkeypatch.setenv("XLA_FLAGS", "")
+    share_cpu_devices(8, 2)
+    assert not os.environ["XLA_FLAGS"]
 
 
 def test_bad_arguments():

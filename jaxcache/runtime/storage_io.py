@@ -103,7 +103,7 @@ class StorageIO:
         self._connection = None if storage is None else StorageConnection(storage, self._num_threads)
         if self._connection is not None:
             self._connections = [*self._connections, self._connection]
-        self._close_idle()
+        self.close_idle()
 
     @property
     def num_open(self) -> int:
@@ -137,7 +137,7 @@ class StorageIO:
 
     def poll(self) -> dict[int, Status]:
         """What every live transfer has delivered; here deadlines are noticed, and the end of calls of old storages."""
-        self._close_idle()
+        self.close_idle()
         for operation in self._live.values():
             if operation.expire():
                 self._failed(operation.connection, storage_timeouts=1)
@@ -159,7 +159,7 @@ class StorageIO:
         for connection in self._connections:
             connection.jobs.close()
 
-    def _close_idle(self) -> None:
+    def close_idle(self) -> None:
         """Ends the threads of old storages that none of them calls any more."""
         kept = []
         for connection in self._connections:

@@ -84,6 +84,7 @@ class TransferEngine:
         raises:  TransferFault if a copy failed
         """
         self._raise_fault()
+        self._storage_io.close_idle()
         pools = self._scatter_arrived(dict(pools), step)
         for transfer in merged(transfers):
             if transfer.kind is TransferKind.BACKUP:

@@ -23,6 +23,7 @@ import threading
 import time
 import traceback
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -96,13 +97,12 @@ class Processes:
         self._ended: set[int] = set()
         self._start = time.monotonic()
         common = {**os.environ, **_fleet_env(num_processes, platform), **(env or {})}
-        try:
+        with ExitStack() as on_failure:
+            on_failure.callback(self.close)
             for index in range(num_processes):
                 own = {**common, **_process_env(index, devices_per_process, platform, common)}
                 self._children.append(self._start_one(index, program, own, cwd))
-        except BaseException:
-            self.close()
-            raise
+            on_failure.pop_all()
 
     def _start_one(
         self, index: int, program: Sequence[str], env: Mapping[str, str], cwd: str | os.PathLike[str] | None

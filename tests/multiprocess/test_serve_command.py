@@ -80,6 +80,14 @@ def test_options_of_a_fleet_without_its_coordinator_are_refused(capsys, option):
     assert "--num-processes and --process-id need --coordinator" in capsys.readouterr().err
 
 
+@pytest.fixture
+def joins_here(monkeypatch):
+    """This process may try to join a fleet: its streams stay, and jax believes that it has not begun."""
+    monkeypatch.setattr(processes, "_keep_stdout", lambda: None)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr("jax._src.xla_bridge.backends_are_initialized", lambda: False)
+
+
 @pytest.mark.parametrize(
     ("options", "missing"),
     [
@@ -87,17 +95,13 @@ def test_options_of_a_fleet_without_its_coordinator_are_refused(capsys, option):
         (["127.0.0.1:1", "--process-id", "0"], "--num-processes"),
     ],
 )
-def test_what_no_cluster_tells_is_named(monkeypatch, capsys, options, missing):
-    monkeypatch.setattr(processes, "_keep_stdout", lambda: None)
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+def test_what_no_cluster_tells_is_named(joins_here, capsys, options, missing):
     assert demo.main(["--coordinator", *options]) == 1
     assert capsys.readouterr().err.endswith(f"What the cluster does not tell must be set: {missing}\n")
 
 
-def test_a_number_of_processes_that_jax_does_not_know_is_named(monkeypatch, capsys):
+def test_a_number_of_processes_that_jax_does_not_know_is_named(joins_here, monkeypatch, capsys):
     """As with a jax that keeps it elsewhere."""
-    monkeypatch.setattr(processes, "_keep_stdout", lambda: None)
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args: None)
     monkeypatch.setattr("jax._src.distributed.global_state", None)
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: False)

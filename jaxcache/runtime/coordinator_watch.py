@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable
 
 CONNECT_S = 10.0
-SHORT_S = 1.0  # whoever ends connections sooner is no service that lives: one waits so long before the next
+SHORT_S = 1.0
+NAP_S, MAX_NAPS = 0.005, 20  # a process that dies may take connections for some milliseconds, and drop them
 
 
 class CoordinatorWatch:
@@ -39,7 +40,7 @@ class CoordinatorWatch:
 
     def _watch(self, address: tuple[str, int], on_loss: Callable[[], None]) -> None:
         """The service closes what stays silent, after minutes; then it takes the next."""
-        was_there = False
+        was_there, num_short = False, 0
         while not self._is_over.is_set():
             start = time.monotonic()
             try:
@@ -52,8 +53,9 @@ class CoordinatorWatch:
                 return
             was_there = True
             self._hold(connection)
-            if time.monotonic() - start < SHORT_S:
-                self._is_over.wait(SHORT_S)
+            num_short = num_short + 1 if time.monotonic() - start < SHORT_S else 0
+            if num_short:  # whoever goes on dropping connections at once is asked rarely
+                self._is_over.wait(NAP_S if num_short <= MAX_NAPS else SHORT_S)
 
     def _hold(self, connection: socket.socket) -> None:
         """Returns when either side ends the connection."""

@@ -369,7 +369,7 @@ class Cache:
     def close(self) -> None:
         """Stops the workers; what is stored stays stored. Afterwards whatever would move pages raises RuntimeError.
 
-        After RankUnresponsive the workers are left alone: they may wait for ever for what other ranks owe.
+        After an error that has ended serving they are left alone: they may wait for ever for what others owe.
         """
         if not self._closed:
             self._closed = True

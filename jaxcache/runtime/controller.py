@@ -128,5 +128,5 @@ class Controller:
 
 
 def _clock_ms() -> int:
-    """Milliseconds of a clock that only moves forward, in 31 bits; used as agreed on by stage 0 only."""
-    return int(time.monotonic() * 1000) & 0x7FFFFFFF
+    """Milliseconds of a clock that only moves forward; used as agreed on by stage 0 only."""
+    return time.monotonic_ns() // 1_000_000

@@ -23,9 +23,10 @@ from jaxcache.types import Outcome
 AXES = ("cp", "tp", "pp")
 COMPONENTS = ("full", "window", "state")
 SHAPES = {2: (2, 1, 1), 8: (2, 2, 2)}  # cp, tp, pp by number of devices
-LIVE = {id: Outcome(False, False, dict.fromkeys(COMPONENTS, id)) for id in range(1, 6)}
+LIVE = range(1, 6)  # storage transfers
 WIDTH = 256
 TIMEOUT_S = 60.0
+TIMES = ("issue_us", "read_us", "read_changed_us", "model_us", "round_us", "local_us")
 
 
 def main(num_steps: int, warmup_steps: int, model_ms: float) -> dict[str, list[float]]:
@@ -36,21 +37,29 @@ def main(num_steps: int, warmup_steps: int, model_ms: float) -> dict[str, list[f
     here = Mesh(np.asarray(jax.local_devices()[:1]).reshape(1, 1, 1), AXES)
     local = Agreement(here, COMPONENTS, max_live)
     work = model_step(mesh, model_ms)
-    times: dict[str, list[float]] = {name: [] for name in ("issue_us", "read_us", "model_us", "round_us", "local_us")}
+    times: dict[str, list[float]] = {name: [] for name in TIMES}
     for step in range(warmup_steps + num_steps):
         if step == warmup_steps:
             for values in times.values():
                 values.clear()
-        timed(times["issue_us"], partial(issue, agreement, step))
+        all_changed = step % 2 == 1
+        timed(times["issue_us"], partial(issue, agreement, step, len(LIVE) if all_changed else 1))
         timed(times["model_us"], work)
-        timed(times["read_us"], partial(agreement.read, TIMEOUT_S))
+        timed(times["read_changed_us" if all_changed else "read_us"], partial(agreement.read, TIMEOUT_S))
         timed(times["round_us"], partial(issue_and_read, agreement, step))
         timed(times["local_us"], partial(issue_and_read, local, step))
     return times
 
 
-def issue(agreement: Agreement, step: int) -> None:
-    agreement.issue(step, 12345 + step, LIVE, step, True)
+def issue(agreement: Agreement, step: int, num_changed: int = 1) -> None:
+    """num_changed: of how many transfers the processes say something different."""
+    changed = {LIVE[(step + i) % len(LIVE)] for i in range(num_changed)}
+    outcomes = {id: outcome(id, jax.process_index() if id in changed else 0) for id in LIVE}
+    agreement.issue(step, 12345 + step, outcomes, step, True)
+
+
+def outcome(id: int, process: int) -> Outcome:
+    return Outcome(False, False, dict.fromkeys(COMPONENTS, 10 * id - process))
 
 
 def issue_and_read(agreement: Agreement, step: int) -> None:

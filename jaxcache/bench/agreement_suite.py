@@ -1,7 +1,8 @@
 """The suite of the agreement: what one exchange costs the serving thread, in one process and in several.
 
     issue   pack what this rank saw, dispatch the program       before the model step
-    read    take the answer                                     after it, one step later
+    read    take the answer                                     after it, one step later; the processes say
+            something different of one of five transfers, or of all
     round   both, with nothing in between                       what it would cost to wait
 
 Every mesh runs in processes of its own, started on this host, over cp x tp x pp = 2 x 2 x 2 CPU devices or fewer.
@@ -45,6 +46,7 @@ def fleet(num_processes: int, num_devices: int) -> list[Figure]:
     return [
         figure(f"agreement_issue_{name}", f"{where}: issue", measured["issue_us"]),
         figure(f"agreement_read_{name}", f"{where}: read after {model}", measured["read_us"], goal=READ_GOAL),
+        figure(f"agreement_changed_{name}", f"{where}: read where all transfers differ", measured["read_changed_us"]),
         figure(f"agreement_round_{name}", f"{where}: issue and read at once", measured["round_us"]),
         figure(f"agreement_here_{name}", f"{where}: the same where one process has the mesh", measured["local_us"]),
     ]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxcache.runtime.lanes import Lanes
+from jaxcache.runtime.lanes import Lanes, Said
 from jaxcache.runtime.readiness import nobody
 from jaxcache.runtime.reduction import Reduction, reduction_of
 from jaxcache.types import Outcome
@@ -27,13 +27,6 @@ class Agreed:
     clock_ms: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Issued:
-    step: int
-    digest: int
-    outcomes: Mapping[int, Outcome]
-
-
 class Agreement:
     """Packs what this process saw, reduces it over all ranks and unpacks the answer; serving thread only."""
 
@@ -43,7 +36,7 @@ class Agreement:
         self.lanes = Lanes(tuple(component_names), max_live)
         self._num_ranks = mesh.size
         self._reduction = (reduction or reduction_of(mesh))(mesh, self.lanes.num_unanimous)
-        self._issued: _Issued | None = None
+        self._issued: Said | None = None
 
     def issue(self, step: int, digest: int, outcomes: Mapping[int, Outcome], clock_ms: int, ok: bool) -> None:
         """Starts the exchange.
@@ -54,8 +47,8 @@ class Agreement:
         raises:   RankUnresponsive if the runtime reports that it cannot be
         """
         assert self._issued is None, f"{step=}: the agreement of step {self._issued.step} has not been read"
-        self._issued = _Issued(step, digest, dict(outcomes))
-        row = self.lanes.pack(digest, outcomes, clock_ms, ok)
+        self._issued = said = self.lanes.pack(step, digest, outcomes, clock_ms, ok)
+        row = said.row
         self._reduction.start(np.broadcast_to(row, (self._num_ranks, len(row))))
 
     def read(self, timeout_s: float, is_reported: Callable[[], bool] = nobody) -> Agreed | None:
@@ -67,5 +60,4 @@ class Agreement:
         if issued is None:
             return None
         row = self._reduction.finish(timeout_s, is_reported)
-        outcomes = self.lanes.unpack(row, issued.step, issued.digest, issued.outcomes)
-        return Agreed(issued.step, outcomes, self.lanes.clock_ms(row))
+        return Agreed(issued.step, self.lanes.unpack(row, issued), self.lanes.clock_ms(row))

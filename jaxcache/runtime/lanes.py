@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -30,6 +30,23 @@ OK_LANE = DIGEST_LANES
 FIRST_SLOT = OK_LANE + 1
 ID, NOT_ID, DONE, QUIET, SMALLEST_END, NOT_LARGEST_END, PAGES = range(7)  # within a slot
 NUM_LEADER_LANES = 1
+LANE_BYTES = 4
+ID_BYTES = 2 * LANE_BYTES  # of ID and NOT_ID
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What this rank said in a step.
+
+    outcomes: of the live transfers, by id, in the order of their slots
+    row:      the same, packed
+    """
+
+    step: int
+    digest: int
+    outcomes: Mapping[int, Outcome]
+    ok: bool
+    row: Row
 
 
 @dataclass(frozen=True)
@@ -55,37 +72,46 @@ class Lanes:
     def num_lanes(self) -> int:
         return self.num_unanimous + NUM_LEADER_LANES
 
-    def pack(self, digest: int, outcomes: Mapping[int, Outcome], clock_ms: int, ok: bool) -> Row:
-        """One rank's row.
+    def pack(self, step: int, digest: int, outcomes: Mapping[int, Outcome], clock_ms: int, ok: bool) -> Said:
+        """What this rank says.
 
         digest:   of 64 bits
         outcomes: of the live transfers, by id
         """
         assert len(outcomes) <= self.max_live, f"{len(outcomes)=} live transfers for {self.max_live=} slots"
+        outcomes = {id: outcomes[id] for id in sorted(outcomes)}
         lanes = [*digest_lanes(digest), int(ok)]
-        for transfer_id in sorted(outcomes):
-            lanes += self._slot(transfer_id, outcomes[transfer_id])
+        for id, outcome in outcomes.items():
+            lanes += self._slot(id, outcome)
         row = array("i", lanes)
         row += self._absent_slots[: self.num_unanimous - len(row)]
         row.append(clock_ms % CLOCK_MODULUS)
-        return np.frombuffer(row, np.int32)
+        return Said(step, digest, outcomes, ok, np.frombuffer(row, np.int32))
 
-    def unpack(self, row: Row, step: int, digest: int, outcomes: Mapping[int, Outcome]) -> dict[int, Outcome]:
-        """What all ranks agreed on, given what this one said.
+    def unpack(self, row: Row, said: Said) -> Mapping[int, Outcome]:
+        """What all ranks agreed on, given what this one said; what is the same as that, mostly all, is not unpacked.
 
+        Caches are cold here, a model step has just run: this compares bytes and does little else.
         RanksDiverged: the digests or the live transfers differ; TransferFault: some rank's copy failed
         """
-        live_ids, size = sorted(outcomes), self.slot_lanes
-        end = FIRST_SLOT + len(live_ids) * size
-        lanes = row[:end].tolist()
-        _check_digest(lanes, step, digest)
-        if not lanes[OK_LANE]:
-            raise TransferFault(f"{step=}: a copy between device and host failed on some rank")
-        slots = [lanes[at : at + size] for at in range(FIRST_SLOT, end, size)]
-        is_absent = self._absent_slots.tobytes().startswith(row[end : self.num_unanimous].tobytes())
-        if not is_absent or any(slot[ID] != ~slot[NOT_ID] for slot in slots):
-            raise self._differing_ids(row, step, live_ids)
-        return {id: self._outcome(slot) for id, slot in zip(live_ids, slots, strict=True)}
+        own, agreed = said.row[: self.num_unanimous].tobytes(), row[: self.num_unanimous].tobytes()
+        if agreed == own and said.ok:
+            return said.outcomes
+        if not are_equal(row):
+            raise _differing_digests(row, said)
+        if not row[OK_LANE]:
+            raise TransferFault(f"step={said.step}: a copy between device and host failed on some rank")
+        outcomes, at, slot = {}, FIRST_SLOT * LANE_BYTES, self._slot_struct
+        for id, outcome in said.outcomes.items():
+            if agreed[at : at + ID_BYTES] != own[at : at + ID_BYTES]:
+                raise self._differing_ids(row, said)
+            if agreed[at : at + slot.size] != own[at : at + slot.size]:
+                outcome = self._outcome(*slot.unpack_from(agreed, at))
+            outcomes[id] = outcome
+            at += slot.size
+        if agreed[at:] != own[at:]:
+            raise self._differing_ids(row, said)
+        return outcomes
 
     def clock_ms(self, row: Row) -> int:
         """The leader's clock, modulo CLOCK_MODULUS."""
@@ -97,12 +123,16 @@ class Lanes:
         slot[NOT_ID] = ~NEUTRAL
         return array("i", slot * self.max_live)
 
-    def _differing_ids(self, row: Row, step: int, live_ids: Sequence[int]) -> RanksDiverged:
+    @cached_property
+    def _slot_struct(self) -> struct.Struct:
+        return struct.Struct(f"={self.slot_lanes}i")
+
+    def _differing_ids(self, row: Row, said: Said) -> RanksDiverged:
         slots = row[FIRST_SLOT : self.num_unanimous].reshape(self.max_live, self.slot_lanes)
         smallest, largest = slots[:, ID], ~slots[:, NOT_ID]
         bad = int(np.argmax(smallest != largest))
         return RanksDiverged(
-            f"{step=}: this rank's live transfers are {list(live_ids)}, "
+            f"step={said.step}: this rank's live transfers are {list(said.outcomes)}, "
             f"slot {bad} holds ids from {smallest[bad]} to {largest[bad]} ({NEUTRAL}: none)"
         )
 
@@ -111,10 +141,11 @@ class Lanes:
         pages = [outcome.pages.get(name, 0) for name in self.components]
         return [low, ~low, outcome.done, outcome.quiet, outcome.smallest_end, ~outcome.largest_end, *pages]
 
-    def _outcome(self, slot: list[int]) -> Outcome:
-        _, _, done, quiet, smallest_end, not_largest_end, *pages = slot
+    def _outcome(
+        self, _id: int, _not_id: int, done: int, quiet: int, smallest_end: int, not_largest_end: int, *pages: int
+    ) -> Outcome:
         by_component = dict(zip(self.components, pages, strict=True))
-        return Outcome(bool(done), bool(quiet), by_component, smallest_end, ~not_largest_end)
+        return Outcome(done != 0, quiet != 0, by_component, smallest_end, ~not_largest_end)
 
 
 def digest_lanes(digest: int) -> list[int]:
@@ -123,15 +154,17 @@ def digest_lanes(digest: int) -> list[int]:
     return [low, high, ~low, ~high]
 
 
-def are_equal(lanes: Sequence[int] | Row) -> bool:
+def are_equal(row: Row) -> bool:
     """Whether the digests, which are the first lanes of a reduced row, were the same on all ranks."""
-    return bool(lanes[0] == ~lanes[2] and lanes[1] == ~lanes[3])
+    return bool(row[0] == ~row[2] and row[1] == ~row[3])
 
 
-def _check_digest(lanes: list[int], step: int, digest: int) -> None:
-    if not are_equal(lanes):
-        low, high = _hex(lanes[0], lanes[1]), _hex(~lanes[2], ~lanes[3])
-        raise RanksDiverged(f"{step=}: this rank's digest is {digest:#018x}, all ranks' halves lie in [{low}, {high}]")
+def _differing_digests(row: Row, said: Said) -> RanksDiverged:
+    lanes = row[:DIGEST_LANES].tolist()
+    low, high = _hex(lanes[0], lanes[1]), _hex(~lanes[2], ~lanes[3])
+    return RanksDiverged(
+        f"step={said.step}: this rank's digest is {said.digest:#018x}, all ranks' halves lie in [{low}, {high}]"
+    )
 
 
 def _hex(low: int, high: int) -> str:

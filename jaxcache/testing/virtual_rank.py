@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.runtime import carried
-from jaxcache.runtime.lanes import Lanes
+from jaxcache.runtime.lanes import Lanes, Said
 from jaxcache.testing.fake_plane import FakePlane
 from jaxcache.testing.mixing import mix
 from jaxcache.types import CLOCK_MODULUS, Outcome
@@ -25,7 +25,7 @@ class VirtualRank:
         seed = plane.delays.seed
         self._origin_ms = mix(seed, plane.rank, 1) % CLOCK_MODULUS
         self._drift = 0.98 + mix(seed, plane.rank, 2) % 1000 / 25_000
-        self._said: tuple[int, int, Mapping[int, Outcome]] | None = None
+        self._said: Said | None = None
 
     @property
     def clock_ms(self) -> int:
@@ -39,7 +39,7 @@ class VirtualRank:
             core.commit({})
         else:
             assert self._said is not None
-            outcomes = self.lanes.unpack(agreed, *self._said)
+            outcomes = self.lanes.unpack(agreed, self._said)
             self._check(outcomes)
             core.commit(outcomes, self.leader_clock_ms(agreed))
         live = core.live_transfers()
@@ -52,9 +52,8 @@ class VirtualRank:
         if not carried.is_due(core):
             return None
         outcomes = carried.outcomes(core, plane.io.poll())
-        digest = carried.digest(core)
-        self._said = (core.step_number, digest, outcomes)
-        return self.lanes.pack(digest, outcomes, self.clock_ms, True)
+        self._said = self.lanes.pack(core.step_number, carried.digest(core), outcomes, self.clock_ms, True)
+        return self._said.row
 
     def leader_clock_ms(self, agreed: np.ndarray) -> int:
         """Stage 0's."""

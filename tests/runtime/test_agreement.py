@@ -5,7 +5,7 @@ import pytest
 
 from jaxcache.runtime import reduction
 from jaxcache.runtime.agreement import Agreed, Agreement
-from jaxcache.runtime.lanes import FIRST_SLOT, NEUTRAL, Lanes
+from jaxcache.runtime.lanes import FIRST_SLOT, ID, NEUTRAL, Lanes
 from jaxcache.runtime.reduction import CollectiveReduction, LocalReduction, collective, reduce_rows
 from jaxcache.types import Outcome, RanksDiverged, TransferFault
 
@@ -17,9 +17,13 @@ OUTCOMES = {
 }
 
 
-def agree_of(rows, mesh_shape=None):
+def said(digest, outcomes, clock_ms=0, ok=True, step=5):
+    return LANES.pack(step, digest, outcomes, clock_ms, ok)
+
+
+def agree_of(*packed, mesh_shape=None):
     """Every row reduced as ranks of cp."""
-    rows = np.stack(rows)
+    rows = np.stack([own.row for own in packed])
     return reduce_rows(rows, mesh_shape or {"cp": len(rows), "tp": 1, "pp": 1}, LANES.num_unanimous)
 
 
@@ -28,43 +32,66 @@ def random_rows(rng, num_ranks, num_lanes=40):
 
 
 def test_one_rank_gets_back_what_it_said():
-    row = agree_of([LANES.pack(123, OUTCOMES, 4567, True)])
-    assert LANES.unpack(row, 1, 123, OUTCOMES) == OUTCOMES
+    own = said(123, OUTCOMES, 4567)
+    row = agree_of(own)
+    assert LANES.unpack(row, own) == OUTCOMES
     assert LANES.clock_ms(row) == 4567
 
 
-def test_outcomes_are_minima_and_queries_both_ends():
+@pytest.mark.parametrize("which", [0, 1])
+def test_outcomes_are_minima_and_queries_both_ends(which):
     other = {7: Outcome(True, True, {"full": 3, "window": 4}), 9: Outcome(True, False, {}, 128, 128)}
-    row = agree_of([LANES.pack(1, OUTCOMES, 0, True), LANES.pack(1, other, 0, True)])
-    assert LANES.unpack(row, 1, 1, OUTCOMES) == {
+    both = said(1, OUTCOMES), said(1, other)
+    assert LANES.unpack(agree_of(*both), both[which]) == {
         7: Outcome(False, False, {"full": 3, "window": 2, "state": 0}),
         9: Outcome(True, False, {"full": 0, "window": 0, "state": 0}, 64, 128),
     }
 
 
+@pytest.mark.parametrize("lane", range(ID + 2, LANES.slot_lanes))
+@pytest.mark.parametrize("slot", range(3))
+def test_every_lane_counts(slot, lane):
+    """One rank alone says less, in one lane of one of three transfers: that one changes, and no other."""
+    outcomes = {id: Outcome(True, True, dict.fromkeys(LANES.components, 5), 64, 64) for id in (3, 5, 8)}
+    own = said(1, outcomes)
+    row = own.row.copy()
+    row[FIRST_SLOT + slot * LANES.slot_lanes + lane] -= 1
+    agreed = LANES.unpack(row, own)
+    assert [id for id in outcomes if agreed[id] != outcomes[id]] == [(3, 5, 8)[slot]]
+
+
 @pytest.mark.parametrize("digest", [0, 1, 2**31, 2**32, 2**63, 2**64 - 1])
 def test_digests(digest):
-    other = digest ^ (1 << 40)
-    assert LANES.unpack(agree_of([LANES.pack(digest, {}, 0, True)] * 2), 1, digest, {}) == {}
-    with pytest.raises(RanksDiverged, match=f"step=5.*{digest:#018x}"):
-        LANES.unpack(agree_of([LANES.pack(digest, {}, 0, True), LANES.pack(other, {}, 0, True)]), 5, digest, {})
+    own, other = said(digest, {}), said(digest ^ (1 << 40), {})
+    assert LANES.unpack(agree_of(own, own), own) == {}
+    for rank in (own, other):
+        with pytest.raises(RanksDiverged, match=f"step=5.*{rank.digest:#018x}"):
+            LANES.unpack(agree_of(own, other), rank)
 
 
-@pytest.mark.parametrize("other", [{}, {7: OUTCOMES[7]}, {8: OUTCOMES[7], 9: OUTCOMES[9]}, {9: OUTCOMES[9]}])
-def test_different_live_transfers_are_a_divergence(other):
-    row = agree_of([LANES.pack(1, OUTCOMES, 0, True), LANES.pack(1, other, 0, True)])
-    with pytest.raises(RanksDiverged, match=r"step=5.*\[7, 9\]"):
-        LANES.unpack(row, 5, 1, OUTCOMES)
+@pytest.mark.parametrize("others", [{}, {7: OUTCOMES[7]}, {8: OUTCOMES[7], 9: OUTCOMES[9]}, {9: OUTCOMES[9]}])
+def test_different_live_transfers_are_a_divergence(others):
+    own, other = said(1, OUTCOMES), said(1, others)
+    for rank in (own, other):
+        with pytest.raises(RanksDiverged, match=rf"step=5.*\[{', '.join(map(str, rank.outcomes))}\]"):
+            LANES.unpack(agree_of(own, other), rank)
 
 
 def test_a_fault_anywhere_is_a_fault_everywhere():
-    row = agree_of([LANES.pack(1, {}, 0, True), LANES.pack(1, {}, 0, False)])
+    own, other = said(1, {}), said(1, {}, ok=False)
+    for rank in (own, other):
+        with pytest.raises(TransferFault, match="step=5"):
+            LANES.unpack(agree_of(own, other), rank)
+
+
+def test_a_fault_of_all_is_one():
+    own = said(1, OUTCOMES, ok=False)
     with pytest.raises(TransferFault, match="step=5"):
-        LANES.unpack(row, 5, 1, {})
+        LANES.unpack(agree_of(own), own)
 
 
 def test_large_ids_and_absent_slots_never_collide():
-    row = LANES.pack(1, {2**31 - 1: OUTCOMES[7], 2**40: OUTCOMES[7]}, 0, True)
+    row = said(1, {2**31 - 1: OUTCOMES[7], 2**40: OUTCOMES[7]}).row
     ids = row[FIRST_SLOT : LANES.num_unanimous : LANES.slot_lanes]
     assert NEUTRAL not in ids[:2].tolist() and ids[2] == NEUTRAL
 

@@ -59,13 +59,13 @@ class Ranks:
         """said: what each rank says about every live transfer."""
         for core in self.cores:
             core.take_plan()
-        rows = [
-            self.lanes.pack(core.digest, outcomes, clock_ms, ok=True)
+        packed = [
+            self.lanes.pack(core.step_number, core.digest, outcomes, clock_ms, ok=True)
             for core, outcomes, clock_ms in zip(self.cores, said, self.clocks_ms, strict=True)
         ]
-        reduced = np.asarray(self.program(np.stack(rows)))
-        for core, outcomes, row in zip(self.cores, said, reduced, strict=True):
-            agreed = self.lanes.unpack(row, core.step_number, core.digest, outcomes)
+        reduced = np.asarray(self.program(np.stack([said.row for said in packed])))
+        for core, own, row in zip(self.cores, packed, reduced, strict=True):
+            agreed = self.lanes.unpack(row, own)
             core.commit(agreed, self.lanes.clock_ms(row))
             invariants.check(core)
         assert len({core.digest for core in self.cores}) == 1
@@ -201,7 +201,7 @@ def test_r4_components_are_found_by_name_and_transfers_by_id(make_mesh, shape):
     }
     ranks.step([turned if i == mesh.size - 1 else whole for i in range(mesh.size)])
     for ticket in first:
-        assert ticket.prefetch.progress == {"full": 7, "window": 0, "state": 1}
+        assert [ticket.prefetch.progress.get(name, 0) for name in ranks.lanes.components] == [7, 0, 1]
     assert [ticket.prefetch.bound for ticket in second] == [12] * mesh.size
 
 

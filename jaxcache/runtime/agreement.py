@@ -7,24 +7,14 @@ step t + 1   read() -> Agreed: the same on every rank, or RanksDiverged <-------
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxcache.runtime.lanes import Lanes, Said
+from jaxcache.runtime.lanes import Agreed, Lanes, Said
 from jaxcache.runtime.readiness import nobody
 from jaxcache.runtime.reduction import Reduction, reduction_of
 from jaxcache.types import Outcome
-
-
-@dataclass(frozen=True, slots=True)
-class Agreed:
-    """What all ranks know since `step`: outcomes by transfer id, and stage 0's clock, which wraps after 31 bits."""
-
-    step: int
-    outcomes: Mapping[int, Outcome]
-    clock_ms: int
 
 
 class Agreement:
@@ -59,5 +49,4 @@ class Agreement:
         issued, self._issued = self._issued, None
         if issued is None:
             return None
-        row = self._reduction.finish(timeout_s, is_reported)
-        return Agreed(issued.step, self.lanes.unpack(row, issued), self.lanes.clock_ms(row))
+        return self.lanes.unpack(self._reduction.finish(timeout_s, is_reported), issued)

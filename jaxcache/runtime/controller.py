@@ -17,8 +17,9 @@ import jax
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.pools.device_pool import DevicePools
 from jaxcache.runtime import carried
-from jaxcache.runtime.agreement import Agreed, Agreement
+from jaxcache.runtime.agreement import Agreement
 from jaxcache.runtime.fleet import Fleet, State
+from jaxcache.runtime.lanes import Agreed
 from jaxcache.runtime.readiness import wait_until_ready
 from jaxcache.runtime.transfer_engine import TransferEngine
 from jaxcache.types import RanksDiverged, RankUnresponsive, TransferFault

@@ -12,10 +12,12 @@ its id differs from every id; what a rank does not know of a live transfer is a 
 from __future__ import annotations
 
 import struct
+import sys
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -31,22 +33,33 @@ FIRST_SLOT = OK_LANE + 1
 ID, NOT_ID, DONE, QUIET, SMALLEST_END, NOT_LARGEST_END, PAGES = range(7)  # within a slot
 NUM_LEADER_LANES = 1
 LANE_BYTES = 4
-ID_BYTES = 2 * LANE_BYTES  # of ID and NOT_ID
+DIGEST_BYTES, ID_BYTES = DIGEST_LANES * LANE_BYTES, 2 * LANE_BYTES
+OK = np.int32(1).tobytes()
 
 
-@dataclass(frozen=True, slots=True)
-class Said:
+class Said(NamedTuple):
     """What this rank said in a step.
 
     outcomes: of the live transfers, by id, in the order of their slots
-    row:      the same, packed
+    packed:   the same, as the bytes of a row
     """
 
     step: int
     digest: int
     outcomes: Mapping[int, Outcome]
-    ok: bool
-    row: Row
+    packed: bytes
+
+    @property
+    def row(self) -> Row:
+        return np.frombuffer(self.packed, np.int32)
+
+
+class Agreed(NamedTuple):
+    """What all ranks know since `step`: outcomes by transfer id, and stage 0's clock, which wraps after 31 bits."""
+
+    step: int
+    outcomes: Mapping[int, Outcome]
+    clock_ms: int
 
 
 @dataclass(frozen=True)
@@ -86,46 +99,43 @@ class Lanes:
         row = array("i", lanes)
         row += self._absent_slots[: self.num_unanimous - len(row)]
         row.append(clock_ms % CLOCK_MODULUS)
-        return Said(step, digest, outcomes, ok, np.frombuffer(row, np.int32))
+        return Said(step, digest, outcomes, row.tobytes())
 
-    def unpack(self, row: Row, said: Said) -> Mapping[int, Outcome]:
+    def unpack(self, row: Row, said: Said) -> Agreed:
         """What all ranks agreed on, given what this one said; what is the same as that, mostly all, is not unpacked.
 
         Caches are cold here, a model step has just run: this compares bytes and does little else.
         RanksDiverged: the digests or the live transfers differ; TransferFault: some rank's copy failed
         """
-        own, agreed = said.row[: self.num_unanimous].tobytes(), row[: self.num_unanimous].tobytes()
-        if agreed == own and said.ok:
-            return said.outcomes
-        if not are_equal(row):
+        own, agreed = said.packed, row.tobytes()
+        if not agreed.startswith(own[:DIGEST_BYTES]):
             raise _differing_digests(row, said)
-        if not row[OK_LANE]:
+        if not agreed.startswith(OK, DIGEST_BYTES):
             raise TransferFault(f"step={said.step}: a copy between device and host failed on some rank")
-        outcomes, at, slot = {}, FIRST_SLOT * LANE_BYTES, self._slot_struct
+        outcomes, start, end = said.outcomes, FIRST_SLOT * LANE_BYTES, self.num_unanimous * LANE_BYTES
+        if agreed[start:end] != own[start:end]:
+            outcomes = self._unpack_slots(agreed, row, said)
+        return Agreed(said.step, outcomes, int.from_bytes(agreed[end:], sys.byteorder))
+
+    def _unpack_slots(self, agreed: bytes, row: Row, said: Said) -> dict[int, Outcome]:
+        own, outcomes, at, size = said.packed, {}, FIRST_SLOT * LANE_BYTES, self.slot_lanes * LANE_BYTES
         for id, outcome in said.outcomes.items():
-            if agreed[at : at + ID_BYTES] != own[at : at + ID_BYTES]:
-                raise self._differing_ids(row, said)
-            if agreed[at : at + slot.size] != own[at : at + slot.size]:
-                outcome = self._outcome(*slot.unpack_from(agreed, at))
+            slot = agreed[at : at + size]
+            if not own.startswith(slot, at):
+                if not own.startswith(slot[:ID_BYTES], at):
+                    raise self._differing_ids(row, said)
+                outcome = self._outcome(slot)
             outcomes[id] = outcome
-            at += slot.size
-        if agreed[at:] != own[at:]:
+            at += size
+        if agreed[at:-LANE_BYTES] != own[at:-LANE_BYTES]:
             raise self._differing_ids(row, said)
         return outcomes
-
-    def clock_ms(self, row: Row) -> int:
-        """The leader's clock, modulo CLOCK_MODULUS."""
-        return int(row[self.num_unanimous])
 
     @cached_property
     def _absent_slots(self) -> array:
         slot = [NEUTRAL] * self.slot_lanes
         slot[NOT_ID] = ~NEUTRAL
         return array("i", slot * self.max_live)
-
-    @cached_property
-    def _slot_struct(self) -> struct.Struct:
-        return struct.Struct(f"={self.slot_lanes}i")
 
     def _differing_ids(self, row: Row, said: Said) -> RanksDiverged:
         slots = row[FIRST_SLOT : self.num_unanimous].reshape(self.max_live, self.slot_lanes)
@@ -141,9 +151,8 @@ class Lanes:
         pages = [outcome.pages.get(name, 0) for name in self.components]
         return [low, ~low, outcome.done, outcome.quiet, outcome.smallest_end, ~outcome.largest_end, *pages]
 
-    def _outcome(
-        self, _id: int, _not_id: int, done: int, quiet: int, smallest_end: int, not_largest_end: int, *pages: int
-    ) -> Outcome:
+    def _outcome(self, slot: bytes) -> Outcome:
+        _, _, done, quiet, smallest_end, not_largest_end, *pages = memoryview(slot).cast("i")
         by_component = dict(zip(self.components, pages, strict=True))
         return Outcome(done != 0, quiet != 0, by_component, smallest_end, ~not_largest_end)
 

@@ -28,6 +28,17 @@ def wait_until_ready(arrays: Sequence[Any], timeout_s: float, is_reported: Calla
     is_reported: asked now and then: whether another process has given up, so that one need not wait any longer
     Raises RankUnresponsive then, or when it takes longer, or, from the runtime's own error, when it has failed.
     """
+    waiting = [array for array in arrays if not array.is_ready()]
+    if waiting:
+        _poll(waiting, timeout_s, is_reported)
+    try:
+        for array in arrays:
+            array.block_until_ready()  # ready means failed, too
+    except jax.errors.JaxRuntimeError as error:
+        raise RankUnresponsive(f"failed: {error}") from error
+
+
+def _poll(arrays: Sequence[Any], timeout_s: float, is_reported: Callable[[], bool]) -> None:
     start, nap_s = time.monotonic(), SHORTEST_NAP_S
     ask_at = start + ASK_EVERY_S
     for array in arrays:
@@ -41,8 +52,3 @@ def wait_until_ready(arrays: Sequence[Any], timeout_s: float, is_reported: Calla
                 ask_at = now + ASK_EVERY_S
             time.sleep(nap_s)
             nap_s = min(2 * nap_s, LONGEST_NAP_S)
-    try:
-        for array in arrays:
-            array.block_until_ready()  # ready means failed, too
-    except jax.errors.JaxRuntimeError as error:
-        raise RankUnresponsive(f"failed: {error}") from error

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.runtime import carried
-from jaxcache.runtime.lanes import Lanes, Said
+from jaxcache.runtime.lanes import Agreed, Lanes, Said
 from jaxcache.testing.fake_plane import FakePlane
 from jaxcache.testing.mixing import mix
 from jaxcache.types import CLOCK_MODULUS, Outcome
@@ -31,17 +31,17 @@ class VirtualRank:
     def clock_ms(self) -> int:
         return int(self._origin_ms + self.plane.jobs.now_us / 1000 * self._drift) % CLOCK_MODULUS
 
-    def step(self, agreed: np.ndarray | None) -> np.ndarray | None:
-        """agreed: the reduced row of the step before, or None; returns this rank's row, or None without an exchange."""
+    def step(self, reduced: np.ndarray | None) -> np.ndarray | None:
+        """reduced: the row of the step before, or None; returns this rank's row, or None without an exchange."""
         core, plane = self.core, self.plane
         before = core.live_transfers()
-        if agreed is None:
+        if reduced is None:
             core.commit({})
         else:
             assert self._said is not None
-            outcomes = self.lanes.unpack(agreed, self._said)
-            self._check(outcomes)
-            core.commit(outcomes, self.leader_clock_ms(agreed))
+            agreed = self.lanes.unpack(reduced, self._said)
+            self._check(agreed.outcomes)
+            core.commit(agreed.outcomes, self.leader_clock_ms(agreed))
         live = core.live_transfers()
         for id in before:
             if id not in live:
@@ -55,9 +55,9 @@ class VirtualRank:
         self._said = self.lanes.pack(core.step_number, carried.digest(core), outcomes, self.clock_ms, True)
         return self._said.row
 
-    def leader_clock_ms(self, agreed: np.ndarray) -> int:
+    def leader_clock_ms(self, agreed: Agreed) -> int:
         """Stage 0's."""
-        return self.lanes.clock_ms(agreed)
+        return agreed.clock_ms
 
     def _check(self, agreed: Mapping[int, Outcome]) -> None:
         """Nothing that is still under way here was taken for done or quiet."""

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from jaxcache.runtime import reduction
-from jaxcache.runtime.agreement import Agreed, Agreement
-from jaxcache.runtime.lanes import FIRST_SLOT, ID, NEUTRAL, Lanes
+from jaxcache.runtime.agreement import Agreement
+from jaxcache.runtime.lanes import FIRST_SLOT, ID, NEUTRAL, Agreed, Lanes
 from jaxcache.runtime.reduction import CollectiveReduction, LocalReduction, collective, reduce_rows
 from jaxcache.types import Outcome, RanksDiverged, TransferFault
 
@@ -33,16 +33,14 @@ def random_rows(rng, num_ranks, num_lanes=40):
 
 def test_one_rank_gets_back_what_it_said():
     own = said(123, OUTCOMES, 4567)
-    row = agree_of(own)
-    assert LANES.unpack(row, own) == OUTCOMES
-    assert LANES.clock_ms(row) == 4567
+    assert LANES.unpack(agree_of(own), own) == Agreed(5, OUTCOMES, 4567)
 
 
 @pytest.mark.parametrize("which", [0, 1])
 def test_outcomes_are_minima_and_queries_both_ends(which):
     other = {7: Outcome(True, True, {"full": 3, "window": 4}), 9: Outcome(True, False, {}, 128, 128)}
     both = said(1, OUTCOMES), said(1, other)
-    assert LANES.unpack(agree_of(*both), both[which]) == {
+    assert LANES.unpack(agree_of(*both), both[which]).outcomes == {
         7: Outcome(False, False, {"full": 3, "window": 2, "state": 0}),
         9: Outcome(True, False, {"full": 0, "window": 0, "state": 0}, 64, 128),
     }
@@ -56,14 +54,14 @@ def test_every_lane_counts(slot, lane):
     own = said(1, outcomes)
     row = own.row.copy()
     row[FIRST_SLOT + slot * LANES.slot_lanes + lane] -= 1
-    agreed = LANES.unpack(row, own)
+    agreed = LANES.unpack(row, own).outcomes
     assert [id for id in outcomes if agreed[id] != outcomes[id]] == [(3, 5, 8)[slot]]
 
 
 @pytest.mark.parametrize("digest", [0, 1, 2**31, 2**32, 2**63, 2**64 - 1])
 def test_digests(digest):
     own, other = said(digest, {}), said(digest ^ (1 << 40), {})
-    assert LANES.unpack(agree_of(own, own), own) == {}
+    assert LANES.unpack(agree_of(own, own), own).outcomes == {}
     for rank in (own, other):
         with pytest.raises(RanksDiverged, match=f"step=5.*{rank.digest:#018x}"):
             LANES.unpack(agree_of(own, other), rank)

@@ -73,7 +73,7 @@ def stage_1_decides_by_itself(patch: Patch) -> None:
 def wall_clock_on_a_follower(patch: Patch) -> None:
     leader = VirtualRank.leader_clock_ms
     patch.setattr(
-        VirtualRank, "leader_clock_ms", lambda self, row: self.clock_ms if is_last(self) else leader(self, row)
+        VirtualRank, "leader_clock_ms", lambda self, agreed: self.clock_ms if is_last(self) else leader(self, agreed)
     )
 
 

@@ -1,11 +1,12 @@
 """The suite of the agreement: what one exchange costs the serving thread, in one process and in several.
 
     issue   pack what this rank saw, dispatch the program       before the model step
-    read    take the answer                                     after it, one step later; the processes say
-            something different of one of five transfers, or of all
+    read    take the answer                                     after it, one step later
     round   both, with nothing in between                       what it would cost to wait
 
-Every mesh runs in processes of its own, started on this host, over cp x tp x pp = 2 x 2 x 2 CPU devices or fewer.
+Five storage transfers are live. In a step all processes say the same of them (as in 73 % of the steps of `simulate
+--mesh 2,2,2 --faults all`), or something else of one, or of all five. Every mesh runs in processes of its own, started
+on this host, over cp x tp x pp = 2 x 2 x 2 CPU devices or fewer.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from jaxcache.testing.processes import Processes
 TITLE = "The agreement, process 0"
 READ_GOAL = Goal("value", "<=", 100)
 FLEETS = ((1, 8), (2, 1), (2, 4), (4, 2))  # processes, devices of each
-NUM_STEPS, WARMUP_STEPS = 300, 30
+NUM_STEPS, WARMUP_STEPS = 450, 30
 MODEL_MS = 5.0  # at least
 TIMEOUT_S = 300.0
 Measure = Callable[[], list[Figure]]
@@ -46,7 +47,10 @@ def fleet(num_processes: int, num_devices: int) -> list[Figure]:
     return [
         figure(f"agreement_issue_{name}", f"{where}: issue", measured["issue_us"]),
         figure(f"agreement_read_{name}", f"{where}: read after {model}", measured["read_us"], goal=READ_GOAL),
-        figure(f"agreement_changed_{name}", f"{where}: read where all transfers differ", measured["read_changed_us"]),
+        figure(
+            f"agreement_read_one_{name}", f"{where}: read where one of 5 transfers differs", measured["read_one_us"]
+        ),
+        figure(f"agreement_read_all_{name}", f"{where}: read where all 5 differ", measured["read_all_us"]),
         figure(f"agreement_round_{name}", f"{where}: issue and read at once", measured["round_us"]),
         figure(f"agreement_here_{name}", f"{where}: the same where one process has the mesh", measured["local_us"]),
     ]

@@ -68,6 +68,7 @@ class Scenario:
         self.finished: list[tuple[int, list[int]]] = []
         self.published: dict[bytes, None] = {}
         self.weights_version = 0
+        self.is_being_cleared = False
         self.cap_chance = 0.1  # of asking for less than what is cached
         self.wish_chance = 0.0  # of inserting with a priority or a retention
         self.decode_tokens: tuple[int, ...] = (1,)  # per model step, one of these
@@ -92,6 +93,9 @@ class Scenario:
             self._all_reach(max(plane.jobs.now_us for plane in self.planes))
         for plane in self.planes:
             plane.jobs.advance(plane.jobs.now_us + self.delays.step_us(plane.rank, step))
+        if self.is_being_cleared:
+            self.storage.clear()
+            self.is_being_cleared = False
         agreed = [None] * len(self.ranks) if self.agreed is None else self.agreed
         self.agreed = self.exchange.reduce([rank.step(row) for rank, row in zip(self.ranks, agreed, strict=True)])
         self._same_digests()
@@ -159,6 +163,14 @@ class Scenario:
         for core, plane in zip(self.cores, self.planes, strict=True):
             core.attachment.detach()
             plane.io.is_attached = False
+
+    def clear_storage(self) -> None:
+        """Every rank empties it, the first one now and the last one just before it says its next part."""
+        self.counts["cleared_storages"] += 1
+        for core in self.cores:
+            core.attachment.cleared()
+        self.storage.clear()
+        self.is_being_cleared = True
 
     # ---- requests
 

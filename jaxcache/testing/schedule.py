@@ -22,6 +22,7 @@ RATES = {  # how many of 1,000 steps have one
     "attach": 40,
     "retire": 2,
     "change_policy": 6,
+    "clear_storage": 2,
 }
 PER_STEPS = 1000
 

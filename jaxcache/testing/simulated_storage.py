@@ -39,6 +39,12 @@ class SimulatedStorage:
         """What somebody else has computed and stored."""
         self.put(rank, c, key, page_content(c, key) + RANK[rank], is_torn)
 
+    def clear(self) -> None:
+        """Empties it for all ranks, whoever asks."""
+        for components in self.cells:
+            for cells in components:
+                cells.clear()
+
     def get(self, rank: int, c: int, key: bytes) -> bytes | None:
         """The value as it is, whole or not."""
         return self.cells[rank][c].get(key)

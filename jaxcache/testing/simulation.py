@@ -167,8 +167,8 @@ class Simulation:
             if scenario.running:
                 request = scenario.running[seed % len(scenario.running)]
                 (scenario.finish if kind == "abort" else scenario.retract)(request)
-        elif kind in ("attach", "detach"):
-            if scenario.core.attachment.attached is (kind == "detach"):
+        elif kind in ("attach", "detach", "clear_storage"):
+            if scenario.core.attachment.attached is (kind != "attach"):
                 getattr(scenario, kind)()
         elif kind == "retire":
             scenario.retire(seed % scenario.num_namespaces)
@@ -221,6 +221,7 @@ class Simulation:
             names = (
                 "prefetches", "joined_prefetches", "agreed_fetches", "prefetch_timeouts", "cancels_in_flight",
                 "storage_tokens_used", "rejected_windows_and_states", "stored_pages", "detaches",
+                "cleared_storages",
             )  # fmt: skip
             counts |= {name: storage[name] for name in names}
         return counts

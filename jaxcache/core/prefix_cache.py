@@ -332,10 +332,11 @@ class PrefixCache:
 
     # ---- steps
 
-    def commit(self, agreed: Mapping[int, Outcome], clock_ms: int | None = None) -> None:
+    def commit(self, agreed: Mapping[int, Outcome], clock_ms: int | None = None) -> list[int]:
         """Begins a step: takes the outcomes that all ranks agreed on, in the order of their ids.
 
         clock_ms: stage 0's clock as agreed with them, modulo CLOCK_MODULUS; None: nothing was exchanged
+        returns:  the ids of the transfers that have ended
         Raises RuntimeError while a planned load-back is unapplied: it must be on its way before its first step begins.
         """
         planned = self.planner.transfers
@@ -364,6 +365,7 @@ class PrefixCache:
         if log is not None and log.overflows():
             log.restart(self.tiers.tree)
             self.counters["event_overflows"] += 1
+        return [id for id in agreed if id not in self.stores.live and id not in self.prefetches.live]
 
     def take_plan(self) -> Plan:
         """What has been planned since the last time; whoever takes it applies it."""

@@ -44,15 +44,9 @@ class Controller:
         """
         self._check()
         agreed = self._read()
-        before = self.core.live_transfers()
-        if agreed is not None:
-            self.core.commit(agreed.outcomes, agreed.clock_ms)
-        else:
-            self.core.commit({})
-        live = self.core.live_transfers()
-        for id in before:
-            if id not in live:
-                self.engine.forget(id)
+        ended = self.core.commit({}) if agreed is None else self.core.commit(agreed.outcomes, agreed.clock_ms)
+        for id in ended:
+            self.engine.forget(id)
         for id in self.core.unwanted_transfers():
             self.engine.cancel(id)
         self._issue()

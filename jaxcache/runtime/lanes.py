@@ -12,8 +12,6 @@ its id differs from every id; what a rank does not know of a live transfer is a 
 from __future__ import annotations
 
 import struct
-import sys
-from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,7 +32,9 @@ ID, NOT_ID, DONE, QUIET, SMALLEST_END, NOT_LARGEST_END, PAGES = range(7)  # with
 NUM_LEADER_LANES = 1
 LANE_BYTES = 4
 DIGEST_BYTES, ID_BYTES = DIGEST_LANES * LANE_BYTES, 2 * LANE_BYTES
-OK = np.int32(1).tobytes()
+DIGEST, CLOCK = struct.Struct("=QQ"), struct.Struct("=i")
+DIGEST_MASK = 2**64 - 1
+OK, NOT_OK = struct.pack("=i", 1), struct.pack("=i", 0)
 
 
 class Said(NamedTuple):
@@ -93,13 +93,11 @@ class Lanes:
         """
         assert len(outcomes) <= self.max_live, f"{len(outcomes)=} live transfers for {self.max_live=} slots"
         outcomes = {id: outcomes[id] for id in sorted(outcomes)}
-        lanes = [*digest_lanes(digest), int(ok)]
-        for id, outcome in outcomes.items():
-            lanes += self._slot(id, outcome)
-        row = array("i", lanes)
-        row += self._absent_slots[: self.num_unanimous - len(row)]
-        row.append(clock_ms % CLOCK_MODULUS)
-        return Said(step, digest, outcomes, row.tobytes())
+        parts = [digest_lanes(digest), OK if ok else NOT_OK]
+        parts += [self._slot(id, outcome) for id, outcome in outcomes.items()]
+        parts.append(self._absent_slots[: (self.max_live - len(outcomes)) * self._slot_struct.size])
+        parts.append(CLOCK.pack(clock_ms % CLOCK_MODULUS))
+        return Said(step, digest, outcomes, b"".join(parts))
 
     def unpack(self, row: Row, said: Said) -> Agreed:
         """What all ranks agreed on, given what this one said; what is the same as that, mostly all, is not unpacked.
@@ -115,7 +113,7 @@ class Lanes:
         outcomes, start, end = said.outcomes, FIRST_SLOT * LANE_BYTES, self.num_unanimous * LANE_BYTES
         if agreed[start:end] != own[start:end]:
             outcomes = self._unpack_slots(agreed, row, said)
-        return Agreed(said.step, outcomes, int.from_bytes(agreed[end:], sys.byteorder))
+        return Agreed(said.step, outcomes, CLOCK.unpack_from(agreed, end)[0])
 
     def _unpack_slots(self, agreed: bytes, row: Row, said: Said) -> dict[int, Outcome]:
         own, outcomes, at, size = said.packed, {}, FIRST_SLOT * LANE_BYTES, self.slot_lanes * LANE_BYTES
@@ -132,10 +130,14 @@ class Lanes:
         return outcomes
 
     @cached_property
-    def _absent_slots(self) -> array:
+    def _slot_struct(self) -> struct.Struct:
+        return struct.Struct(f"={self.slot_lanes}i")
+
+    @cached_property
+    def _absent_slots(self) -> bytes:
         slot = [NEUTRAL] * self.slot_lanes
         slot[NOT_ID] = ~NEUTRAL
-        return array("i", slot * self.max_live)
+        return self._slot_struct.pack(*slot) * self.max_live
 
     def _differing_ids(self, row: Row, said: Said) -> RanksDiverged:
         slots = row[FIRST_SLOT : self.num_unanimous].reshape(self.max_live, self.slot_lanes)
@@ -146,10 +148,15 @@ class Lanes:
             f"slot {bad} holds ids from {smallest[bad]} to {largest[bad]} ({NEUTRAL}: none)"
         )
 
-    def _slot(self, transfer_id: int, outcome: Outcome) -> list[int]:
+    def _slot(self, transfer_id: int, outcome: Outcome) -> bytes:
         low = transfer_id % ID_MODULUS
-        pages = [outcome.pages.get(name, 0) for name in self.components]
-        return [low, ~low, outcome.done, outcome.quiet, outcome.smallest_end, ~outcome.largest_end, *pages]
+        done, quiet, pages, smallest_end, largest_end = outcome
+        counts = [pages.get(name, 0) for name in self.components] if pages else self._no_pages
+        return self._slot_struct.pack(low, ~low, done, quiet, smallest_end, ~largest_end, *counts)
+
+    @cached_property
+    def _no_pages(self) -> list[int]:
+        return [0] * len(self.components)
 
     def _outcome(self, slot: bytes) -> Outcome:
         _, _, done, quiet, smallest_end, not_largest_end, *pages = memoryview(slot).cast("i")
@@ -157,10 +164,10 @@ class Lanes:
         return Outcome(done != 0, quiet != 0, by_component, smallest_end, ~not_largest_end)
 
 
-def digest_lanes(digest: int) -> list[int]:
-    """A 64-bit digest as four int32: low and high half, then their complements."""
-    low, high = struct.unpack("<ii", struct.pack("<Q", digest & (2**64 - 1)))
-    return [low, high, ~low, ~high]
+def digest_lanes(digest: int) -> bytes:
+    """Four lanes for 64 bits: low and high half, then their complements."""
+    digest &= DIGEST_MASK
+    return DIGEST.pack(digest, digest ^ DIGEST_MASK)
 
 
 def are_equal(row: Row) -> bool:

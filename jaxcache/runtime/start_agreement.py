@@ -107,7 +107,7 @@ def _topic(mesh: Mesh) -> str:
 def _row(said: Mapping[str, str], pages: Sequence[int]) -> np.ndarray:
     row = np.full(NUM_UNANIMOUS + 1, NEUTRAL, np.int32)
     digest = hashlib.sha256(repr(sorted(said.items())).encode()).digest()
-    row[:DIGEST_LANES] = digest_lanes(int.from_bytes(digest[:8], "little"))
+    row[:DIGEST_LANES] = np.frombuffer(digest_lanes(int.from_bytes(digest[:8], "little")), np.int32)
     row[DIGEST_LANES : DIGEST_LANES + len(pages)] = pages
     row[NUM_UNANIMOUS] = time.time_ns() // 1_000_000 % CLOCK_MODULUS
     return row

@@ -349,6 +349,7 @@ class Scenario:
             if not (self.core.needs_exchange() or self.core.is_busy() or self.core.stores.is_waiting):
                 break
         self.step()
+        assert not any(plane.io.live for plane in self.planes), "a transfer has ended that its rank goes on with"
         self._check_accounts()
 
     def _check_accounts(self) -> None:

@@ -34,18 +34,15 @@ class VirtualRank:
     def step(self, reduced: np.ndarray | None) -> np.ndarray | None:
         """reduced: the row of the step before, or None; returns this rank's row, or None without an exchange."""
         core, plane = self.core, self.plane
-        before = core.live_transfers()
         if reduced is None:
-            core.commit({})
+            ended = core.commit({})
         else:
             assert self._said is not None
             agreed = self.lanes.unpack(reduced, self._said)
             self._check(agreed.outcomes)
-            core.commit(agreed.outcomes, self.leader_clock_ms(agreed))
-        live = core.live_transfers()
-        for id in before:
-            if id not in live:
-                plane.io.forget(id)
+            ended = core.commit(agreed.outcomes, self.leader_clock_ms(agreed))
+        for id in ended:
+            plane.io.forget(id)
         for id in core.unwanted_transfers():
             plane.io.cancel(id)
         self._said = None

@@ -19,7 +19,7 @@ from jaxcache.core.prefetch import PrefetchState
 from jaxcache.core.prefetches import Prefetches
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.runtime import carried
-from jaxcache.runtime.lanes import ID, NOT_ID, Lanes
+from jaxcache.runtime.lanes import ID_BYTES, Lanes
 from jaxcache.testing import scenario, simulation
 from jaxcache.testing.exchange import Exchange
 from jaxcache.testing.schedule import RATES
@@ -126,10 +126,8 @@ def lanes_are_matched_by_position(patch: Patch) -> None:
     failed_transfers_are_left_out(patch)
     slot = Lanes._slot
 
-    def anonymous(self: Lanes, transfer_id: int, outcome: Outcome) -> list[int]:
-        lanes = slot(self, transfer_id, outcome)
-        lanes[ID], lanes[NOT_ID] = self._absent_slots[ID], self._absent_slots[NOT_ID]
-        return lanes
+    def anonymous(self: Lanes, transfer_id: int, outcome: Outcome) -> bytes:
+        return self._absent_slots[:ID_BYTES] + slot(self, transfer_id, outcome)[ID_BYTES:]
 
     patch.setattr(Lanes, "_slot", anonymous)
 

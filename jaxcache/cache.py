@@ -20,7 +20,6 @@ from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.core.sequence import Sequence as TokenSequence
 from jaxcache.core.ticket import Ticket
 from jaxcache.pools.device_pool import DevicePools, init_pools
-from jaxcache.pools.page_layout import page_layouts
 from jaxcache.runtime.agreement import Agreement
 from jaxcache.runtime.batch_tables import BatchTables
 from jaxcache.runtime.controller import Controller
@@ -56,8 +55,7 @@ class Cache:
         if storage is not None:
             _check_storage(storage)
         self.mesh = mesh
-        self.layouts = page_layouts(tuple(components), mesh, config.storage_grid)
-        config, fleet = agree_on_start(components, mesh, config, storage)
+        config, self.layouts, fleet = agree_on_start(components, mesh, config, storage)
         self.config = config
         self.core = PrefixCache(tuple(components), config)
         if storage is not None:

@@ -115,7 +115,7 @@ def main(argv: Sequence[str]) -> int:
     errors = Console(stderr=True)
     try:
         shape = three_numbers("--mesh", args.mesh)
-        fleet.check_options(args.coordinator, args.num_processes, args.process_id)
+        fleet.check_options(args.processes, args.coordinator, args.num_processes, args.process_id)
         if args.processes != 1:
             return fleet.start(argv, args.processes, math.prod(shape), args.storage)
         is_first = fleet.join(args.coordinator, args.num_processes, args.process_id, math.prod(shape)) == 0

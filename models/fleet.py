@@ -17,20 +17,25 @@ import jax
 from jaxcache.testing import processes
 from jaxcache.testing.processes import ProcessesFailed
 
-__all__ = ["ProcessesFailed", "failed", "join", "start"]
+__all__ = ["ProcessesFailed", "check_options", "failed", "join", "start"]
 
 
 def start(argv: Sequence[str], num_processes: int, mesh_size: int, storage: Path | None) -> int:
     """Serves over local processes until all have ended; ProcessesFailed, naming whom, if not all ended well."""
     if num_processes < 1 or mesh_size % num_processes:
         raise ValueError(f"--processes {num_processes} must divide the {mesh_size} devices of --mesh")
+    platform = processes.local_platform()
+    if platform == "gpu" and processes.num_gpus() < mesh_size:
+        raise ValueError(
+            f"--mesh needs {mesh_size} GPUs, this host has {processes.num_gpus()}; JAX_PLATFORMS=cpu tries it"
+        )
     with tempfile.TemporaryDirectory(prefix="jaxcache-demo-") as folder:
         own = ["--processes", "1", "--storage", str(storage or folder)]  # of equal options the last one counts
         fleet = processes.Processes(
             ["-m", "models.serve", *argv, *own],
             num_processes,
             mesh_size // num_processes,
-            platform=processes.local_platform(),
+            platform=platform,
             forward=(0,),
         )
         with fleet:
@@ -38,8 +43,14 @@ def start(argv: Sequence[str], num_processes: int, mesh_size: int, storage: Path
     return 0
 
 
-def check_options(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Refuses what would be ignored."""
+def check_options(processes: int, coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    """Refuses what would be ignored, and what is no address."""
+    if coordinator is not None:
+        if processes != 1:
+            raise ValueError("--processes starts a fleet on this host, --coordinator joins one: use one of them")
+        port = coordinator.rpartition(":")[2]
+        if coordinator != "auto" and (port == coordinator or not port.isdecimal()):
+            raise ValueError(f"--coordinator must be HOST:PORT or auto, not {coordinator!r}")
     if coordinator is None and (num_processes is not None or process_id is not None):
         raise ValueError("--num-processes and --process-id need --coordinator; --processes starts a fleet on this host")
 

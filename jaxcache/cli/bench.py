@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxcache.cli._output import STDOUT, prepare_json, write_json
+from jaxcache.testing.processes import ProcessesFailed
 
 HELP = "measure every operation beside its floor of the same run, and say which goals are met (core: 5 minutes)"
 SUITES = ("core", "agreement")
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         prepare_json(args.json)
         figures = measure(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ProcessesFailed) as error:
         print(f"bench: {error}", file=sys.stderr)
         return CANNOT
     missed = [figure for figure in figures if figure.met is False]

@@ -93,8 +93,7 @@ def page_layout(component: Component, mesh: Mesh, grid: Grid | None = None) -> P
 
     grid: of its cells in storage; None: the mesh
     """
-    if set(mesh.axis_names) != set(MESH_AXES):
-        raise ValueError(f"{mesh.axis_names=} must be the axes {MESH_AXES}, in any order")
+    check_axes(mesh)
     fields, offset = [], 0
     for spec in component.fields:
         field = _field_layout(spec, mesh, offset)
@@ -102,6 +101,11 @@ def page_layout(component: Component, mesh: Mesh, grid: Grid | None = None) -> P
         offset = _round_up(offset + field.local_bytes, ROW_ALIGNMENT)
     cp, tp, pp = (mesh.shape[axis] for axis in MESH_AXES)
     return PageLayout(component.name, tuple(fields), offset, mesh, grid or (cp, tp, pp))
+
+
+def check_axes(mesh: Mesh) -> None:
+    if set(mesh.axis_names) != set(MESH_AXES):
+        raise ValueError(f"{mesh.axis_names=} must be the axes {MESH_AXES}, in any order")
 
 
 def page_layouts(components: Sequence[Component], mesh: Mesh, grid: Grid | None = None) -> dict[str, PageLayout]:

@@ -60,8 +60,10 @@ class Controller:
             self._fatal = self.fleet.diverged(error, self._state())
             raise self._fatal from error
         except TransferFault as error:
-            self._fatal = error
-            raise
+            is_own = self.engine.fault is not None
+            told = TransferFault(f"{error}: {self.engine.fault!r}") if is_own else error
+            self._fatal = self.fleet.fault(told, self._state(), is_own)
+            raise self._fatal from self.engine.fault
         self._agreed = agreed or self._agreed
         return agreed
 
@@ -119,7 +121,7 @@ class Controller:
             return self.engine.apply(pools, plan.transfers, self.core.step_number)
         except TransferFault as error:
             self._fatal = self.fleet.fault(error, self._state())
-            raise
+            raise self._fatal from error.__cause__
 
 
 def _clock_ms() -> int:

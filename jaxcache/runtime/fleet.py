@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import atexit
 import json
+import math
 import sys
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
+import jax
 from jax.sharding import Mesh
 
 from jaxcache.core.first_difference import Decision, DecisionLog, describe, first_difference
@@ -64,9 +66,14 @@ class Fleet:
         self.processes = sorted({device.process_index for device in devices})
         self.process = devices[0].client.process_index()
         self.listen_s = min(MAX_LISTEN_S, LISTEN_SHARE * timeout_s)
-        self.wait_s = timeout_s - self.listen_s - min(MAX_END_S, END_SHARE * timeout_s)
+        self._wait_s = timeout_s - self.listen_s - min(MAX_END_S, END_SHARE * timeout_s)
         self._bulletin = Bulletin(topic)
         self._watch: CoordinatorWatch | None = None
+
+    @property
+    def wait_s(self) -> float:
+        """How long to wait for the mesh; one process alone waits for nobody, whatever it computes."""
+        return self._wait_s if len(self.processes) > 1 else math.inf
 
     def watch(self, state: Callable[[], State]) -> None:
         """From now on says on stderr what `state`, called on another thread, returns when process 0 is gone."""
@@ -94,22 +101,28 @@ class Fleet:
         """Whether another process has given up."""
         return len(self.processes) > 1 and self._bulletin.is_posted(GIVEN_UP, self.processes)
 
-    def fault(self, error: TransferFault, state: State) -> TransferFault:
-        """A copy failed here, and this process stops: the others are told why before they miss it."""
+    def fault(self, error: TransferFault, state: State, is_own: bool = True) -> TransferFault | RankUnresponsive:
+        """A copy failed, and this process stops: the others are told why before they miss it, or say why.
+
+        RankUnresponsive: what failed here is what a lost process owes, as far as one can tell.
+        """
         self._say(f"{error}; {state.summary}")
-        self._exchange(GIVEN_UP, f"{FAULT}{error}")
-        return error
+        heard = self._exchange(GIVEN_UP, f"{FAULT}{error}" if is_own else state.summary)
+        silent = self._silent(heard)
+        if is_own and silent and isinstance(error.__cause__, jax.errors.JaxRuntimeError):
+            return RankUnresponsive("\n  ".join([f"{error} (process {self.process})", *_by_process(heard), *silent]))
+        return error if is_own else _fault_of(heard) or error
 
     def unresponsive(self, what: str, error: RankUnresponsive, state: State) -> RankUnresponsive | TransferFault:
         """The report on `what`, which did not come; `error` says how. TransferFault: another stopped for that."""
         own = f"{what} {error}; {state.summary}"
         self._say(own)
         heard = self._exchange(GIVEN_UP, own)
-        for process, text in heard.items():
-            if text.startswith(FAULT):
-                return TransferFault(f"process {process}: {text.removeprefix(FAULT)}")
-        lines = [f"{what} {error} (process {self.process})", *_by_process(heard), *self._silent(heard)]
-        return RankUnresponsive("\n  ".join(lines))
+        silent = self._silent(heard)
+        fault = _fault_of(heard)
+        if fault is not None and not silent:
+            return fault
+        return RankUnresponsive("\n  ".join([f"{what} {error} (process {self.process})", *_by_process(heard), *silent]))
 
     def _silent(self, heard: Collection[int]) -> list[str]:
         silent = [process for process in self.processes if process not in heard]
@@ -151,6 +164,14 @@ def different(said: Mapping[int, Mapping[str, object]]) -> list[str]:
         if len(set(map(str, values.values()))) > 1:
             lines.append(f"{name} differs: " + "; ".join(f"process {p}: {value}" for p, value in values.items()))
     return lines
+
+
+def _fault_of(heard: Mapping[int, str]) -> TransferFault | None:
+    """What a process has said whose own copy failed."""
+    for process, text in heard.items():
+        if text.startswith(FAULT):
+            return TransferFault(f"process {process}: {text.removeprefix(FAULT)}")
+    return None
 
 
 def _by_process(said: Mapping[int, str]) -> list[str]:

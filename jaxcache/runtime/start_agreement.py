@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from jaxcache.components.base import Component
 from jaxcache.config import CacheConfig
+from jaxcache.pools.page_layout import PageLayout, check_axes, page_layouts
 from jaxcache.runtime.fleet import Fleet, State
 from jaxcache.runtime.lanes import CLOCK_MODULUS, DIGEST_LANES, NEUTRAL, are_equal, digest_lanes
 from jaxcache.runtime.reduction import reduction_of
@@ -29,14 +30,15 @@ from jaxcache.types import RanksDiverged, RankUnresponsive
 MAX_COMPONENTS = 64
 NUM_UNANIMOUS = DIGEST_LANES + 2 * MAX_COMPONENTS
 CAPACITIES = {"device_pages": 1, "host_pages": 0}  # and what they must be at least
-REFUSED = -1  # instead of capacities that cannot be
+REFUSED = -1  # instead of capacities, by a process whose settings cannot be
 _starts: Counter[str] = Counter()  # by the devices of the mesh
 
 
 class Start(NamedTuple):
-    """The config that all ranks use, and the fleet of the cache's later reports."""
+    """The config that all ranks use, the layouts of its pages, and the fleet of the cache's later reports."""
 
     config: CacheConfig
+    layouts: dict[str, PageLayout]
     fleet: Fleet
 
 
@@ -44,13 +46,21 @@ def agree_on_start(components: Sequence[Component], mesh: Mesh, config: CacheCon
     """Every process of the mesh calls it with its own capacities, and everything else equal.
 
     Raises RanksDiverged, in all of them, naming what differs; RankUnresponsive if one does not come. ValueError for
-    capacities of its own that cannot be; then the others raise RanksDiverged.
+    what cannot be; where only one process wants that, the others raise RanksDiverged, and need not wait for it.
     """
+    check_axes(mesh)  # without them nothing can be told to anybody
     names = [component.name for component in components]
-    if len(names) > MAX_COMPONENTS:
-        raise ValueError(f"{len(names)} components, but a cache can have {MAX_COMPONENTS} at most")
     said = settings(components, mesh, config, storage)
-    own, problem = _capacities(config, names)
+    layouts: dict[str, PageLayout] = {}
+    own = {tier: dict.fromkeys(names[:MAX_COMPONENTS], REFUSED) for tier in CAPACITIES}
+    problem = None
+    try:
+        if len(names) > MAX_COMPONENTS:
+            raise ValueError(f"{len(names)} components, but a cache can have {MAX_COMPONENTS} at most")
+        layouts = page_layouts(components, mesh, config.storage_grid)
+        own = {tier: _pages(config, names, tier, at_least) for tier, at_least in CAPACITIES.items()}
+    except ValueError as error:
+        problem = error
     topic = _topic(mesh)
     fleet = Fleet(mesh, config.agreement_timeout_s, topic)
     row = _reduced(_row(said, [*own["device_pages"].values(), *own["host_pages"].values()]), mesh, fleet)
@@ -63,8 +73,8 @@ def agree_on_start(components: Sequence[Component], mesh: Mesh, config: CacheCon
     agreed = iter(row[DIGEST_LANES:NUM_UNANIMOUS].tolist())
     smallest = {tier: {name: next(agreed) for name in names} for tier in CAPACITIES}
     if REFUSED in smallest["device_pages"].values():
-        raise RanksDiverged(f"another process refuses its own capacities, and says why (process {fleet.process})")
-    return Start(config if smallest == own else replace(config, **smallest), fleet)
+        raise RanksDiverged(f"another process refuses its own settings, and says why (process {fleet.process})")
+    return Start(config if smallest == own else replace(config, **smallest), layouts, fleet)
 
 
 def settings(
@@ -79,14 +89,6 @@ def settings(
         if field.name not in CAPACITIES:
             said[f"config.{field.name}"] = repr(sorted(value.items()) if isinstance(value, Mapping) else value)
     return said | {"storage": type(storage).__name__}
-
-
-def _capacities(config: CacheConfig, names: Sequence[str]) -> tuple[dict[str, dict[str, int]], ValueError | None]:
-    """Pages by tier and component; REFUSED and why, if they cannot be: the others must not wait for this process."""
-    try:
-        return {tier: _pages(config, names, tier, at_least) for tier, at_least in CAPACITIES.items()}, None
-    except ValueError as error:
-        return {tier: dict.fromkeys(names, REFUSED) for tier in CAPACITIES}, error
 
 
 def _pages(config: CacheConfig, names: Sequence[str], tier: str, at_least: int) -> dict[str, int]:

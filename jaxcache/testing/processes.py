@@ -262,8 +262,14 @@ def leave(code: int) -> NoReturn:
 def local_platform() -> str:
     """What `Processes` would run on here: "gpu" with GPUs, a jax that knows them and no other choice made, or "cpu"."""
     has_plugin = any(importlib.util.find_spec(f"jax_cuda{major}_plugin") for major in (12, 13))
-    is_allowed = "cuda" in os.environ.get("JAX_PLATFORMS", "cuda")
-    return "gpu" if has_plugin and is_allowed and glob.glob("/dev/nvidia[0-9]*") else "cpu"
+    wanted = os.environ.get("JAX_PLATFORMS") or "cuda"
+    is_allowed = "cuda" in wanted or "gpu" in wanted
+    return "gpu" if has_plugin and is_allowed and num_gpus() else "cpu"
+
+
+def num_gpus() -> int:
+    """GPUs of this host, without starting jax."""
+    return len(glob.glob("/dev/nvidia[0-9]*"))
 
 
 def _fleet_size() -> int:

@@ -21,7 +21,7 @@ def tiny(monkeypatch):
 def test_every_fleet_as_json(capsys):
     code = main(["bench", "agreement", "--json", "-"])
     report = json.loads(capsys.readouterr().out)
-    parts = ("issue", "read", "round", "here")
+    parts = ("issue", "read", "read_one", "read_all", "round", "here")
     assert set(report["figures"]) == {"interpreter", *(f"agreement_{p}_{n}" for p in parts for n in ("1x2", "2x1"))}
     assert all(entry["value"] > 0 for entry in report["figures"].values())
     goals = [name for name, entry in report["figures"].items() if "goal" in entry]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import socket
 import threading
 import weakref
@@ -18,7 +19,7 @@ from jaxcache.runtime import carried, start_agreement
 from jaxcache.runtime.fleet import FAULT, Fleet, State, different
 from jaxcache.runtime.lanes import DIGEST_LANES
 from jaxcache.runtime.reduction import LocalReduction
-from jaxcache.runtime.start_agreement import NUM_UNANIMOUS, agree_on_start
+from jaxcache.runtime.start_agreement import agree_on_start
 from jaxcache.types import RanksDiverged, RankUnresponsive, TransferFault
 
 KV = jaxcache.FieldSpec("kv", (2, 2, 4, 1, 8), "float32", ("layers", None, "slots", "heads", None))
@@ -64,6 +65,38 @@ def test_unresponsive_says_so_at_once_and_names_the_silent(make_mesh, capsys):
     assert str(report).endswith("nothing was heard within 2 s of: process 1, 2")
 
 
+def fault_from(cause: Exception) -> TransferFault:
+    error = TransferFault(f"a copy failed: {cause!r}")
+    error.__cause__ = cause
+    return error
+
+
+def test_a_fault_of_this_process_stays_one(make_mesh):
+    """Also where a process is too busy to answer."""
+    error = fault_from(OSError("broken"))
+    assert fleet_with(make_mesh, None).fault(error, STATE) is error
+    error = fault_from(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED"))
+    assert fleet_with(make_mesh, "busy with step 3").fault(error, STATE) is error
+
+
+def test_a_copy_that_fails_because_a_process_is_lost_is_no_fault(make_mesh):
+    """The copy waited for a model step that the lost one was part of."""
+    error = fault_from(jax.errors.JaxRuntimeError("UNKNOWN: Gloo: connection closed"))
+    report = fleet_with(make_mesh, "step 3", None).fault(error, STATE)
+    assert isinstance(report, RankUnresponsive)
+    assert "Gloo" in str(report) and str(report).endswith("of: process 2")
+    other = fleet_with(make_mesh, f"{FAULT}{error}", None)
+    report = other.unresponsive("the agreement", RankUnresponsive("was not ready after 4 s"), STATE)
+    assert isinstance(report, RankUnresponsive) and "process 1: TransferFault: a copy failed" in str(report)
+
+
+def test_a_fault_that_was_agreed_on_names_whose_it_was(make_mesh):
+    agreed = TransferFault("step=3: a copy failed on some rank")
+    report = fleet_with(make_mesh, "step 3", f"{FAULT}a copy failed: broken").fault(agreed, STATE, is_own=False)
+    assert isinstance(report, TransferFault) and str(report) == "process 2: a copy failed: broken"
+    assert fleet_with(make_mesh, None).fault(agreed, STATE, is_own=False) is agreed
+
+
 def test_diverged_names_the_first_difference(make_mesh):
     other = {"log": [DECISIONS[0], (3, "release", 5, 0, 0)], "counts": {"nodes": 4, "leases": 0}}
     report = str(fleet_with(make_mesh, {}, other).diverged(RanksDiverged("step=3: differ"), STATE))
@@ -82,6 +115,8 @@ def test_diverged_without_a_decision_that_differs(make_mesh):
 @pytest.mark.parametrize("timeout_s", [0.1, 5.0, 60.0])
 def test_the_bound_holds_waiting_and_listening(make_mesh, timeout_s):
     fleet = Fleet(make_mesh(), timeout_s, "test")
+    assert fleet.wait_s == math.inf  # nobody to wait for
+    fleet.processes = [0, 1]
     assert 0.85 * timeout_s < fleet.wait_s + fleet.listen_s < timeout_s
     assert 0 < fleet.listen_s < fleet.wait_s
 
@@ -160,11 +195,21 @@ def test_every_setting_but_the_capacities_counts(make_mesh):
     )
 
 
-def test_too_many_components(make_mesh):
-    components = [replace(COMPONENT, name=f"c{i}") for i in range(65)]
-    with pytest.raises(ValueError, match="65 components"):
-        agree_on_start(components, make_mesh(), CONFIG, None)
-    assert NUM_UNANIMOUS >= DIGEST_LANES + 2 * 64
+@pytest.mark.parametrize(
+    ("components", "config"),
+    [
+        ([replace(COMPONENT, name=f"c{i}") for i in range(65)], CONFIG),
+        ([COMPONENT], replace(CONFIG, storage_grid=(3, 1, 1))),
+        ([COMPONENT], replace(CONFIG, device_pages=0)),
+    ],
+    ids=["components", "grid", "capacities"],
+)
+def test_who_refuses_its_own_settings_tells_the_others_first(make_mesh, monkeypatch, components, config):
+    rows = []
+    other_rank(monkeypatch, rows.append)
+    with pytest.raises(ValueError, match=r"65 components|storage_grid|at least 1"):
+        agree_on_start(components, make_mesh(2, 1, 1), config, None)
+    assert rows[0][DIGEST_LANES] == start_agreement.REFUSED
 
 
 # ---- in the loop

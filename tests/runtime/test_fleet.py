@@ -199,15 +199,15 @@ def test_every_setting_but_the_capacities_counts(make_mesh):
     ("components", "config"),
     [
         ([replace(COMPONENT, name=f"c{i}") for i in range(65)], CONFIG),
-        ([COMPONENT], replace(CONFIG, storage_grid=(3, 1, 1))),
+        ([replace(COMPONENT, fields=(replace(KV, shape=(2, 2, 5, 1, 8)),))], CONFIG),
         ([COMPONENT], replace(CONFIG, device_pages=0)),
     ],
-    ids=["components", "grid", "capacities"],
+    ids=["components", "slots", "capacities"],
 )
 def test_who_refuses_its_own_settings_tells_the_others_first(make_mesh, monkeypatch, components, config):
     rows = []
     other_rank(monkeypatch, rows.append)
-    with pytest.raises(ValueError, match=r"65 components|storage_grid|at least 1"):
+    with pytest.raises(ValueError, match=r"65 components|5 slots do not divide|at least 1"):
         agree_on_start(components, make_mesh(2, 1, 1), config, None)
     assert rows[0][DIGEST_LANES] == start_agreement.REFUSED
 

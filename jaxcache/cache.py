@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
@@ -27,9 +26,10 @@ from jaxcache.runtime.events import EventStream
 from jaxcache.runtime.start_agreement import agree_on_start
 from jaxcache.runtime.transfer_engine import TransferEngine
 from jaxcache.storage.base import Storage
-from jaxcache.types import Event, Match, PrefetchPolicy, Tier, Wait, WritePolicy
+from jaxcache.types import CLOCK_MODULUS, Event, Match, PrefetchPolicy, Tier, Wait, WritePolicy
 
 T = TypeVar("T")
+DRAIN_SLICE_S = 0.05  # between the steps of a drain, which all processes take together
 
 
 class Cache:
@@ -164,7 +164,7 @@ class Cache:
 
     @property
     def idle(self) -> bool:
-        """Nothing runs or is in flight: waiting would change nothing."""
+        """No request runs and no copy is in flight whose end would make room on the device."""
         return not self.core.is_busy()
 
     # ---- requests
@@ -262,21 +262,24 @@ class Cache:
     def detach_storage(self) -> None:
         """Nothing more is asked or written; no request is lost. Raises RuntimeError if none is attached.
 
-        Does not wait: while `storage_in_use`, transfers that had begun still use it, so close it only afterwards.
+        Does not wait: transfers that had begun still use it, so close it once `storage_in_use(storage)` is false.
         """
         self._check_open()
         self.core.attachment.detach()
         self.storage = None
         self.engine.set_storage(None)
 
-    @property
-    def storage_in_use(self) -> bool:
-        """Whether the storage that is, or was, attached is still used; steps end transfers, its own calls the rest."""
-        return self.core.attachment.is_busy or self.engine.calls_storage
+    def storage_in_use(self, storage: Storage) -> bool:
+        """Whether this storage is attached, or a call of it is still waiting or under way here.
+
+        Differs between processes: look at it inside the loop, and never end a loop for it that calls `step`.
+        """
+        return storage is self.storage or self.engine.calls(storage)
 
     def clear_storage(self) -> None:
-        """Removes every value of ours from the storage; what host memory holds is then written again. Blocks.
+        """Removes every value of ours from the storage; what host memory holds is then written again.
 
+        Blocks the loop, so in a fleet it must take less than `agreement_timeout_s`, or the others give up.
         Raises RuntimeError if none is attached, StorageError if it cannot be emptied: what it holds is then written
         again all the same, so that all processes go on alike.
         """
@@ -352,21 +355,27 @@ class Cache:
     def drain(self, pools: DevicePools, timeout_s: float = 300.0) -> DevicePools:
         """Steps until every transfer is over, so that all that can be stored is stored (for orderly ends and tests).
 
-        Raises TimeoutError, naming what is left, when a storage hangs for longer; the cache stays usable.
+        Every process of a replica calls it in the same step. Raises TimeoutError in all of them, by the clock that they
+        agree on, naming what is left, when a storage hangs for longer; the cache stays usable.
         """
-        deadline = time.monotonic() + timeout_s
         pools = self.apply(pools)
+        first_step, start_ms = self.core.step_number, None
         while True:
             pools = self.apply(self.step(pools))
-            core = self.core
+            core, agreed = self.core, self._controller.agreed
             if not (core.needs_exchange() or core.stores.is_waiting or core.admission.loading):
                 return pools
-            if not self.engine.drain(deadline - time.monotonic()):
-                raise TimeoutError(f"storage transfers {core.live_transfers()} were still running after {timeout_s} s")
+            if agreed.step > first_step:
+                start_ms = agreed.clock_ms if start_ms is None else start_ms
+                if (agreed.clock_ms - start_ms) % CLOCK_MODULUS > timeout_s * 1000:
+                    ids = core.live_transfers()
+                    raise TimeoutError(f"storage transfers {ids} were still running after {timeout_s} s")
+            self.engine.drain(DRAIN_SLICE_S)
 
     def close(self) -> None:
         """Stops the workers; what is stored stays stored. Afterwards whatever would move pages raises RuntimeError.
 
+        Waits for calls of a storage that are under way; a storage that hangs must be ended first.
         After an error that has ended serving they are left alone: they may wait for ever for what others owe.
         """
         if not self._closed:

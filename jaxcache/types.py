@@ -54,9 +54,9 @@ class WritePolicy(enum.Enum):
 class PrefetchPolicy(enum.Enum):
     """What `admit` does with a ticket that is still running."""
 
-    BEST_EFFORT = "best_effort"  # takes what has come
+    BEST_EFFORT = "best_effort"  # takes what has come, unless others want the rest, too: then this request goes without
     WAIT_COMPLETE = "wait_complete"  # waits for the end
-    TIMEOUT = "timeout"  # waits for so long, then takes what has come
+    TIMEOUT = "timeout"  # waits for so long, then as best_effort
 
 
 class Span(NamedTuple):

@@ -66,13 +66,13 @@ def test_detach_while_a_prefetch_reads(rig):
             driver.step()
         driver.step()
         cache.detach_storage()
-        assert cache.storage is None and cache.storage_in_use
+        assert cache.storage is None and cache.storage_in_use(storage)
         got = driver.finish(driver.admit(sequence, ticket))
         check_equal(got, answer(rig))
-        assert got.hits == (0, 0, 0) and cache.storage_in_use
+        assert got.hits == (0, 0, 0) and cache.storage_in_use(storage)
         storage.may_read.set()
         driver.drain()
-        assert not cache.storage_in_use
+        assert not cache.storage_in_use(storage)
         invariants.check(cache.core)
         invariants.check_empty(cache.core)
 
@@ -171,10 +171,10 @@ def test_an_old_storage_that_hangs_does_not_hold_up_the_new_one(rig):
         while cache.stats()["counters"].get("stored_pages", 0) < 60 and time.monotonic() < deadline:
             driver.step()
         assert cache.stats()["counters"]["stored_pages"] == 60
-        assert cache.storage_in_use
+        assert cache.storage_in_use(old) and cache.storage_in_use(new)
         old.may_answer.set()
         driver.drain()
-        assert not cache.storage_in_use
+        assert not cache.storage_in_use(old) and cache.storage_in_use(new)
 
 
 def test_a_storage_whose_question_is_unanswered_is_in_use(rig):
@@ -188,10 +188,10 @@ def test_a_storage_whose_question_is_unanswered_is_in_use(rig):
         cache.detach_storage()
         for _ in range(5):
             driver.step()
-        assert not cache.core.live_transfers() and cache.storage_in_use
+        assert not cache.core.live_transfers() and cache.storage_in_use(storage)
         storage.may_answer.set()
         cache.engine.drain()
-        assert not cache.storage_in_use
+        assert not cache.storage_in_use(storage)
 
 
 def storage_threads() -> set[threading.Thread]:

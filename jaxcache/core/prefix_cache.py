@@ -349,7 +349,7 @@ class PrefixCache:
         if self.admission.loading:
             self._scatter_is_due |= self.admission.scattered()
         self.retentions.expire()
-        live = [id for id in sorted(agreed) if self._is_live(id)]  # others were dropped before they were applied
+        live = [id for id in self.live_transfers() if id in agreed]  # others were dropped before they were applied
         for id in live:
             if id in self.stores.live:
                 self.stores.commit(id, agreed[id])
@@ -366,10 +366,7 @@ class PrefixCache:
         if log is not None and log.overflows():
             log.restart(self.tiers.tree)
             self.counters["event_overflows"] += 1
-        return [id for id in live if not self._is_live(id)]
-
-    def _is_live(self, transfer_id: int) -> bool:
-        return transfer_id in self.stores.live or transfer_id in self.prefetches.live
+        return [id for id in live if id not in self.stores.live and id not in self.prefetches.live]
 
     def take_plan(self) -> Plan:
         """What has been planned since the last time; whoever takes it applies it."""

@@ -34,7 +34,7 @@ class Controller:
         self.agreement = agreement
         self.fleet = fleet
         self._fatal: Exception | None = None  # what has ended serving
-        self._agreed = Agreed(0, {}, 0)
+        self.agreed = Agreed(0, {}, 0)  # the last one
         fleet.watch(self._state)
 
     def step(self) -> None:
@@ -64,7 +64,7 @@ class Controller:
             told = TransferFault(f"{error}: {self.engine.fault!r}") if is_own else error
             self._fatal = self.fleet.fault(told, self._state(), is_own)
             raise self._fatal from self.engine.fault
-        self._agreed = agreed or self._agreed
+        self.agreed = agreed or self.agreed
         return agreed
 
     def _issue(self) -> None:
@@ -106,7 +106,7 @@ class Controller:
             self.engine.close()
 
     def _state(self) -> State:
-        core, planner, agreed = self.core, self.core.planner, self._agreed
+        core, planner, agreed = self.core, self.core.planner, self.agreed
         since = max(agreed.step, planner.complete_since())
         decisions = [decision for decision in planner.recent.copy() if decision[0] >= since]
         ids = f"transfers {sorted(agreed.outcomes)}" if agreed.outcomes else "no transfers"
@@ -114,14 +114,24 @@ class Controller:
         return State(core.step_number, carried.digest(core), last, since, decisions, core.counts())
 
     def apply(self, pools: DevicePools) -> DevicePools:
-        """Dispatches everything planned so far, in plan order; load-backs of earlier steps are scattered first."""
+        """Dispatches everything planned so far, in plan order; load-backs of earlier steps are scattered first.
+
+        Whatever goes wrong in between ends serving: TransferFault, or RankUnresponsive.
+        """
         self._check()
         plan: Any = self.core.take_plan()
         try:
             return self.engine.apply(pools, plan.transfers, self.core.step_number)
-        except TransferFault as error:
-            self._fatal = self.fleet.fault(error, self._state())
-            raise self._fatal from error.__cause__
+        except BaseException as error:  # the plan is taken and half done: pages would not hold what the core believes
+            if isinstance(error, TransferFault):
+                fault, cause = error, error.__cause__
+            else:
+                fault, cause = TransferFault(f"a plan was not carried out: {error!r}"), error
+            fault.__cause__ = cause
+            self._fatal = self.fleet.fault(fault, self._state())
+            if not isinstance(error, Exception):
+                raise  # somebody wants the program to stop
+            raise self._fatal from cause
 
 
 def _clock_ms() -> int:

@@ -110,6 +110,10 @@ class StorageIO:
         """Calls of storages that are waiting or under way."""
         return sum(connection.jobs.num_open for connection in self._connections)
 
+    def calls(self, storage: Storage) -> bool:
+        """Whether a call of this one is waiting or under way."""
+        return any(c.jobs.num_open > 0 for c in self._connections if c.storage is storage)
+
     def drain(self, timeout_s: float | None = None) -> bool:
         """Waits until there are none; False if that took longer."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s

@@ -115,10 +115,9 @@ class TransferEngine:
         """From now on asks this storage; transfers under way stay with the one they started with."""
         self._storage_io.connect(storage)
 
-    @property
-    def calls_storage(self) -> bool:
-        """Whether a thread calls a storage, or soon will: the present one, or one that was there before."""
-        return bool(self._storage_io.num_open)
+    def calls(self, storage: Storage) -> bool:
+        """Whether a thread calls this storage, or soon will."""
+        return self._storage_io.calls(storage)
 
     def drain(self, timeout_s: float | None = None) -> bool:
         """Waits until no thread has work; False if that took longer."""

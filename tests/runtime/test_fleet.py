@@ -233,6 +233,24 @@ def test_the_agreement_that_does_not_come_ends_the_loop_with_a_report(cache, mon
     cache.close()  # joins nobody: threads may wait for ever
 
 
+@pytest.mark.parametrize("error", [MemoryError("no room"), KeyboardInterrupt()], ids=["error", "interrupt"])
+def test_a_plan_that_was_not_carried_out_ends_serving(cache, monkeypatch, error):
+    """The core believes that it was: what it holds for a backup may be anything."""
+    pools = cache.apply(cache.step(cache.init_pools()))
+    lease = cache.admit(cache.sequence(range(8), cache.new_namespace(model="m")), num_new_tokens=8)
+    cache.insert(lease, 8)
+
+    def fails(*args):
+        raise error
+
+    monkeypatch.setattr(cache.engine, "_back_up", fails)
+    with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else TransferFault):
+        cache.apply(pools)
+    for call in (lambda: cache.step(pools), lambda: cache.apply(pools), lambda: cache.wait(pools)):
+        with pytest.raises(TransferFault, match="a plan was not carried out"):
+            call()
+
+
 def test_wait_returns_what_it_was_given(cache):
     pools = cache.init_pools()
     tree = {"pools": pools, "numpy": np.ones(2), "none": None}

@@ -8,6 +8,8 @@ neither            one process
 from __future__ import annotations
 
 import math
+import os
+import socket
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,8 +50,8 @@ def check_options(processes: int, coordinator: str | None, num_processes: int | 
     if coordinator is not None:
         if processes != 1:
             raise ValueError("--processes starts a fleet on this host, --coordinator joins one: use one of them")
-        port = coordinator.rpartition(":")[2]
-        if coordinator != "auto" and (port == coordinator or not port.isdecimal()):
+        host, _, port = coordinator.rpartition(":")
+        if coordinator != "auto" and not (host and port.isdecimal() and 0 < int(port) < 65536):
             raise ValueError(f"--coordinator must be HOST:PORT or auto, not {coordinator!r}")
     if coordinator is None and (num_processes is not None or process_id is not None):
         raise ValueError("--num-processes and --process-id need --coordinator; --processes starts a fleet on this host")
@@ -63,6 +65,8 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
         processes.share_cpu_devices(mesh_size, 1)
         return 0
     address = None if coordinator == "auto" else coordinator
+    if address is not None and process_id == 0:
+        _check_port(os.environ.get("JAX_COORDINATOR_BIND_ADDRESS") or address.rpartition(":")[2])
     options = {"--coordinator HOST:PORT": address, "--num-processes": num_processes, "--process-id": process_id}
     try:
         return processes.join(address, num_processes, process_id, mesh_size)
@@ -71,6 +75,17 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
         if not missing:
             raise
         raise ValueError(f"{error} What the cluster does not tell must be set: {missing}") from error
+
+
+def _check_port(address: str) -> None:
+    """OSError if process 0 cannot listen at [HOST:]PORT: jax would crash."""
+    host, _, port = address.rpartition(":")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host.strip("[]"), int(port)))
+        except OSError as error:
+            raise OSError(f"--coordinator: process 0 cannot listen on port {port}: {error.strerror}") from error
 
 
 def failed() -> int:

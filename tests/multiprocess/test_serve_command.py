@@ -74,6 +74,29 @@ def start_one(launcher: str, port: str, index: int, output: Path) -> subprocess.
     return subprocess.Popen([*one, "--json", str(output)], cwd=ROOT, env=env, stderr=subprocess.PIPE)
 
 
+@pytest.mark.parametrize("coordinator", ["HOST0", ":1", "host:port", "host:0", "host:99999"])
+def test_a_coordinator_without_an_address_is_refused(capsys, coordinator):
+    assert demo.main(["--mesh", "1,1,1", "--trace", "nowhere.jsonl", "--coordinator", coordinator]) == 1
+    assert "--coordinator must be HOST:PORT or auto" in capsys.readouterr().err
+
+
+def test_two_ways_to_have_a_fleet_are_refused(capsys):
+    command = ["--mesh", "2,1,1", "--trace", "nowhere.jsonl", "--processes", "2", "--coordinator", "auto"]
+    assert demo.main(command) == 1
+    assert "--processes starts a fleet on this host, --coordinator joins one" in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_is_refused(capsys):
+    """jax would crash."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        command = ["--mesh", "2,1,1", "--coordinator", address, "--num-processes", "2", "--process-id", "0"]
+        assert demo.main(command) == 1
+    assert "cannot listen on port" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("option", ["--num-processes", "--process-id"])
 def test_options_of_a_fleet_without_its_coordinator_are_refused(capsys, option):
     assert demo.main(["--mesh", "1,1,1", "--trace", "nowhere.jsonl", option, "1"]) == 1

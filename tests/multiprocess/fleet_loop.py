@@ -1,12 +1,14 @@
 """A serving loop of several processes, in which one goes wrong; run by test_fleet_failures.py.
 
 argv: {"steps", "model": whether there is one, "halts", "corrupts" or "faults": a process, "at": a step,
-       "timeout_s": the bound, "hangs": whether storage never answers}
+       "early": whether it faults before the exchange, "timeout_s": the bound, "hangs": whether storage never answers,
+       "drains": a process whose storage never answers; at the end all drain for "drain_s"}
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 import time
@@ -17,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxcache
+from jaxcache.pools.device_pool import DevicePools
 from jaxcache.testing.processes import join
 
 KV = jaxcache.FieldSpec("kv", (2, 2, 4, 1, 8), "float32", ("layers", None, "slots", "heads", None))
@@ -25,9 +28,14 @@ PROMPT = list(range(32))
 
 
 class HungStorage(jaxcache.MemoryStorage):
+    def __init__(self, hangs: bool):
+        super().__init__()
+        self.hangs = hangs
+
     def put(self, key, buffer) -> bool:
-        threading.Event().wait()
-        return False
+        if self.hangs:
+            threading.Event().wait()
+        return super().put(key, buffer)
 
 
 def mesh_of_all() -> Mesh:
@@ -49,12 +57,15 @@ def serve(cache: jaxcache.Cache, index: int, plan: dict) -> None:
     run, pools = model_step(cache.mesh) if plan["model"] else None, cache.init_pools()
     namespace = cache.new_namespace(model="test")
     for step in range(plan["steps"]):
+        faults = step == plan["at"] and index == plan.get("faults")
+        if faults and plan.get("early"):
+            cache.engine.fault = OSError("a copy that failed")
         pools = cache.step(pools)
         if step == plan["at"] and index == plan.get("corrupts"):
             (node,) = namespace_root(cache, namespace).children.values()
             namespace_root(cache, namespace).children.clear()
             print(f"lost {node.end} tokens", flush=True)
-        if step == plan["at"] and index == plan.get("faults"):
+        if faults:
             cache.engine.fault = OSError("a copy that failed")
         lease = cache.admit(cache.sequence([*PROMPT, step], namespace), num_new_tokens=1)
         pools = cache.apply(pools)
@@ -67,6 +78,18 @@ def serve(cache: jaxcache.Cache, index: int, plan: dict) -> None:
         cache.insert(lease, len(PROMPT) + 1)
         cache.release(lease)
         print(f"finished step {step}", flush=True)
+    if "drains" in plan:
+        drain(cache, pools, plan["drain_s"])
+
+
+def drain(cache: jaxcache.Cache, pools: DevicePools, timeout_s: float) -> None:
+    try:
+        cache.drain(pools, timeout_s)
+    except TimeoutError as error:
+        for _ in range(3):
+            pools = cache.apply(cache.step(pools))
+        print(f"{error} in step {cache.step_number}", flush=True)
+        os._exit(0)  # a thread still waits for the storage
 
 
 def namespace_root(cache: jaxcache.Cache, namespace: jaxcache.Namespace):
@@ -98,7 +121,8 @@ def main() -> None:
     if "steps" not in plan:
         return start(index)
     config = replace(CONFIG, agreement_timeout_s=plan.get("timeout_s", 5.0))
-    storage = HungStorage() if plan.get("hangs") else None
+    hangs = plan.get("hangs") or plan.get("drains") == index
+    storage = HungStorage(hangs) if hangs or "drains" in plan else None
     try:
         with jaxcache.Cache([jaxcache.FullAttention("full", (KV,))], mesh_of_all(), config, storage) as cache:
             serve(cache, index, plan)

@@ -92,10 +92,11 @@ def test_those_who_are_not_connected_to_the_dead_process_hear_of_it(victim):
         assert "jaxcache.types.RankUnresponsive: a computation" in exit.stderr
 
 
-@pytest.mark.parametrize("model", [False, True], ids=["agreement", "model"])
-def test_a_copy_that_fails_in_one_process_is_a_fault_in_all(model):
-    with fleet(2, steps=50, model=model, faults=1, at=AT) as processes:
+@pytest.mark.parametrize(("model", "early"), [(False, False), (True, False), (False, True)])
+def test_a_copy_that_fails_in_one_process_is_a_fault_in_all(model, early):
+    with fleet(2, steps=50, model=model, faults=1, early=early, at=AT) as processes:
         exits = processes.wait(START_S)
+    assert "jaxcache.types.TransferFault: process 1: " in exits[0].stderr
     for exit in exits:
         assert (exit.code, exit.was_ended) == (1, False), exit.stderr
         assert "jaxcache.types.TransferFault" in exit.stderr
@@ -114,6 +115,15 @@ def test_a_tree_that_was_damaged_in_one_process_ends_all_within_two_steps(hangs)
         assert f"finished step {AT + 2}\n" not in exit.stdout
         assert f"first difference: decision 0 of step {AT + 1}: process 0: admit(4, 32, " in exit.stderr
         assert "; process 1: admit(4, 0, " in exit.stderr
+
+
+@pytest.mark.slow
+def test_all_give_up_draining_in_the_same_step_and_go_on():
+    """Longer than the bound, and decided by the clock that they agree on: nobody waits for who has left."""
+    with fleet(2, steps=3, model=False, at=AT, drains=1, timeout_s=3.0, drain_s=4.0) as processes:
+        printed = [exit.stdout.splitlines()[-1] for exit in processes.check(START_S)]
+    assert "were still running after 4.0 s in step" in printed[0]
+    assert printed[0] == printed[1]
 
 
 def test_capacities_become_the_smallest_and_other_differences_are_refused():

@@ -96,7 +96,7 @@ class Stores:
         self.unvisited = [Waiting(root, first_page) for root in roots for first_page in root.children][::-1]
 
     def _visit(self) -> list[Node]:
-        """The next node, if it is still there; what follows it comes next, the end of a node that was split included."""
+        """The next node, if it is there; what follows it comes next, the end of a node that was split included."""
         nodes = self._found([self.unvisited.pop()])
         for node in nodes:
             self.unvisited += [Waiting(node, first_page) for first_page in node.children][::-1]

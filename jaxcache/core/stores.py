@@ -42,7 +42,7 @@ class Stores:
 
     queue:                 runs of one path that have just been backed up; they go first
     unvisited:             nodes, by their first pages, whose host pages are still to be stored, and all below them
-    num_awaited_exchanges: no STORE begins before so many exchanges of ranks have been read
+    num_awaited_exchanges: no STORE begins, and nothing is asked, before so many exchanges of ranks have been read
     """
 
     def __init__(self, tiers: Tiers, planner: Planner, counters: Counters):

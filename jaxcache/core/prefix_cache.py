@@ -105,7 +105,7 @@ class PrefixCache:
         return namespace
 
     def retire_namespace(self, namespace: Namespace) -> None:
-        """Makes all its pages unreachable at once, O(live prefetches), which are given up; room is reclaimed as needed."""
+        """Makes all its pages unreachable at once, O(live prefetches), which are given up; reclaims lazily."""
         bad_input.check_namespace(self, namespace)
         self.retentions.release_all(namespace)
         self.prefetches.abandon_all(namespace)

@@ -75,7 +75,8 @@ class CacheConfig:
     max_stores:             STORE transfers in flight; later ones queue
     max_queued_stores:      queued ones; later ones are dropped and counted
     max_stored_beliefs:     pages remembered as already stored
-    max_live_transfers:     storage transfers that one agreement carries; the rest wait in id order
+    max_live_transfers:     storage transfers that one agreement carries, at least two more than max_stores; the rest
+                            wait in id order
     agreement_every_steps:  with no storage transfer live, the digest is exchanged every so many steps; ranks that
                             differ are found within twice as many
     agreement_timeout_s:    bound on waiting for the other ranks: then one of them is unresponsive, and serving ends
@@ -128,8 +129,8 @@ class CacheConfig:
         for name, kind in (("write_policy", WritePolicy), ("prefetch_policy", PrefetchPolicy)):
             if not isinstance(self.__dict__[name], kind):
                 raise ValueError(f"{name} must be a {kind.__name__}, not {self.__dict__[name]!r}")
-        if self.max_stores >= self.max_live_transfers:
-            raise ValueError(f"{self.max_stores=} must leave some of {self.max_live_transfers=} to prefetches")
+        if self.max_stores + 1 >= self.max_live_transfers:  # one is for transfers of which only quiet is awaited
+            raise ValueError(f"{self.max_stores=} must leave two of {self.max_live_transfers=} to others")
         if not 0 < self.prefetch_host_share <= 1:
             raise ValueError(f"{self.prefetch_host_share=} must be in (0, 1]")
         for name in _SECONDS:

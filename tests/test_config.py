@@ -83,3 +83,9 @@ def test_the_core_takes_it():
 def test_the_bound_on_waiting_for_ranks_is_checked(seconds):
     with pytest.raises(ValueError, match="agreement_timeout_s"):
         config(agreement_timeout_s=seconds)
+
+
+def test_stores_leave_a_lane_to_prefetches_and_one_to_what_only_awaits_quiet():
+    with pytest.raises(ValueError, match="max_live_transfers"):
+        config(max_stores=3, max_live_transfers=4)
+    assert config(max_stores=2, max_live_transfers=4).max_live_transfers == 4

@@ -35,6 +35,10 @@ class Arrivals:
         come = prefetch.progress.get(tiers.components[tiers.full].name, 0)
         end = min(prefetch.agreed_end, prefetch.start + come * tiers.page_tokens)
         self.resolve(prefetch, reason, prefetch.agreed_end - max(end, base) if prefetch.agreed_end > base else 0)
+        if end <= base and not (end == prefetch.agreed_end and self._has_whole(prefetch)):
+            self.counters["rejected_windows_and_states"] += len(tiers.partial)
+            return
+        tiers.lease_id = 0  # evictions made here are on behalf of storage, not of a lease
         node = self._place(prefetch.sequence, base)
         if node is None:
             self.resolve(prefetch, "host_capacity", prefetch.unresolved_tokens)
@@ -48,6 +52,11 @@ class Arrivals:
                 self.counters["rejected_windows_and_states"] += 1
         usable = matching.longest_prefix(tiers, prefetch.sequence, prefetch.agreed_end).num_tokens
         self._settle(prefetch, reason, usable, prefetch.agreed_end)
+
+    def _has_whole(self, prefetch: Prefetch) -> bool:
+        """Whether a window or a state has come, whole."""
+        names = [component.name for component in self.tiers.components]
+        return any(0 < len(prefetch.pages[c]) == prefetch.progress.get(names[c], 0) for c in self.tiers.partial)
 
     def resolve(self, prefetch: Prefetch, reason: str, tokens: int) -> None:
         """I12: every agreed token is counted once, as used or as unfulfilled for one reason."""

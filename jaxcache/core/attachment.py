@@ -28,6 +28,12 @@ class Attachment:
         return self.core.stores.attached
 
     @property
+    def is_readable(self) -> bool:
+        """Whether storage may be asked: not while some rank may still have to empty it."""
+        stores = self.core.stores
+        return stores.attached and not stores.num_awaited_exchanges
+
+    @property
     def is_busy(self) -> bool:
         """Whether a transfer still uses the storage that is, or was, attached."""
         return bool(self.core.live_transfers())
@@ -63,8 +69,13 @@ class Attachment:
 
     def cleared(self) -> None:
         """This rank's storage is about to be emptied: what host memory holds will be written again, once all ranks have
-        said so; what one wrote before could be removed by another."""
+        said so; what one wrote before could be removed by another.
+
+        Until then nothing is read, and prefetches that are not decided bring nothing, as with `detach`: what came of
+        the old content would be in host memory and never in storage again.
+        """
         stores = self.core.stores
+        self.core.prefetches.abandon_all()
         stores.forget()
         stores.back_fill()
         stores.num_awaited_exchanges = EXCHANGES_TO_KNOW

@@ -159,11 +159,8 @@ class Backups:
                 num_pages += len(targets)
         self.planner.add(TransferKind.BACKUP, tuple(moves))
         self.counters["backup_pages"] += num_pages
-        if not self.stores.attached:
-            return
         nodes = {copy.node.id: copy.node for copy in copies}
-        hosted = [(node, c) for node in nodes.values() for c in tiers.top_first if node.pages[c + num] is not None]
-        self.stores.later(hosted)
+        self.stores.later(list(nodes.values()))
 
 
 def joined(page_ids: list[PageIds]) -> PageIds:

@@ -83,7 +83,7 @@ class Clearing:
                 for move in transfer.moves:
                     lost.setdefault(indices[move.component], []).append(move.dst_page_ids)
             elif transfer.kind is TransferKind.STORE:
-                core.tiers.let_go(core.stores.live.pop(transfer.id).holds)
+                core.stores.withdraw(transfer.id)
             elif transfer.kind is not TransferKind.LOAD_BACK:
                 stays.append(transfer)
         core.planner.transfers[:] = stays

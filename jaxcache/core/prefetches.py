@@ -17,6 +17,7 @@ from jaxcache.config import pages_of_share
 from jaxcache.core import matching
 from jaxcache.core.arrivals import Arrivals
 from jaxcache.core.backups import Backups
+from jaxcache.core.page_hash import Namespace
 from jaxcache.core.planner import Counters, Planner
 from jaxcache.core.prefetch import Prefetch, PrefetchState
 from jaxcache.core.sequence import Sequence
@@ -117,6 +118,7 @@ class Prefetches:
         holds = tiers.hold(full, path[-1][0], 0) if path and full is not None else []
         fits = all(count <= self._share(c) for c, count in enumerate(counts))
         pages = []
+        tiers.lease_id = 0  # nobody has been admitted for whom room is made here
         if fits:
             for host, count in zip(tiers.host, counts, strict=True):
                 room = tiers.make_room(host, count)
@@ -210,6 +212,13 @@ class Prefetches:
             pairs = zip(move.page_keys, move.page_ends, strict=True)
             self.stores.doubt(move.component, tuple(key for key, page_end in pairs if page_end > end))
 
+    def _doubt_rest(self, prefetch: Prefetch) -> None:
+        """The same for what a FETCH that has ended did not get. Of one that was interrupted nothing is known."""
+        keys = prefetch.sequence.page_keys(prefetch.agreed_end // self.tiers.page_tokens)
+        for component, pages in zip(self.tiers.components, prefetch.pages, strict=True):
+            asked = keys[len(keys) - len(pages) :]
+            self.stores.doubt(component.name, tuple(asked[prefetch.progress.get(component.name, 0) :]))
+
     def _fetches(self, prefetch: Prefetch) -> tuple[Move, ...]:
         """What to read for the agreed end; reserved pages beyond that are free at once, nobody has seen them."""
         tiers = self.tiers
@@ -272,9 +281,8 @@ class Prefetches:
     def _decide(self, prefetch: Prefetch, reason: str) -> None:
         """The outcome: what has come so far becomes the tree's, the rest is freed when quiet."""
         prefetch.state = PrefetchState.DRAIN
-        assert self.tiers.full is not None
-        came = prefetch.progress.get(self.tiers.components[self.tiers.full].name, 0)
-        self._doubt(prefetch, min(prefetch.agreed_end, prefetch.start + came * self.tiers.page_tokens))
+        if reason == "transfer":
+            self._doubt_rest(prefetch)
         self.arrivals.accept(prefetch, reason)
         num_left = sum(len(pages) for pages in prefetch.pages)
         self.planner.note("fetched", 11, prefetch.id, prefetch.agreed_end, num_left)
@@ -295,11 +303,15 @@ class Prefetches:
             prefetch.held_since_ms = None
         ticket.is_wanted = ticket.is_held = False
 
-    def abandon_all(self) -> None:
-        """Those that are not decided are not wanted any more."""
+    def abandon_all(self, namespace: Namespace | None = None) -> None:
+        """Those that are not decided (of one namespace, or all) are not wanted any more; their requests go on."""
         for prefetch in self.live.values():
-            if not prefetch.is_over:
+            if not prefetch.is_over and (namespace is None or prefetch.sequence.namespace is namespace):
                 self._abandon(prefetch)
+
+    def over(self) -> list[int]:
+        """Those of which only quiet is awaited."""
+        return [id for id, prefetch in self.live.items() if prefetch.is_over]
 
     def _abandon(self, prefetch: Prefetch) -> None:
         prefetch.cancelled = True

@@ -105,9 +105,10 @@ class PrefixCache:
         return namespace
 
     def retire_namespace(self, namespace: Namespace) -> None:
-        """Makes all its pages unreachable at once, O(1); they are reclaimed as room is needed."""
+        """Makes all its pages unreachable at once, O(live prefetches), which are given up; reclaims lazily."""
         bad_input.check_namespace(self, namespace)
         self.retentions.release_all(namespace)
+        self.prefetches.abandon_all(namespace)
         if self.tiers.tenants is not None:
             self.tiers.tenants.retire(self.tiers.tree.root(namespace).group)
         self.tiers.tree.retire(namespace)
@@ -303,7 +304,7 @@ class PrefixCache:
     def prefetch(self, sequence: Sequence) -> Ticket | None:
         """Asks storage for what follows the longest match; None where that cannot pay. Give the ticket to `admit`."""
         bad_input.check_sequence(self, sequence)
-        if not self.attachment.attached or not self.config.caching or sequence.namespace.retired:
+        if not self.attachment.is_readable or not self.config.caching or sequence.namespace.retired:
             return None
         return self.prefetches.prefetch(sequence)
 
@@ -314,8 +315,6 @@ class PrefixCache:
 
     def live_transfers(self) -> list[int]:
         """Ids of the storage transfers whose outcomes are awaited, ascending."""
-        if not self.stores.live and not self.prefetches.live:
-            return []
         return sorted([*self.stores.live, *self.prefetches.live])
 
     def needs_exchange(self) -> bool:
@@ -324,7 +323,7 @@ class PrefixCache:
 
     def unwanted_transfers(self) -> list[int]:
         """Those of which only quiet is awaited: their workers may stop."""
-        return [id for id, prefetch in self.prefetches.live.items() if prefetch.is_over]
+        return [*self.stores.forgotten(), *self.prefetches.over()]
 
     def largest_end(self, transfer_id: int, exists: Mapping[str, Any]) -> int:
         """What one process answers to a live QUERY: the largest end within its bound that its storage can serve."""

@@ -20,11 +20,14 @@ MAX_EMPTY = 256  # nodes with nothing to store that one step looks at
 
 
 class Waiting(NamedTuple):
-    """An entry of component c that covers [start, node.end) of its path (the node may be split while it waits)."""
+    """A run of pages, named by the node that it follows and by its tokens: at least its first page's.
 
-    node: Node
-    c: int
-    start: int
+    The node at its end would not do: after a split that is only the end of the run, and it may leave before the rest
+    has had its turn. `above` still ends there after any split, and if it leaves, then after all below it.
+    """
+
+    above: Node
+    edge: bytes | memoryview
 
 
 class LiveStore(NamedTuple):
@@ -37,9 +40,9 @@ class LiveStore(NamedTuple):
 class Stores:
     """live: STORE id -> what it pins. attached: whether there is a storage at all.
 
-    queue:                 entries that have just been backed up; they go first
-    unvisited:             nodes (and where each began) whose host pages are still to be stored, and all below them
-    num_awaited_exchanges: no STORE begins before so many exchanges of ranks have been read
+    queue:                 runs of one path that have just been backed up; they go first
+    unvisited:             nodes, by their first pages, whose host pages are still to be stored, and all below them
+    num_awaited_exchanges: no STORE begins, and nothing is asked, before so many exchanges of ranks have been read
     """
 
     def __init__(self, tiers: Tiers, planner: Planner, counters: Counters):
@@ -48,22 +51,19 @@ class Stores:
         self.counters = counters
         self.attached = False
         self.queue: deque[list[Waiting]] = deque()
-        self.unvisited: list[tuple[Node, int]] = []
+        self.unvisited: list[Waiting] = []
         self.num_awaited_exchanges = 0
         self.live: dict[int, LiveStore] = {}
         self.believed: OrderedDict[tuple[str, bytes], None] = OrderedDict()
 
-    def later(self, entries: list[tuple[Node, int]]) -> None:
-        """Queues entries (of one path) that have just been backed up."""
+    def later(self, nodes: list[Node]) -> None:
+        """Queues nodes (of one path, top first) of which something has just been backed up."""
         if not self.attached:
             return
         if len(self.queue) >= self.tiers.config.max_queued_stores:
             self.counters["dropped_stores"] += 1
             return
-        self.queue.append([self._waiting(node, c) for node, c in entries])
-
-    def _waiting(self, node: Node, c: int) -> Waiting:
-        return Waiting(node, c, node.end - 1 if c == self.tiers.point else node.start)
+        self.queue.append([Waiting(node.parent, node.edge) for node in nodes if node.parent is not None])
 
     @property
     def is_waiting(self) -> bool:
@@ -75,35 +75,46 @@ class Stores:
         if self.num_awaited_exchanges or not self.is_waiting:
             return
         num_empty = 0
-        num_live = sum(bool(store.keys) for store in self.live.values())
+        num_live = len(self.live) - len(self.forgotten())
         while num_live < self.tiers.config.max_stores and self.is_waiting:
-            entries = self.queue.popleft() if self.queue else self._visit()
-            waiting = [entry for entry in entries if self._may_be_held(entry.node)]
-            moves = tuple(move for c in self.tiers.top_first if (move := self._move(c, waiting)) is not None)
+            found = self._found(self.queue.popleft()) if self.queue else self._visit()
+            nodes = [node for node in found if self._may_be_held(node)]
+            moves = tuple(move for c in self.tiers.top_first if (move := self._move(c, nodes)) is not None)
             if not moves:
                 num_empty += 1
                 if num_empty == MAX_EMPTY:
                     return  # a large tree of which little is in host memory: the rest in later steps
                 continue
             store = self.planner.add(TransferKind.STORE, moves)
-            self.live[store] = LiveStore(self._hold(waiting), {move.component: move.page_keys for move in moves})
+            self.live[store] = LiveStore(self._hold(nodes), {move.component: move.page_keys for move in moves})
             self.counters["store_pages"] += sum(len(move.src_page_ids) for move in moves)
             num_live += 1
 
     def back_fill(self) -> None:
         """Everything that is in host memory is to be stored, parents first, when nothing newer waits."""
         roots = self.tiers.tree.roots.values()
-        self.unvisited = [(child, 0) for root in roots for child in root.children.values()][::-1]
+        self.unvisited = [Waiting(root, first_page) for root in roots for first_page in root.children][::-1]
 
-    def _visit(self) -> list[Waiting]:
-        """The next node's entries; if it was split meanwhile, those of all its parts."""
-        node, start = self.unvisited.pop()
-        if node.parent is None:  # it has left
-            return []
-        self.unvisited += [(child, node.end) for child in node.children.values()][::-1]
-        num, order = len(self.tiers.components), self.tiers.top_first
-        parts = self._between(node, start)
-        return [self._waiting(part, c) for part in parts for c in order if part.pages[c + num] is not None]
+    def _visit(self) -> list[Node]:
+        """The next node, if it is there; what follows it comes next, the end of a node that was split included."""
+        nodes = self._found([self.unvisited.pop()])
+        for node in nodes:
+            self.unvisited += [Waiting(node, first_page) for first_page in node.children][::-1]
+        return nodes
+
+    def _found(self, runs: list[Waiting]) -> list[Node]:
+        """The nodes that now are where these runs were, each once, top first."""
+        page_bytes = self.tiers.tree.page_bytes
+        found: dict[int, Node] = {}
+        for node, edge in runs:
+            at = 0
+            while at < len(edge):
+                child = node.children.get(bytes(edge[at : at + page_bytes]))
+                if child is None:
+                    break
+                found[child.id] = node = child
+                at += len(child.edge)
+        return list(found.values())
 
     def drop_waiting(self) -> None:
         self.counters["dropped_stores"] += len(self.queue)
@@ -119,47 +130,48 @@ class Stores:
         self.believed.clear()
         self.live = {id: LiveStore(store.holds, {}) for id, store in self.live.items()}
 
+    def forgotten(self) -> list[int]:
+        """STOREs of which only quiet is awaited: whether they get further is of no interest."""
+        return [id for id, store in self.live.items() if not store.keys]
+
+    def withdraw(self, store: int) -> None:
+        """Takes back one that was not applied and will not be; what it would have stored still has to be."""
+        holds, keys = self.live.pop(store)
+        self.tiers.let_go(holds)
+        self.counters["store_pages"] -= sum(map(len, keys.values()))
+        if self.attached:
+            self.back_fill()
+
     def _may_be_held(self, node: Node) -> bool:
         """Holding an entry relies on the node's full pages in the same tier."""
         full = self.tiers.full
-        return node.parent is not None and (full is None or node.pages[self.tiers.host[full].index] is not None)
+        return full is None or node.pages[self.tiers.host[full].index] is not None
 
-    def _hold(self, waiting: list[Waiting]) -> list[Hold]:
+    def _hold(self, nodes: list[Node]) -> list[Hold]:
         """Pins the entries that are there: a node that holds nothing may leave, and pins above it would be lost."""
         tiers = self.tiers
         holds = []
-        for entry in waiting:
-            host = tiers.host[entry.c]
-            for node in self._between(entry.node, entry.start):
+        for node in nodes:
+            for c in tiers.top_first:
+                host = tiers.host[c]
                 if node.pages[host.index] is not None:
-                    holds += tiers.hold(host, node, node.end - 1 if entry.c == tiers.point else node.start)
+                    holds += tiers.hold(host, node, node.end - 1 if c == tiers.point else node.start)
         return holds
 
-    def _move(self, c: int, waiting: list[Waiting]) -> Move | None:
-        """The host pages of component c that are still there and not believed stored."""
+    def _move(self, c: int, nodes: list[Node]) -> Move | None:
+        """The host pages of component c that are there and not believed stored."""
         name = self.tiers.components[c].name
         pages: list[PageIds] = []
         keys: list[bytes] = []
-        for entry in waiting:
-            if entry.c == c:
-                for node in self._between(entry.node, entry.start):
-                    page_ids = node.pages[self.tiers.host[c].index]
-                    if page_ids is not None:
-                        pages.append(page_ids)
-                        keys += self.tiers.tree.keys(node)[-len(page_ids) :]
+        for node in nodes:
+            page_ids = node.pages[self.tiers.host[c].index]
+            if page_ids is not None:
+                pages.append(page_ids)
+                keys += self.tiers.tree.keys(node)[-len(page_ids) :]
         new = [i for i, key in enumerate(keys) if (name, key) not in self.believed]
         if not new:
             return None
         return Move(name, np.concatenate(pages)[new], page_keys=tuple(keys[i] for i in new))
-
-    @staticmethod
-    def _between(node: Node, start: int) -> list[Node]:
-        """The nodes that cover [start, node.end) of its path, top first."""
-        nodes = []
-        while node.parent is not None and node.end > start:
-            nodes.append(node)
-            node = node.parent
-        return nodes[::-1]
 
     def commit(self, store: int, outcome: Outcome) -> None:
         """Lets the pages go when every rank is quiet."""

@@ -258,3 +258,30 @@ def test_policies_that_cannot_be(config, policy):
     with pytest.raises(ValueError, match=r"run time|host_pages|WritePolicy"):
         core.attachment.change(PrefetchPolicy.TIMEOUT, policy)
     assert (core.digest, core.backups.policy, core.prefetches.policy) == (digest, before, PrefetchPolicy.BEST_EFFORT)
+
+
+@pytest.mark.parametrize("when", [PrefetchState.QUERY, PrefetchState.FETCH])
+def test_what_is_read_while_storage_is_cleared_does_not_come(when):
+    """L1: it would be in host memory and, with no STORE planned, never in storage again."""
+    server = server_with_storage()
+    server.store(prompt(24))
+    ticket = server.prefetch(prompt(24))
+    while ticket.state is not when:
+        server.step(0)
+    server.core.take_plan()
+    server.core.attachment.cleared()
+    assert ticket.done
+    server.core.commit({ticket.prefetch.id: Outcome(True, True, {"full": 6}, 24, 24)}, 0)
+    server.check()
+    assert server.match(prompt(24)).num_tokens == 0
+    assert (server.host_free(), server.core.live_transfers()) == (64, [])
+
+
+def test_storage_is_not_asked_before_all_ranks_have_cleared_it():
+    """It may still have, on a rank that is slower, what is about to be removed."""
+    server = server_with_storage()
+    server.core.attachment.cleared()
+    for _ in range(2):
+        assert server.core.prefetch(server.sequence(prompt(24))) is None
+        server.core.commit({}, 0)
+    assert server.core.prefetch(server.sequence(prompt(24))) is not None

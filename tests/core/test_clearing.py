@@ -171,3 +171,33 @@ def test_namespaces_survive_a_reset():
     assert server.core.new_namespace(model="test") is namespace
     server.prefill(server.sequence(prompt(8), namespace))
     assert server.match(prompt(8)).num_tokens == 8
+
+
+def test_a_store_that_was_withdrawn_is_planned_again():
+    """L1: dropping the device takes back a STORE that was not dispatched; host memory still has what it named."""
+    server = server_with_storage()
+    server.prefill(prompt(16))
+    server.plane.apply()
+    server.core.commit({})
+    assert server.planned(TransferKind.STORE)
+    server.core.drop_device()
+    server.plane.lose_device()
+    server.check()
+    assert not server.planned(TransferKind.STORE)
+    server.settle()
+    assert list(server.storage.cells[0][0]) == server.sequence(prompt(16)).page_keys(4)
+    assert server.core.counters["stored_pages"] == server.core.counters["store_pages"] == 4
+    server.check_empty()
+
+
+def test_a_store_that_was_withdrawn_after_storage_had_gone_is_not():
+    server = server_with_storage()
+    server.prefill(prompt(16))
+    server.plane.apply()
+    server.core.commit({})
+    server.core.attachment.detach()
+    server.core.drop_device()
+    server.plane.lose_device()
+    server.settle()
+    assert not server.storage.cells[0][0]
+    server.check_empty()

@@ -136,7 +136,7 @@ MUTATIONS = (
         "a store does not pin",
         Stores,
         "_hold",
-        "holds += tiers.hold(host, node, node.end - 1 if entry.c == tiers.point else node.start)",
+        "holds += tiers.hold(host, node, node.end - 1 if c == tiers.point else node.start)",
         "pass",
         {"mixture": ("full",), "host_pages": 12, **THROUGH},
     ),

@@ -7,7 +7,8 @@ import itertools
 import pytest
 
 from jaxcache.core.page_hash import chain, namespace_digest
-from jaxcache.types import TransferKind
+from jaxcache.core.prefetch import PrefetchState
+from jaxcache.types import PrefetchPolicy, TransferKind, Wait
 from tests.core.helpers import FULL, PAGE, Server, prompt, server_with_storage, state, window
 
 FIELDS = {"model": "m", "weights_version": "1", "dtype": "bfloat16", "adapter": "", "tenant_salt": "t", "extra": "x"}
@@ -125,4 +126,26 @@ def test_a_request_goes_on_in_a_retired_namespace():
     server.insert(lease, 20)
     server.decode(lease, [5, 6, 7, 8, 9])
     server.release(lease)
+    server.check_empty()
+
+
+def test_prefetches_of_a_retired_namespace_are_given_up():
+    """K5: nothing of them can be used; their requests go on, and those of other namespaces wait as before."""
+    server = server_with_storage(prefetch_policy=PrefetchPolicy.WAIT_COMPLETE)
+    server.store(prompt(24))
+    ticket = server.prefetch(prompt(24))
+    other = server.core.prefetch(server.sequence(prompt(24), server.core.new_namespace(model="other")))
+    assert other is not None
+    while ticket.state is not PrefetchState.FETCH:
+        server.step(0)
+    assert server.try_admit(ticket.sequence, ticket=ticket) == Wait("prefetch")
+    server.core.retire_namespace(server.namespace)
+    server.check()
+    lease = server.admit(ticket.sequence, ticket=ticket)
+    assert lease.num_cached_tokens == 0
+    server.compute(lease, 25)
+    server.release(lease)
+    assert ticket.done and not other.prefetch.cancelled
+    server.settle()
+    assert server.host_free() == 64
     server.check_empty()

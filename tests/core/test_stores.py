@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from jaxcache.types import Outcome, TransferKind
 from tests.core.helpers import FULL, Server, prompt, server_with_storage, state, window
 
@@ -115,3 +117,69 @@ def test_without_storage_nothing_is_stored():
     server.settle()
     assert server.core.counters["store_pages"] == 0
     assert server.core.prefetch(server.sequence(prompt(40))) is None
+
+
+def only_in_front(server: Server, *leaving: int) -> None:
+    """Another prompt shares the first half of `prompt(16)`; the other half leaves these residencies."""
+    server.release(server.admit([*prompt(8), 77]))
+    (_, (end, _)) = server.core.tiers.tree.walk(server.sequence(prompt(16)), 16)
+    for index in leaving:
+        server.core.tiers.drop(server.core.tiers.residencies[index], end)
+    server.check()
+
+
+LEAVING = pytest.mark.parametrize("leaving", [[1], [0, 1]], ids=["host memory", "the tree"])
+
+
+@LEAVING
+def test_what_is_left_of_a_node_that_was_split_in_the_queue_is_stored(leaving):
+    """L1: or it would be neither stored nor counted as dropped."""
+    server = server_with_storage(max_stores=1)
+    server.prefill(prompt(8, 1000))
+    server.step(0)
+    server.prefill(prompt(16))
+    only_in_front(server, *leaving)
+    server.settle()
+    keys = server.sequence(prompt(16)).page_keys(4)
+    assert [key in server.storage.cells[0][0] for key in keys] == [True, True, False, False]
+
+
+@LEAVING
+def test_what_is_left_of_a_node_that_was_split_before_the_walk_came_is_stored(leaving):
+    """L1, L7."""
+    server = Server(host_pages=64)
+    server.prefill(prompt(16))
+    server.core.attachment.attach()
+    only_in_front(server, *leaving)
+    server.settle()
+    assert list(server.storage.cells[0][0]) == server.sequence(prompt(16)).page_keys(2)
+
+
+def test_a_run_that_came_back_longer_is_stored_once():
+    """All that counts is what is there when its turn comes."""
+    server = server_with_storage(max_stores=1)
+    server.prefill(prompt(8, 1000))
+    server.step(0)
+    server.prefill([7] * 16)
+    server.prefill([7] * 24)
+    server.core.tiers.drop_subtree(server.core.tiers.tree.walk(server.sequence([7] * 16), 8)[0][0])
+    server.prefill([7] * 32)
+    server.settle()
+    assert server.storage.cells[0][0].keys() >= set(server.sequence([7] * 32).page_keys(8))
+    assert server.core.counters["stored_pages"] == server.core.counters["store_pages"] == 2 + 8
+
+
+def test_a_store_of_a_storage_that_is_gone_is_cancelled():
+    """What it has begun ends before its host pages are let go."""
+    server = server_with_storage()
+    server.prefill(prompt(40))
+    server.step(0)
+    (store,) = server.core.live_transfers()
+    server.core.attachment.detach()
+    assert server.core.unwanted_transfers() == [store]
+    server.step(2)
+    assert server.core.tiers.host[0].num_pinned == 10
+    server.settle()
+    assert 0 < len(server.storage.cells[0][0]) < 10
+    assert server.core.tiers.host[0].num_pinned == server.core.counters["failed_store_pages"] == 0
+    server.check_empty()

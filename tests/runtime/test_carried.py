@@ -57,3 +57,19 @@ def test_the_undecided_keep_all_lanes_but_one():
         server.core.cancel(ticket)
     new = [server.prefetch(prompt(8, 50_000 + 1000 * i)) for i in range(2)]
     assert set(exchange(server, Outcome(False, False))) > {ticket.prefetch.id for ticket in new}
+
+
+def test_stores_of_a_storage_that_is_gone_share_one_lane():
+    """L7: they and those that hang in its successor would take all lanes for ever, as they have the lowest ids."""
+    server = server_with_storage(**{**LANES, "max_stores": 2, "max_live_transfers": 4})
+    for first in (0, 1000):
+        server.prefill(prompt(8, first))
+    exchange(server, Outcome(False, False))
+    hung = server.core.live_transfers()
+    server.core.attachment.detach()
+    server.core.attachment.attach("another")
+    exchange(server, Outcome(True, False))
+    assert len(hung) == 2 and server.core.unwanted_transfers() == hung
+    assert len(server.core.live_transfers()) == 4
+    ticket = server.prefetch(prompt(8, 50_000))
+    assert ticket.prefetch.id in exchange(server, Outcome(True, False))

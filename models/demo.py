@@ -1,6 +1,6 @@
 """Serves a trace three times and compares: without a cache, with it, and again after a restart on the same storage.
 
-Every generated token must be the same. Prints a table and writes the figures as JSON; see `--help`.
+Every generated token must be the same. Prints a table and writes the figures as JSON.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 import jaxcache
+from jaxcache.testing.mesh_shape import mesh_shape
 from jaxcache.testing.traces import read_trace
 from models import fleet
 from models.loading import load_model
@@ -77,36 +78,35 @@ TIERS = ("device", "host", "storage")
 
 
 def parser() -> argparse.ArgumentParser:
-    help_format = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m models.serve", description=__doc__, formatter_class=help_format)
-    add = parser.add_argument
-    add("--model", default="tiny-moe", help="tiny-moe (random fp32 weights of a fixed seed), or a Hugging Face folder")
-    add("--trace", type=Path, default=TRACE, help="requests in the Mooncake schema, JSONL, gzipped or not")
-    add("--requests", type=int, default=500, help="how many requests of the trace")
-    add("--mesh", default="2,2,2", help="cp,tp,pp")
-    add("--processes", type=int, default=1, help="start so many on this host, each with its part of the mesh")
-    add("--coordinator", help="HOST:PORT of process 0 of a fleet that is started elsewhere, or auto (Slurm, Open MPI)")
-    add("--num-processes", type=int, help="of that fleet")
-    add("--process-id", type=int, help="of this process in that fleet")
-    add("--page-tokens", type=int, default=16, help="tokens per page")
-    add("--device-pages", type=int, default=1024, help="pages of the device tier")
-    add("--host-pages", type=int, default=1536, help="pages of the host tier")
-    add("--storage", type=Path, help="folder of the storage tier, shared by all; default: a temporary one")
-    add("--storage-grid", help="cp,tp,pp of the values in storage; meshes with one grid share it; default: the mesh")
-    add(
-        "--write-policy",
-        choices=[p.value for p in jaxcache.WritePolicy],
-        default="write_through",
-        help="see CacheConfig",
+    parser = argparse.ArgumentParser(prog="python -m models.serve", description=__doc__)
+    plain = parser.add_argument
+
+    def add(option: str, default: Any, help: str, **how: Any) -> None:
+        plain(option, default=default, help=f"{help} (default: %(default)s)", **how)
+
+    add("--model", "tiny-moe", "tiny-moe (random fp32 weights of a fixed seed), or a Hugging Face folder")
+    add("--trace", TRACE, "requests in the Mooncake schema, JSONL, gzipped or not", type=Path)
+    add("--requests", 500, "how many requests of the trace", type=int)
+    add("--mesh", "2,2,2", "cp,tp,pp")
+    add("--processes", 1, "start so many on this host, each with its part of the mesh", type=int)
+    plain("--coordinator", help="HOST:PORT of process 0 of a fleet started elsewhere, or auto (Slurm, Open MPI)")
+    plain("--num-processes", type=int, help="of that fleet")
+    plain("--process-id", type=int, help="of this process in that fleet")
+    add("--page-tokens", 16, "tokens per page", type=int)
+    add("--device-pages", 1024, "pages of the device tier", type=int)
+    add("--host-pages", 1536, "pages of the host tier", type=int)
+    plain(
+        "--storage",
+        type=Path,
+        help="folder of the storage tier, shared by all (default: a temporary one); with --coordinator it is required, "
+        "unless --no-cache is given",
     )
-    add(
-        "--prefetch",
-        choices=["off", *(p.value for p in jaxcache.PrefetchPolicy)],
-        default="wait_complete",
-        help="from storage",
-    )
-    add("--no-cache", action="store_true", help="serve only once, without a cache")
-    add("--json", metavar="FILE", help="write the figures there; - is standard output")
+    plain("--storage-grid", help="cp,tp,pp of the values in storage; meshes with one grid share it (default: the mesh)")
+    add("--write-policy", "write_through", "see CacheConfig", choices=[p.value for p in jaxcache.WritePolicy])
+    prefetch = ["off", *(p.value for p in jaxcache.PrefetchPolicy)]
+    add("--prefetch", "wait_complete", "from storage", choices=prefetch)
+    plain("--no-cache", action="store_true", help="serve only once, without a cache")
+    plain("--json", metavar="FILE", help="write the figures there; - is standard output")
     return parser
 
 
@@ -132,12 +132,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def three_numbers(option: str, text: str) -> tuple[int, int, int]:
-    """ "cp,tp,pp" as numbers."""
-    numbers = text.split(",")
-    if len(numbers) != 3 or not all(n.strip().isdecimal() and int(n) for n in numbers):
-        raise ValueError(f"{option} must be three positive numbers cp,tp,pp, not {text!r}")
-    cp, tp, pp = map(int, numbers)
-    return cp, tp, pp
+    """What an option says; ValueError names it."""
+    try:
+        return mesh_shape(text)
+    except ValueError as error:
+        raise ValueError(f"{option} {error}") from None
 
 
 def make_mesh(shape: tuple[int, ...]) -> jax.sharding.Mesh:

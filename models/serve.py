@@ -6,7 +6,7 @@
 
     one iteration:  step -> admit -> apply -> decode -> step -> apply -> prefill       insert and release as they come
 
-`python -m models.serve --help` runs it on a trace, with and without the cache (see models/demo.py).
+`python -m models.serve` runs it on a trace, with and without the cache (see models/demo.py).
 """
 
 from __future__ import annotations

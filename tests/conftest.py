@@ -6,8 +6,6 @@ pytest --seed N            seeds the fixtures and Hypothesis; without it Hypothe
 
 from __future__ import annotations
 
-import glob
-import importlib.util
 import math
 import os
 from collections.abc import Callable
@@ -16,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import settings
+
+from jaxcache.testing import processes
 
 NUM_DEVICES = 8
 MESH_AXES = ("cp", "tp", "pp")
@@ -41,8 +41,7 @@ PLATFORM = pytest.StashKey[str]()
 def _platform(devices: str) -> str:
     if devices != "auto":
         return devices
-    has_plugin = any(importlib.util.find_spec(f"jax_cuda{major}_plugin") for major in (12, 13))
-    return "gpu" if has_plugin and len(glob.glob("/dev/nvidia[0-9]*")) >= NUM_DEVICES else "cpu"
+    return "gpu" if processes.local_platform() == "gpu" and processes.num_gpus() >= NUM_DEVICES else "cpu"
 
 
 def _configure_hypothesis(config: pytest.Config, seed: int | None):

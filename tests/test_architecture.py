@@ -26,7 +26,7 @@ class Layer:
 
 
 FOUNDATION = ("jaxcache.types", "jaxcache.components", "jaxcache.storage")
-TRYING_OUT = ("jaxcache.testing.traces", "jaxcache.testing.processes")
+TRYING_OUT = ("jaxcache.testing.traces", "jaxcache.testing.processes", "jaxcache.testing.mesh_shape")
 MIDDLE = (*FOUNDATION, "jaxcache.config", "jaxcache.core", "jaxcache.pools", "jaxcache.runtime", "kernels_pallas")
 
 # The longest matching name counts. "jaxcache!" is the package and its public names, but none of its modules.

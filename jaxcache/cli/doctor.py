@@ -22,17 +22,18 @@ from pathlib import Path
 from typing import Any
 
 from jaxcache.cli._output import STDOUT, prepare_json, write_json
+from jaxcache.testing.mesh_shape import mesh_shape
 
 HELP = "say what this machine offers the cache, and why something asked for is missing"
 MESH_AXES = ("cp", "tp", "pp")
 REQUIRED = ("jax", "jaxlib", "numpy", "ml_dtypes", "xxhash")
 OPTIONAL = {
     "flax": "models",
-    "safetensors": "models",
+    "safetensors": "dev",
     "matplotlib": "cli",
     "rich": "cli",
     "prometheus-client": "metrics",
-    "orbax-checkpoint": "snapshot",
+    "orbax-checkpoint": "models",
 }
 PINNED_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 PROBE_BYTES = 1 << 20
@@ -51,7 +52,7 @@ class Finding:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--mesh", type=mesh_shape, metavar="cp,tp,pp", help="can this mesh be built?")
+    parser.add_argument("--mesh", type=mesh_option, metavar="cp,tp,pp", help="can this mesh be built?")
     parser.add_argument("--storage", metavar="PATH", help="can the file engine work in this folder?")
     parser.add_argument("--platform", choices=("cpu", "gpu"), help="are there devices of this kind?")
     parser.add_argument(
@@ -59,13 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def mesh_shape(text: str) -> tuple[int, int, int]:
-    """Parses "2,2,1"."""
-    sizes = text.split(",")
-    if len(sizes) != len(MESH_AXES) or not all(size.isdecimal() and int(size) > 0 for size in sizes):
-        raise argparse.ArgumentTypeError(f"{text!r} is not three positive numbers cp,tp,pp, such as 2,2,1")
-    cp, tp, pp = map(int, sizes)
-    return cp, tp, pp
+def mesh_option(text: str) -> tuple[int, int, int]:
+    """`mesh_shape`, with its error for the command line."""
+    try:
+        return mesh_shape(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def run(args: argparse.Namespace) -> int:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from jaxcache.cli._output import STDOUT, prepare_json, write_json
-from jaxcache.cli.doctor import mesh_shape
+from jaxcache.cli.doctor import mesh_option
 from jaxcache.cli.replay import natural, positive
 
 if TYPE_CHECKING:
@@ -27,17 +28,21 @@ SHOWN_OPERATIONS = 40
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--mesh", type=mesh_shape, default=(2, 2, 2), metavar="cp,tp,pp")
-    parser.add_argument("--steps", type=positive, default=50_000, metavar="N", help="of the serving loop")
-    parser.add_argument("--seed", type=natural, default=0, metavar="N")
-    parser.add_argument("--faults", default="all", metavar="all|none|LIST", help="of storage: lost,corrupt,torn,...")
-    parser.add_argument("--components", default="full,window,state", metavar="full,window,state")
-    parser.add_argument("--check-every", type=natural, default=1000, metavar="N", help="steps between full checks")
+    def add(option: str, default: Any, metavar: str, help: str, type: Callable[[str], Any] = str) -> None:
+        help += " (default: %(default)s)"
+        parser.add_argument(option, default=default, metavar=metavar, help=help, type=type)
+
+    add("--mesh", "2,2,2", "cp,tp,pp", "extents of the mesh; each of its coordinates is a rank", mesh_option)
+    add("--steps", 50_000, "N", "of the serving loop", positive)
+    add("--seed", 0, "N", "everything comes from it: the same seed gives the same run", natural)
+    add("--faults", "all", "all|none|LIST", "of storage: some of lost,corrupt,torn,short,slow,stalled,refused")
+    add("--components", "full,window,state", "LIST", "kinds of state: some of full,window,state")
+    add("--check-every", 1000, "N", "steps between checks of all invariants; 0: only at the end", natural)
+    add("--reduce-seconds", 60, "N", "to make a failing input smaller", natural)
     parser.add_argument(
-        "--only", metavar="LIST", help="of all that happens from outside only these, by number, or none"
-    )
-    parser.add_argument(
-        "--reduce-seconds", type=natural, default=60, metavar="N", help="to make a failing input smaller"
+        "--only",
+        metavar="LIST",
+        help="run only these operations of the schedule (their numbers, with commas), or none",
     )
     parser.add_argument("--json", metavar="FILE", help="the counts as JSON; - is standard output, instead of the table")
 
@@ -143,6 +148,8 @@ def of_failure(failure: Failure) -> dict[str, Any]:
         **of_settings(failure.settings),
         "step": failure.step,
         "error": f"{type(failure.error).__name__}: {failure.error}",
+        "where": failure.where,
+        "repeats": failure.repeats,
         "operations": [{"number": o.index, "step": o.step, "kind": o.kind} for o in failure.operations],
         "command": failure.command(),
     }
@@ -150,7 +157,10 @@ def of_failure(failure: Failure) -> dict[str, Any]:
 
 def tell(failure: Failure) -> None:
     """What failed, with what, and how to see it again."""
-    print(f"simulate: step {failure.step}: {type(failure.error).__name__}: {failure.error}", file=sys.stderr)
+    error = f"{type(failure.error).__name__}: {failure.error}"
+    print(f"simulate: step {failure.step}: {error} ({failure.where})", file=sys.stderr)
+    if not failure.repeats:
+        print("run once more, it passed: the run depends on more than its seed", file=sys.stderr)
     print(f"the smallest failing input that was found has {len(failure.operations)} operations:", file=sys.stderr)
     for operation in failure.operations[:SHOWN_OPERATIONS]:
         print(f"  {operation.index:>6}  step {operation.step:>6}  {operation.kind}", file=sys.stderr)

@@ -33,11 +33,6 @@ class Attachment:
         stores = self.core.stores
         return stores.attached and not stores.num_awaited_exchanges
 
-    @property
-    def is_busy(self) -> bool:
-        """Whether a transfer still uses the storage that is, or was, attached."""
-        return bool(self.core.live_transfers())
-
     def attach(self, kind: str = "") -> None:
         """From now on storage is asked, and host pages go there: what is in host memory already, too.
 

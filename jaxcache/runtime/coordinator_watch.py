@@ -39,7 +39,7 @@ class CoordinatorWatch:
                 self._connection.shutdown(socket.SHUT_RDWR)
 
     def _watch(self, address: tuple[str, int], on_loss: Callable[[], None]) -> None:
-        """The service closes what stays silent, after minutes; then it takes the next."""
+        """The service closes what stays silent, after a minute; then it takes the next."""
         was_there, num_short = False, 0
         while not self._is_over.is_set():
             start = time.monotonic()

@@ -17,9 +17,11 @@ def ddmin(
 ) -> list[T]:
     """A part of `elements`, in order, that fails; unless `may_try` ended the search, every element of it is needed.
 
-    fails: whether a part fails; all elements together do
+    fails: whether a part fails; all elements together do. Nothing at all is tried first
     """
     rest, num_chunks = list(elements), 2
+    if rest and may_try() and fails([]):
+        return []
     while len(rest) >= 2:
         chunk = -(-len(rest) // num_chunks)
         for start in range(0, len(rest), chunk):

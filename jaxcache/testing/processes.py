@@ -23,7 +23,7 @@ import threading
 import time
 import traceback
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -131,10 +131,6 @@ class Processes:
     def stop(self, index: int) -> None:
         """SIGSTOP: it stays, and does nothing any more."""
         self._children[index].send_signal(signal.SIGSTOP)
-
-    def resume(self, index: int) -> None:
-        """SIGCONT."""
-        self._children[index].send_signal(signal.SIGCONT)
 
     def has_ended(self, index: int) -> bool:
         """By itself or by a signal."""
@@ -253,8 +249,9 @@ def leave(code: int) -> NoReturn:
     """Ends this process without jax's farewell, after LINGER_S; the coordinator's last, so that all can report."""
     import jax
 
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # nobody reads it any more
+            stream.flush()
     time.sleep(LINGER_S * (2 if jax.process_index() == 0 else 1))
     os._exit(code)
 

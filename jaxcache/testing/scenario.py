@@ -348,6 +348,8 @@ class Scenario:
             self.apply()
             if not (self.core.needs_exchange() or self.core.is_busy() or self.core.stores.is_waiting):
                 break
+        else:
+            raise AssertionError(f"after {MAX_WIND_DOWN} more steps transfers {self.core.live_transfers()} go on")
         self.step()
         assert not any(plane.io.live for plane in self.planes), "a transfer has ended that its rank goes on with"
         self._check_accounts()

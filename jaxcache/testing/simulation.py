@@ -11,6 +11,7 @@ To test a loop of your own, drive a `Scenario` (or `VirtualRank`s) with it, as `
 from __future__ import annotations
 
 import random
+import struct
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ from jaxcache.testing.mixing import mix
 from jaxcache.testing.request import Request
 from jaxcache.testing.scenario import Scenario
 from jaxcache.testing.schedule import Operation, schedule
-from jaxcache.testing.storage_faults import FAULTS, StorageFaults
+from jaxcache.testing.storage_faults import FAULTS, PAGE_FAULTS, StorageFaults
 from jaxcache.types import PrefetchPolicy, RanksDiverged, TransferFault, TransferKind, WritePolicy
 
 KINDS = ("full", "window", "state")
@@ -38,6 +39,7 @@ MAX_RUNNING = 5
 PROGRESS_STEPS = 500
 FAILURES = (
     AssertionError, RanksDiverged, TransferFault, RuntimeError, ValueError, TypeError, LookupError, AttributeError,
+    ArithmeticError, struct.error,
 )  # fmt: skip
 
 
@@ -62,10 +64,22 @@ class Settings:
     def num_ranks(self) -> int:
         return self.mesh[0] * self.mesh[1] * self.mesh[2]
 
+    @property
+    def possible_faults(self) -> tuple[str, ...]:
+        """What can strike: pages only where they are read, deadlines only where something takes long."""
+        if not self.faults:
+            return ()
+        struck = [kind for kind in self.faults if "full" in self.components or kind not in PAGE_FAULTS]
+        can_be_late = "slow" in struck or "stalled" in struck
+        return (*struck, "unasked", *(("timeout",) if can_be_late else ()))
+
 
 @dataclass(frozen=True)
 class Report:
-    """digest: of all ranks at the end. counts: what happened, once for all ranks. faults: once for each rank struck."""
+    """digest: of all ranks at the end. counts: what happened, once for all ranks.
+
+    faults: of `Settings.possible_faults`, once for each rank struck
+    """
 
     digest: int
     num_rank_steps: int
@@ -79,7 +93,7 @@ class Report:
 
     @property
     def missing(self) -> list[str]:
-        """What has never happened."""
+        """What could have happened, and never did."""
         return [name for name, count in {**self.counts, **self.faults}.items() if not count]
 
 
@@ -122,10 +136,10 @@ class Simulation:
                 progress(PROGRESS_STEPS)
         seconds = time.process_time() - start
         counts = self._finish()
-        faults = {kind: self.faults.counts[kind] for kind in (*settings.faults, "unasked", "timeout")}
+        faults = {kind: self.faults.counts[kind] for kind in settings.possible_faults}
         num_rank_steps = settings.num_steps * settings.num_ranks
         digest = self.scenario.core.digest
-        return Report(digest, num_rank_steps, seconds, counts, faults if settings.faults else {})
+        return Report(digest, num_rank_steps, seconds, counts, faults)
 
     def _iterate(self, operations: Sequence[Operation]) -> None:
         """One iteration of the serving loop, with what comes from outside between the step and the admissions."""
@@ -220,10 +234,11 @@ class Simulation:
             storage = Counter(own) + Counter(core)
             names = (
                 "prefetches", "joined_prefetches", "agreed_fetches", "prefetch_timeouts", "cancels_in_flight",
-                "storage_tokens_used", "rejected_windows_and_states", "stored_pages", "detaches",
-                "cleared_storages",
+                "storage_tokens_used", "stored_pages", "detaches", "cleared_storages",
             )  # fmt: skip
             counts |= {name: storage[name] for name in names}
+            if scenario.core.tiers.partial:
+                counts["rejected_windows_and_states"] = storage["rejected_windows_and_states"]
         return counts
 
 

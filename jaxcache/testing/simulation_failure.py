@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,15 +14,28 @@ from jaxcache.testing.simulation import FAILURES, Report, Settings, Simulation
 
 @dataclass(frozen=True)
 class Failure:
-    """settings: of the smallest run; operations: what happened in it from outside; error: how it ended, in `step`."""
+    """How a run ended.
+
+    settings:   of the smallest run
+    operations: what happened in it from outside
+    error:      how it ended, in `step`
+    repeats:    False: the same run passed when it was tried again, so it depends on more than its seed
+    """
 
     settings: Settings
     operations: list[Operation]
     step: int
     error: Exception
+    repeats: bool = True
+
+    @property
+    def where(self) -> str:
+        """The line that raised the error."""
+        *_, frame = traceback.extract_tb(self.error.__traceback__)
+        return f"{frame.filename}:{frame.lineno} in {frame.name}"
 
     def command(self) -> str:
-        """The command line that repeats it."""
+        """The command line that repeats it; of a whole schedule nothing need be chosen."""
         settings = self.settings
         options = {
             "mesh": ",".join(map(str, settings.mesh)),
@@ -30,8 +44,9 @@ class Failure:
             "faults": ",".join(settings.faults) or "none",
             "components": ",".join(settings.components),
             "check-every": settings.check_every,
-            "only": ",".join(str(operation.index) for operation in self.operations) or "none",
         }
+        if len(self.operations) < len(schedule(settings.seed, settings.num_steps)):
+            options["only"] = ",".join(str(operation.index) for operation in self.operations) or "none"
         return "python -m jaxcache simulate " + " ".join(f"--{name} {value}" for name, value in options.items())
 
 
@@ -65,19 +80,19 @@ def attempt(
 
 
 def reduced(failure: Failure, seconds: float) -> Failure:
-    """A smaller one, as small as can be found in so many seconds of the wall clock."""
+    """A smaller one of the same kind, as small as can be found in so many seconds of the wall clock."""
     end = time.monotonic() + seconds
-    smallest = attempt(failure.settings, failure.operations)
-    if not isinstance(smallest, Failure):
-        return failure  # it needs the steps that come later
+    smallest = failure
 
     def fails(operations: list[Operation]) -> bool:
         nonlocal smallest
-        assert isinstance(smallest, Failure)
         outcome = attempt(smallest.settings, operations)
-        if isinstance(outcome, Failure):
-            smallest = outcome
-        return isinstance(outcome, Failure)
+        if not isinstance(outcome, Failure) or type(outcome.error) is not type(failure.error):
+            return False  # another error is another failure
+        smallest = outcome
+        return True
 
+    if not fails(failure.operations):  # nothing but the seed should matter
+        return replace(failure, repeats=False)
     ddmin(failure.operations, fails, lambda: time.monotonic() < end)
     return smallest

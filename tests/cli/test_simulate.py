@@ -78,6 +78,9 @@ def test_a_failing_input_is_made_small_and_can_be_repeated(capsys):
     assert failure["steps"] <= retirements[1].step + 2
     assert "the smallest failing input that was found has 2 operations:" in captured.err
     assert f"again: {failure['command']}" in captured.err
+    assert failure["repeats"]
+    assert "scenario.py:" in failure["where"]
+    assert f"{failure['error']} ({failure['where']})\n" in captured.err
 
     assert main([*shlex.split(failure["command"])[3:], "--json", "-"]) == 1
     assert json.loads(capsys.readouterr().out)["error"] == failure["error"]
@@ -89,6 +92,29 @@ def test_without_time_the_whole_input_is_told(capsys):
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "  ...\nagain: " in captured.err
+
+
+def test_what_passes_when_it_is_run_once_more_is_told(capsys, monkeypatch):
+    errors = [KeyError("once")]
+
+    def step(self: Scenario) -> None:
+        if errors:
+            raise errors.pop()
+
+    monkeypatch.setattr(Scenario, "step", step)
+    assert main([*SHORT, "--json", "-"]) == 1
+    captured = capsys.readouterr()
+    assert not json.loads(captured.out)["repeats"]
+    assert "run once more, it passed: the run depends on more than its seed" in captured.err
+
+
+def test_help_says_what_holds_without_options(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["simulate", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for default in ("2,2,2", "50000", "0", "all", "full,window,state", "1000", "60"):
+        assert f"(default: {default})" in text
+    assert "None" not in text
 
 
 @pytest.mark.parametrize(

@@ -456,3 +456,6 @@ def test_demo_help_names_every_option(capsys):
         "json",
     ):
         assert f"--{option}" in text
+    assert "(default: 500)" in text
+    assert "default: None" not in text
+    assert "default: False" not in text

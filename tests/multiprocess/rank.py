@@ -42,6 +42,7 @@ class Job:
     across:  its axes, the first of which goes across processes
     parts:   names in PARTS, done one after the other on the same storage
     storage: folder of the storage that all share
+    grid:    of what is stored there; None: the mesh
     """
 
     shape: tuple[int, int, int]

@@ -58,6 +58,21 @@ def test_the_bound(monkeypatch):
     assert 2.5 <= now[0] < 2.51
 
 
+def test_it_ends_when_another_process_has_given_up(monkeypatch):
+    """It is asked now and then, not all the time."""
+    now, asked = [0.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+
+    def is_reported() -> bool:
+        asked.append(now[0])
+        return len(asked) == 3
+
+    with pytest.raises(RankUnresponsive, match=r"was not ready after 1.5 s, when another process gave up"):
+        wait_until_ready([Pending(2), Pending(float("inf"))], 60.0, is_reported)
+    assert asked == pytest.approx([0.5, 1.0, 1.5], abs=0.01)
+
+
 def test_errors_of_the_runtime_are_mapped_and_others_are_not():
     lost = jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer")
     with pytest.raises(RankUnresponsive, match="failed: UNKNOWN: Gloo") as raised:

@@ -40,5 +40,13 @@ def test_it_stops_when_it_may_not_try_any_more():
     assert 1 < len(rest) < 100
 
 
-def test_a_single_element_is_not_tried():
-    assert ddmin([1], lambda part: pytest.fail("tried")) == [1]
+def test_nothing_at_all_is_tried_first():
+    tried = []
+    assert ddmin(range(100), lambda part: tried.append(part) or True) == []
+    assert tried == [[]]
+
+
+def test_a_single_element_is_not_tried_alone():
+    tried = []
+    assert ddmin([1], lambda part: bool(tried.append(part))) == [1]
+    assert tried == [[]]

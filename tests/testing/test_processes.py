@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
 
-from jaxcache.testing.processes import Processes, ProcessesFailed, share_cpu_devices
+from jaxcache.testing.processes import Processes, ProcessesFailed, leave, share_cpu_devices
 
 SLEEP = "import time; time.sleep(60)"
 FOREVER_S = 60.0
@@ -63,10 +65,13 @@ def test_a_failure_ends_the_others_and_is_named():
 
 
 def test_time_up_ends_all_and_shows_where_they_were():
-    with Processes(code(SLEEP), 2) as processes:
-        exits = processes.wait(0.5)
-    assert all(exit.was_ended and exit.code == -signal.SIGABRT and "time.sleep" not in exit.stdout for exit in exits)
+    with Processes(code(f"print('sleeping', flush=True); {SLEEP}"), 2) as processes:
+        while not all(processes.stdout(index) for index in range(2)):
+            time.sleep(0.01)
+        exits = processes.wait(0.1)
+    assert all(exit.was_ended and exit.code == -signal.SIGABRT for exit in exits)
     assert all("most recent call first" in exit.stderr for exit in exits)
+    assert [exit.stdout for exit in exits] == ["sleeping\n"] * 2
 
 
 def test_kill_and_stop_one():
@@ -124,6 +129,19 @@ def test_bad_arguments():
         Processes(code(""), 0)
     with pytest.raises(ValueError, match="platform='tpu'"):
         Processes(code(""), 1, platform="tpu")
+
+
+def test_a_process_whose_output_nobody_reads_leaves_all_the_same(monkeypatch):
+    class Closed(io.StringIO):
+        def flush(self):
+            raise BrokenPipeError
+
+    ended = []
+    monkeypatch.setattr(sys, "stdout", Closed())
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    leave(7)
+    assert ended == [7]
 
 
 # ---- with jax

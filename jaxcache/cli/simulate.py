@@ -8,6 +8,7 @@ with the command that repeats it; 2 for options that make no sense.
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 HELP = "serve at random on all ranks of a mesh at once, under faults of storage, and check everything (2 minutes)"
 CANNOT = 2
 SHOWN_OPERATIONS = 40
+RARELY = (50_000, 20, 100)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -112,6 +114,7 @@ def measure(settings: Settings, operations: list[Operation], reduce_seconds: int
 
     from jaxcache.testing.simulation_failure import simulate
 
+    gc.set_threshold(*RARELY)  # a twentieth of the time would go into looking for cycles, of which there are few
     console = Console(stderr=True)
     with Progress(console=console, auto_refresh=False, disable=not console.is_terminal) as progress:
         task = progress.add_task("steps", total=settings.num_steps)

@@ -31,7 +31,7 @@ class VirtualRank:
     def clock_ms(self) -> int:
         return int(self._origin_ms + self.plane.jobs.now_us / 1000 * self._drift) % CLOCK_MODULUS
 
-    def step(self, reduced: np.ndarray | None) -> np.ndarray | None:
+    def step(self, reduced: np.ndarray | None) -> bytes | None:
         """reduced: the row of the step before, or None; returns this rank's row, or None without an exchange."""
         core, plane = self.core, self.plane
         if reduced is None:
@@ -50,7 +50,7 @@ class VirtualRank:
             return None
         outcomes = carried.outcomes(core, plane.io.poll())
         self._said = self.lanes.pack(core.step_number, carried.digest(core), outcomes, self.clock_ms, True)
-        return self._said.row
+        return self._said.packed
 
     def leader_clock_ms(self, agreed: Agreed) -> int:
         """Stage 0's."""

@@ -94,14 +94,14 @@ def test_detach_with_a_prefetch_in_flight(when):
     assert server.try_admit(ticket.sequence, ticket=ticket) == Wait("prefetch")
     server.core.attachment.detach()
     server.check()
-    assert bool(server.core.live_transfers()) and server.host_free() < 64
+    assert server.core.live_transfers() and server.host_free() < 64
     lease = server.admit(ticket.sequence, ticket=ticket)
     assert lease.num_cached_tokens == 0
     assert server.core.prefetch(server.sequence(prompt(60, 3000))) is None
     server.compute(lease, 41)
     server.release(lease)
     server.check_empty()
-    assert not bool(server.core.live_transfers())
+    assert not server.core.live_transfers()
     counters = server.core.counters
     assert counters["unfulfilled_aborted"] == counters["agreed_storage_tokens"] == 40 * (when is PrefetchState.FETCH)
 

@@ -41,10 +41,10 @@ Patch = pytest.MonkeyPatch
 def reduced_over(axes: tuple[int, ...], leader_axes: tuple[int, ...], forwards: bool):
     """An exchange whose minima leave out the other axes; forwards: whether stage 0's lanes reach the other stages."""
 
-    def reduce(self: Exchange, rows: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    def reduce(self: Exchange, rows: Sequence[bytes | None]) -> np.ndarray | None:
         if any(row is None for row in rows):
             return None
-        grid = np.stack([row for row in rows if row is not None]).reshape(*MESH, -1)
+        grid = np.frombuffer(b"".join(row for row in rows if row is not None), np.int32).reshape(*MESH, -1)
         unanimous = np.broadcast_to(grid.min(axis=axes, keepdims=True), grid.shape)
         leader = np.broadcast_to(grid.min(axis=leader_axes, keepdims=True), grid.shape)
         leader = np.broadcast_to(leader[:, :, :1], grid.shape) if forwards else leader
@@ -263,7 +263,7 @@ def test_the_simulation_notices_that(mutation, monkeypatch):
 @pytest.mark.parametrize("axes", [((CP,), (CP,)), ((CP, TP, PP), (CP, TP))], ids=str)
 def test_the_mutated_exchange_differs_from_the_real_one_only_in_its_axes(axes, rng):
     exchange = Exchange({"cp": 2, "tp": 2, "pp": 2}, 30)
-    rows = list(rng.integers(-(2**31), 2**31, (8, 40)).astype(np.int32))
+    rows = [row.tobytes() for row in rng.integers(-(2**31), 2**31, (8, 40)).astype(np.int32)]
     whole = reduced_over((CP, TP, PP), (CP, TP), True)
     np.testing.assert_array_equal(whole(exchange, rows), exchange.reduce(rows))
     assert not np.array_equal(reduced_over(*axes, False)(exchange, rows), exchange.reduce(rows))

@@ -177,15 +177,20 @@ def test_an_old_storage_that_hangs_does_not_hold_up_the_new_one(rig):
         assert not cache.storage_in_use(old) and cache.storage_in_use(new)
 
 
+def detached_while_asked(rig, cache, storage):
+    driver = Driver(rig, cache)
+    assert cache.prefetch(driver.sequence(PROMPT)) is not None
+    driver.step()
+    assert storage.is_asked.wait(10)
+    cache.detach_storage()
+    return driver
+
+
 def test_a_storage_whose_question_is_unanswered_is_in_use(rig):
     """A call under way cannot be taken back: the storage must not be closed below it."""
     storage = Hung()
     with rig.cache(storage) as cache:
-        driver = Driver(rig, cache)
-        assert cache.prefetch(driver.sequence(PROMPT)) is not None
-        driver.step()
-        assert storage.is_asked.wait(10)
-        cache.detach_storage()
+        driver = detached_while_asked(rig, cache, storage)
         for _ in range(5):
             driver.step()
         assert not cache.core.live_transfers() and cache.storage_in_use(storage)
@@ -212,11 +217,7 @@ def test_a_detached_storage_leaves_no_threads(rig):
 def test_the_threads_of_a_detached_storage_end_once_it_has_answered(rig):
     before, storage = storage_threads(), Hung()
     with rig.cache(storage) as cache:
-        driver = Driver(rig, cache)
-        assert cache.prefetch(driver.sequence(PROMPT)) is not None
-        driver.step()
-        assert storage.is_asked.wait(10)
-        cache.detach_storage()
+        driver = detached_while_asked(rig, cache, storage)
         driver.step()
         assert storage_threads() - before
         storage.may_answer.set()

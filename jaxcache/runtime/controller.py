@@ -123,15 +123,17 @@ class Controller:
         try:
             return self.engine.apply(pools, plan.transfers, self.core.step_number)
         except BaseException as error:  # the plan is taken and half done: pages would not hold what the core believes
-            if isinstance(error, TransferFault):
-                fault, cause = error, error.__cause__
-            else:
-                fault, cause = TransferFault(f"a plan was not carried out: {error!r}"), error
-            fault.__cause__ = cause
+            fault = error if isinstance(error, TransferFault) else _not_carried_out(error)
             self._fatal = self.fleet.fault(fault, self._state())
             if not isinstance(error, Exception):
                 raise  # somebody wants the program to stop
-            raise self._fatal from cause
+            raise self._fatal from fault.__cause__
+
+
+def _not_carried_out(error: BaseException) -> TransferFault:
+    fault = TransferFault(f"a plan was not carried out: {error!r}")
+    fault.__cause__ = error
+    return fault
 
 
 def _clock_ms() -> int:

@@ -400,6 +400,20 @@ def test_cancel(make_rig, storage):
     rig.engine.cancel(12345)
 
 
+def test_a_cancelled_store_writes_no_further_page(make_rig, storage):
+    rig = make_rig(num_threads=1)
+    storage.gate.clear()
+    store = rig.store(range(2 * BATCH_PAGES), keys(*range(2 * BATCH_PAGES)))
+    rig.apply(store)
+    assert storage.entered.acquire(timeout=WAIT_S)
+    rig.engine.cancel(store.id)
+    status = rig.engine.poll()[store.id]
+    assert (status.done, status.quiet, status.pages) == (True, False, {"full": 0})
+    storage.gate.set()
+    assert rig.wait(store).pages == {"full": 0}
+    assert len(storage.values) == 1
+
+
 def test_failures_are_misses_and_open_the_breaker(make_rig, storage):
     rig = make_rig(num_threads=1)
     storage.broken = True

@@ -28,9 +28,10 @@ def wait_until_ready(arrays: Sequence[Any], timeout_s: float, is_reported: Calla
     is_reported: asked now and then: whether another process has given up, so that one need not wait any longer
     Raises RankUnresponsive then, or when it takes longer, or, from the runtime's own error, when it has failed.
     """
-    waiting = [array for array in arrays if not array.is_ready()]
-    if waiting:
-        _poll(waiting, timeout_s, is_reported)
+    for array in arrays:
+        if not array.is_ready():
+            _poll(arrays, timeout_s, is_reported)
+            break
     try:
         for array in arrays:
             array.block_until_ready()  # ready means failed, too

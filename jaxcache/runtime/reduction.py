@@ -53,7 +53,7 @@ class Reduction(ABC):
         """Hands over the rows: int32[num_ranks, num_lanes] in mesh order; only those of this process's ranks count."""
 
     @abstractmethod
-    def finish(self, timeout_s: float, is_reported: Callable[[], bool] = nobody) -> np.ndarray:
+    def finish(self, timeout_s: float, is_reported: Callable[[], bool] = nobody) -> bytes:
         """Waits for the reduced row, int32[num_lanes]; RankUnresponsive as `wait_until_ready`."""
 
 
@@ -67,8 +67,8 @@ class LocalReduction(Reduction):
     def start(self, rows: np.ndarray) -> None:
         self._reduced = reduce_rows(rows, self._shape, self._num_unanimous)
 
-    def finish(self, timeout_s: float, is_reported: Callable[[], bool] = nobody) -> np.ndarray:
-        return self._reduced
+    def finish(self, timeout_s: float, is_reported: Callable[[], bool] = nobody) -> bytes:
+        return self._reduced.tobytes()
 
 
 class CollectiveReduction(Reduction):
@@ -77,6 +77,8 @@ class CollectiveReduction(Reduction):
     def __init__(self, mesh: Mesh, num_unanimous: int):
         self._sharding = NamedSharding(mesh, _rank_spec(mesh))
         self._program = collective(mesh, num_unanimous)
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        self._view = memoryview if on_cpu else np.asarray  # takes half as long, but cannot see a GPU
 
     def start(self, rows: np.ndarray) -> None:
         rows = np.array(rows)  # a dispatched program may still read what it was given
@@ -87,9 +89,9 @@ class CollectiveReduction(Reduction):
             raise RankUnresponsive(f"failed: {error}") from error
         self._shard.copy_to_host_async()
 
-    def finish(self, timeout_s: float, is_reported: Callable[[], bool] = nobody) -> np.ndarray:
+    def finish(self, timeout_s: float, is_reported: Callable[[], bool] = nobody) -> bytes:
         wait_until_ready([self._shard], timeout_s, is_reported)
-        return np.asarray(self._shard)[0]
+        return self._view(self._shard).tobytes()
 
 
 def reduction_of(mesh: Mesh) -> type[Reduction]:

@@ -119,7 +119,7 @@ def _reduced(row: np.ndarray, mesh: Mesh, fleet: Fleet) -> np.ndarray:
     reduction = reduction_of(mesh)(mesh, NUM_UNANIMOUS)
     try:
         reduction.start(np.broadcast_to(row, (mesh.size, len(row))))
-        return reduction.finish(fleet.wait_s)
+        return np.frombuffer(reduction.finish(fleet.wait_s), np.int32)
     except RankUnresponsive as error:
         state = State(0, 0, "nothing agreed yet", 0, [], {})
         raise fleet.unresponsive("the agreement on capacities", error, state) from error

@@ -38,7 +38,7 @@ class VirtualRank:
             ended = core.commit({})
         else:
             assert self._said is not None
-            agreed = self.lanes.unpack(reduced, self._said)
+            agreed = self.lanes.unpack(reduced.tobytes(), self._said)
             self._check(agreed.outcomes)
             ended = core.commit(agreed.outcomes, self.leader_clock_ms(agreed))
         for id in ended:

@@ -136,7 +136,7 @@ def other_rank(monkeypatch, change) -> None:
         def finish(self, timeout_s):
             other = self._reduced.copy()
             change(other)
-            return np.minimum(self._reduced, other)
+            return np.minimum(self._reduced, other).tobytes()
 
     monkeypatch.setattr(start_agreement, "reduction_of", lambda mesh: WithOther)
 

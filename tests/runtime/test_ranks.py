@@ -65,7 +65,7 @@ class Ranks:
         ]
         reduced = np.asarray(self.program(np.stack([said.row for said in packed])))
         for core, own, row in zip(self.cores, packed, reduced, strict=True):
-            agreed = self.lanes.unpack(row, own)
+            agreed = self.lanes.unpack(row.tobytes(), own)
             core.commit(agreed.outcomes, agreed.clock_ms)
             invariants.check(core)
         assert len({core.digest for core in self.cores}) == 1

@@ -19,7 +19,7 @@ from jaxcache.core.prefetch import PrefetchState
 from jaxcache.core.prefetches import Prefetches
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.runtime import carried
-from jaxcache.runtime.lanes import ID_BYTES, Lanes
+from jaxcache.runtime.lanes import DONE, LANE_BYTES, Lanes
 from jaxcache.testing import scenario, simulation
 from jaxcache.testing.exchange import Exchange
 from jaxcache.testing.schedule import RATES
@@ -124,10 +124,10 @@ def failed_transfers_are_left_out(patch: Patch) -> None:
 def lanes_are_matched_by_position(patch: Patch) -> None:
     """The same, where the lanes do not name the transfers: nobody notices that they have moved up."""
     failed_transfers_are_left_out(patch)
-    slot = Lanes._slot
+    slot, own_bytes = Lanes._slot, DONE * LANE_BYTES  # id and ~id
 
     def anonymous(self: Lanes, transfer_id: int, outcome: Outcome) -> bytes:
-        return self._absent_slots[:ID_BYTES] + slot(self, transfer_id, outcome)[ID_BYTES:]
+        return self._absent_slots[:own_bytes] + slot(self, transfer_id, outcome)[own_bytes:]
 
     patch.setattr(Lanes, "_slot", anonymous)
 

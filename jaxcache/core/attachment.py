@@ -7,8 +7,8 @@ rank is quiet, as always, and what it says of a storage that is gone is not beli
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
-from zlib import crc32
 
+from jaxcache.core.decisions import checksum
 from jaxcache.types import PrefetchPolicy, WritePolicy
 
 EXCHANGES_TO_KNOW = 2  # the first one read afterwards may have been issued before
@@ -46,7 +46,7 @@ class Attachment:
             raise ValueError("a storage needs a host tier to read into: set CacheConfig.host_pages")
         core.stores.attached = True
         core.stores.back_fill()
-        core.planner.note("attach", 16, crc32(kind.encode()))
+        core.planner.note("attach", checksum(kind.encode()))
 
     def detach(self) -> None:
         """Nothing more is asked or stored. Prefetches that are not decided bring nothing; their requests go on.
@@ -60,7 +60,7 @@ class Attachment:
         core.prefetches.abandon_all()
         core.stores.drop_waiting()
         core.stores.forget()
-        core.planner.note("detach", 17, 0)
+        core.planner.note("detach")
 
     def cleared(self) -> None:
         """This rank's storage is about to be emptied: what host memory holds will be written again, once all ranks have
@@ -74,7 +74,7 @@ class Attachment:
         stores.forget()
         stores.back_fill()
         stores.num_awaited_exchanges = EXCHANGES_TO_KNOW
-        self.core.planner.note("cleared", 18, 0)
+        self.core.planner.note("cleared")
 
     def change(self, prefetch_policy: PrefetchPolicy | None, write_policy: WritePolicy | None) -> None:
         """Other policies from now on. None: as before. Raises ValueError, and changes nothing, for one that cannot be.
@@ -95,4 +95,4 @@ class Attachment:
         if prefetch_policy is not None:
             core.prefetches.policy = prefetch_policy
         codes = [list(type(policy)).index(policy) for policy in (core.prefetches.policy, core.backups.policy)]
-        core.planner.note("policies", 19, *codes)
+        core.planner.note("policies", *codes)

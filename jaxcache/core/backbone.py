@@ -9,13 +9,12 @@ False. tests/core/test_backbone.py runs the same requests both ways and compares
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
-from zlib import crc32
 
 import numpy as np
 
 from jaxcache.core.change_log import PUT
+from jaxcache.core.decisions import checksum
 from jaxcache.core.lease import Lease, read_only
-from jaxcache.core.planner import DIGEST_TAIL_BYTES
 from jaxcache.core.residency import Residency
 from jaxcache.core.sequence import Sequence
 from jaxcache.core.tiers import Tiers
@@ -85,7 +84,7 @@ class Backbone:
         if tiers.profile is not None:
             tiers.profile.admitted(sequence, lease._node)
         self._count(sequence, end)
-        self.planner.note("admit", 3, id, end, crc32(sequence.data[-DIGEST_TAIL_BYTES:], sequence.num_tokens))
+        self.planner.note("admit", id, end, sequence.namespace.checksum, checksum(sequence.data))
         return lease
 
     def _count(self, sequence: Sequence, num_found_tokens: int) -> None:
@@ -112,7 +111,7 @@ class Backbone:
             allocator.num_free = low = high - missing
             lease._tables[0] = table = read_only(np.concatenate((table, allocator.stack[low:high])))
             lease._quiet_end = len(table) * self.page_tokens
-            self.planner.note("grow", 4, lease.id, num_computed, end - num_computed)
+            self.planner.note("grow", lease.id, num_computed, end - num_computed)
         if end > lease.num_tokens:
             lease.num_tokens = end
         return True
@@ -167,7 +166,8 @@ class Backbone:
             return False
         if sequence.namespace.retired:
             return False
-        page, at, node = self.page_tokens, lease._published, lease._node
+        page, node = self.page_tokens, lease._node
+        at = old_end = lease._published
         end = num_computed // page * page
         if at < end:
             first_page = bytes(sequence.data[at * 4 : (at + page) * 4])
@@ -195,7 +195,7 @@ class Backbone:
         lease.num_computed = num_computed
         if tiers.profile is not None:
             tiers.profile.inserted(sequence, node, at)
-        self.planner.note("insert", 5, lease.id, lease._published, node.id)
+        self.planner.note("insert", lease.id, lease._published, node.id, sequence.checksum(old_end, lease._published))
         return True
 
     def release(self, lease: Lease) -> bool:
@@ -205,6 +205,7 @@ class Backbone:
         del self.leases[lease.id]
         lease._released = True
         lease._quiet_end = -1
+        lease.sequence.num_leases -= 1
         device, table = self.device, lease._tables[0]
         assert table is not None
         first = lease._published // self.page_tokens
@@ -212,5 +213,5 @@ class Backbone:
             device.allocator.free(table[first:])
         device.unpin_up(lease._node)
         lease._node.ends_here -= 1
-        self.planner.note("release", 7, lease.id)
+        self.planner.note("release", lease.id)
         return True

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import NamedTuple
 
-Decision = tuple[int, str, int, int, int]  # step, what, a, b, c
+from jaxcache.core.decisions import NUMBERS
+
+Decision = tuple[int, str, int, int, int, int]  # step, what, and the numbers of `decisions.NUMBERS`
 
 
 class DecisionLog(NamedTuple):
@@ -25,7 +27,18 @@ class Difference(NamedTuple):
 
     def __str__(self) -> str:
         said = "; ".join(f"process {rank}: {describe(d)}" for rank, d in sorted(self.decisions.items()))
-        return f"decision {self.place} of step {self.step}: {said}"
+        return f"decision {self.place} of step {self.step}{self._what_differs()}: {said}"
+
+    def _what_differs(self) -> str:
+        """Of decisions of one kind: which of their numbers."""
+        decisions = [decision for decision in self.decisions.values() if decision is not None]
+        kinds = {decision[1]: None for decision in decisions}
+        if len(decisions) < len(self.decisions) or len(kinds) != 1:
+            return ""
+        what = decisions[0][1]
+        columns = list(zip(*(decision[2:] for decision in decisions), strict=True))
+        names = [name for name, column in zip(NUMBERS.get(what, ()), columns, strict=False) if len(set(column)) > 1]
+        return f" ({what}: other {' and '.join(names)})"
 
 
 def describe(decision: Decision | None) -> str:
@@ -33,7 +46,12 @@ def describe(decision: Decision | None) -> str:
     if decision is None:
         return "none"
     _, what, *numbers = decision
-    return f"{what}({', '.join(map(str, numbers))})"
+    named = zip(NUMBERS.get(what, ()), numbers, strict=False)
+    return f"{what}({', '.join(f'{name} {_text(name, number)}' for name, number in named)})"
+
+
+def _text(name: str, number: int) -> str:
+    return f"{number:#x}" if "checksum" in name else str(number)
 
 
 def first_difference(logs: Mapping[int, DecisionLog]) -> Difference | None:

@@ -43,7 +43,7 @@ class Growth:
             if any(n > device.available() for n, device in zip(missing, tiers.device, strict=True)):
                 return False
             self._allocate(lease, missing)
-            core.planner.note("grow", 4, lease.id, num_computed, num_new_tokens)
+            core.planner.note("grow", lease.id, num_computed, num_new_tokens)
         lease.num_tokens = max(lease.num_tokens, end)
         lease._be_quiet(num_computed)
         if tiers.point is not None:

@@ -72,6 +72,8 @@ class Lease:
     ):
         self.id = id
         self.sequence = sequence
+        sequence.lease_id = id
+        sequence.num_leases += 1
         self._node = node  # where its pins end
         self._published = node.end  # pages below this are the tree's, pages above its own
         self.num_cached_tokens = self.num_computed = self.device_tokens = node.end

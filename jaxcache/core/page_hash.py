@@ -17,12 +17,13 @@ class Namespace:
     Two namespaces never share a page on any tier. Made by `new_namespace`, valid only in the cache that made it.
     """
 
-    __slots__ = ("digest", "fields", "owner", "retired")
+    __slots__ = ("checksum", "digest", "fields", "owner", "retired")
 
     def __init__(self, owner: object, fields: Mapping[str, str]):
         self.owner = owner
         self.fields = dict(sorted(fields.items()))
         self.digest = namespace_digest(self.fields)
+        self.checksum = int.from_bytes(self.digest[:8], "little")  # for the digest of decisions
         self.retired = False
 
     def __repr__(self) -> str:

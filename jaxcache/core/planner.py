@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 
+from jaxcache.core.decisions import CODES
 from jaxcache.types import Move, Plan, Transfer, TransferKind
 
 Counters = defaultdict[str, int]  # what happened, by name, from zero
 RECENT_DECISIONS = 4096  # more than two steps make
-DIGEST_TAIL_BYTES = 64  # of a prompt: ranks that were given different ones should not agree
-KINDS = {kind: code for code, kind in enumerate(TransferKind)}
 
 
 class Planner:
@@ -31,10 +30,10 @@ class Planner:
         """64 bits that are equal on ranks which decided the same."""
         return self._hash & (2**64 - 1)
 
-    def note(self, what: str, code: int, a: int, b: int = 0, c: int = 0) -> None:
-        """One decision. Only the ints enter the digest."""
-        self._hash = hash((self._hash, code, a, b, c))
-        self.recent.append((self.step, what, a, b, c))
+    def note(self, what: str, a: int = 0, b: int = 0, c: int = 0, d: int = 0) -> None:
+        """One decision, of a kind in `decisions.NUMBERS`. Only ints enter the digest."""
+        self._hash = hash((self._hash, CODES[what], a, b, c, d))
+        self.recent.append((self.step, what, a, b, c, d))
 
     def complete_since(self) -> int:
         """The first step of which every decision is still in `recent`."""
@@ -43,7 +42,7 @@ class Planner:
     def add(self, kind: TransferKind, moves: tuple[Move, ...]) -> int:
         self._last_id += 1
         self.transfers.append(Transfer(self._last_id, kind, self.step, moves))
-        self.note(kind.name, 100 + KINDS[kind], self._last_id, sum(len(m.src_page_ids) for m in moves), len(moves))
+        self.note(kind.name, self._last_id, sum(len(m.src_page_ids) for m in moves), len(moves))
         return self._last_id
 
     def take(self) -> Plan:

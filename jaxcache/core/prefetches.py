@@ -17,6 +17,7 @@ from jaxcache.config import pages_of_share
 from jaxcache.core import matching
 from jaxcache.core.arrivals import Arrivals
 from jaxcache.core.backups import Backups
+from jaxcache.core.decisions import checksum
 from jaxcache.core.page_hash import Namespace
 from jaxcache.core.planner import Counters, Planner
 from jaxcache.core.prefetch import Prefetch, PrefetchState
@@ -73,9 +74,10 @@ class Prefetches:
         self.counters["prefetches"] += 1
         return self._ticket(sequence, prefetch)
 
-    @staticmethod
-    def _ticket(sequence: Sequence, prefetch: Prefetch) -> Ticket:
+    def _ticket(self, sequence: Sequence, prefetch: Prefetch) -> Ticket:
         prefetch.num_wanting += 1
+        content = checksum(sequence.data)
+        self.planner.note("prefetch", prefetch.id, prefetch.end, sequence.namespace.checksum, content)
         return Ticket(sequence, prefetch)
 
     def _serves(self, shared: Prefetch, sequence: Sequence, start: int, wanted_end: int, worthwhile: int) -> bool:
@@ -285,7 +287,7 @@ class Prefetches:
             self._doubt_rest(prefetch)
         self.arrivals.accept(prefetch, reason)
         num_left = sum(len(pages) for pages in prefetch.pages)
-        self.planner.note("fetched", 11, prefetch.id, prefetch.agreed_end, num_left)
+        self.planner.note("fetched", prefetch.id, prefetch.agreed_end, num_left)
 
     def cancel(self, ticket: Ticket) -> None:
         """This request wants nothing more of it; when nobody does, its pages are freed once every rank is quiet."""
@@ -319,7 +321,7 @@ class Prefetches:
         if prefetch.state is PrefetchState.FETCH:
             prefetch.state = PrefetchState.DRAIN
             self.counters["fetches_cancelled_in_flight"] += 1
-        self.planner.note("cancel", 12, prefetch.id)
+        self.planner.note("cancel", prefetch.id)
 
     def use(self, ticket: Ticket, device_tokens: int, cached_tokens: int) -> int:
         """Settles a ticket at the admit it was made for; returns how many of the cached tokens its prefetch brought."""
@@ -339,4 +341,4 @@ class Prefetches:
         prefetch.holds = []
         prefetch.state = PrefetchState.DONE
         del self.live[prefetch.id]
-        self.planner.note("quiet", 13, prefetch.id)
+        self.planner.note("quiet", prefetch.id)

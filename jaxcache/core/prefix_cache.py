@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
-from zlib import crc32
 
 from jaxcache.components.base import Component
 from jaxcache.config import CacheConfig
@@ -24,12 +23,13 @@ from jaxcache.core.attachment import Attachment
 from jaxcache.core.backbone import Backbone
 from jaxcache.core.backups import Backups
 from jaxcache.core.clearing import Clearing
+from jaxcache.core.decisions import checksum
 from jaxcache.core.explain import Explanation, explain
 from jaxcache.core.growth import Growth
 from jaxcache.core.lease import Lease
 from jaxcache.core.matching import Prefix
 from jaxcache.core.page_hash import Namespace
-from jaxcache.core.planner import DIGEST_TAIL_BYTES, Counters, Planner
+from jaxcache.core.planner import Counters, Planner
 from jaxcache.core.prefetches import Prefetches
 from jaxcache.core.priorities import raise_priority
 from jaxcache.core.publishing import Publishing
@@ -102,6 +102,7 @@ class PrefixCache:
         root = self.tiers.tree.root(namespace)
         if self.tiers.tenants is not None:
             root.group = self.tiers.tenants.open(namespace, root)
+        self.planner.note("namespace", namespace.checksum, root.id)
         return namespace
 
     def retire_namespace(self, namespace: Namespace) -> None:
@@ -112,12 +113,12 @@ class PrefixCache:
         if self.tiers.tenants is not None:
             self.tiers.tenants.retire(self.tiers.tree.root(namespace).group)
         self.tiers.tree.retire(namespace)
-        self.planner.note("retire", 1, len(self.tiers.tree.roots))
+        self.planner.note("retire", namespace.checksum, len(self.tiers.tree.roots))
 
     def sequence(self, tokens: Any, namespace: Namespace) -> Sequence:
         if type(namespace) is not Namespace or namespace.owner is not self or namespace.retired:
             bad_input.check_namespace(self, namespace)
-        return Sequence(namespace, self.tiers.tree.root(namespace), tokens, self.config.page_tokens)
+        return Sequence(namespace, self.tiers.tree.root(namespace), tokens, self.config.page_tokens, self.planner)
 
     def match(self, sequence: Sequence, max_tokens: int | None = None) -> Match:
         """Where a request could resume; changes nothing."""
@@ -221,8 +222,8 @@ class PrefixCache:
         counters["admits"] += 1
         counters["prompt_tokens"] += sequence.num_tokens
         counters["device_hit_tokens"] += lease.device_tokens
-        tail = sequence.data[-DIGEST_TAIL_BYTES:]
-        self.planner.note("admit", 3, lease.id, lease.num_cached_tokens, crc32(tail, sequence.num_tokens))
+        content = checksum(sequence.data)
+        self.planner.note("admit", lease.id, lease.num_cached_tokens, sequence.namespace.checksum, content)
         return lease
 
     def grow(self, lease: Lease, num_computed: int, num_new_tokens: int) -> bool:
@@ -272,7 +273,8 @@ class PrefixCache:
         old_end = lease._published
         self.tiers.lease_id = lease.id
         self.publishing.insert(lease, num_computed)
-        self.planner.note("insert", 5, lease.id, lease._published, lease._node.id)
+        content = sequence.checksum(old_end, lease._published)
+        self.planner.note("insert", lease.id, lease._published, lease._node.id, content)
         if wishes:
             self._wish(lease, priority, retain_steps)
         if self.backups.on_insert:
@@ -284,7 +286,7 @@ class PrefixCache:
         raise_priority(self.tiers, lease._node, priority)
         if retain_steps:
             self.retentions.retain(lease, retain_steps)
-        self.planner.note("wish", 6, lease.id, priority, retain_steps)
+        self.planner.note("options", lease.id, priority, retain_steps)
 
     def release(self, lease: Lease) -> None:
         """Gives back what the lease holds. Raises ValueError the second time."""
@@ -293,11 +295,12 @@ class PrefixCache:
         bad_input.check_lease(self, lease, None)
         lease._released = True
         lease._quiet_end = -1
+        lease.sequence.num_leases -= 1
         del self.leases[lease.id]
         if self.quotas is not None:
             self.quotas.forget(lease)
         self.publishing.release(lease)
-        self.planner.note("release", 7, lease.id)
+        self.planner.note("release", lease.id)
 
     # ---- storage
 
@@ -383,14 +386,14 @@ class PrefixCache:
         self._no_leases("reset")
         self.retentions.release_all()
         self.clearing.clear_all()
-        self.planner.note("reset", 14, 0)
+        self.planner.note("reset")
 
     def drop_device(self) -> None:
         """The device pages are lost (a donated step failed): keeps what host memory has."""
         self._no_leases("drop_device")
         self.retentions.release_all()
         self.clearing.keep_host()
-        self.planner.note("drop_device", 15, 0)
+        self.planner.note("drop_device")
 
     def _no_leases(self, what: str) -> None:
         if self.leases:

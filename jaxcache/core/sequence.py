@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from array import array
+from sys import byteorder as BYTE_ORDER
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jaxcache.core import page_hash
+from jaxcache.core.decisions import checksum
 
 if TYPE_CHECKING:
+    from jaxcache.core.planner import Planner
     from jaxcache.core.radix_tree import Node
 
 INT32 = np.dtype(np.int32)
@@ -23,6 +26,7 @@ class Sequence:
     found, found_end: what agreed the last time; found_limit, found_version: how far, and the tree's version then
                     (RadixTree.find)
     prefix, match:  what core/matching.py made of it; None: not asked yet
+    lease_id, num_leases: the last lease that it was admitted under, and how many run now
     uses, cuts:     what the profile of reuse says of its points; where nodes should end because it changes
     """
 
@@ -34,17 +38,20 @@ class Sequence:
         "found_limit",
         "found_version",
         "keys",
+        "lease_id",
         "match",
         "namespace",
+        "num_leases",
         "num_tokens",
         "page_bytes",
+        "planner",
         "prefix",
         "prompt_tokens",
         "root",
         "uses",
     )
 
-    def __init__(self, namespace: page_hash.Namespace, root: Node, tokens: Any, page_tokens: int):
+    def __init__(self, namespace: page_hash.Namespace, root: Node, tokens: Any, page_tokens: int, planner: Planner):
         self.namespace = namespace
         self.root = root
         self.data: bytes | bytearray = token_bytes(tokens)  # a bytearray from the first extend on
@@ -52,6 +59,8 @@ class Sequence:
         if not self.num_tokens:
             raise ValueError("a sequence needs at least one token")
         self.page_bytes = page_tokens * 4
+        self.planner = planner
+        self.lease_id = self.num_leases = 0
         self.keys: list[bytes] = []
         self.found = root
         self.found_end = 0
@@ -62,11 +71,24 @@ class Sequence:
         self.cuts: list[int] = []
 
     def extend(self, tokens: Any) -> None:
-        """Appends generated tokens (list, numpy int array, or jax array on the host)."""
+        """Appends generated tokens (list, numpy int array, or jax array on the host).
+
+        Raises ValueError while two leases run on it: each would append its own tokens.
+        """
+        if self.num_leases > 1:
+            raise ValueError(
+                f"{self.num_leases} leases run on this sequence: each needs a sequence of its own to be extended"
+            )
+        new = token_bytes(tokens)
         if isinstance(self.data, bytes):
             self.data = bytearray(self.data)
-        self.data += token_bytes(tokens)
-        self.num_tokens = len(self.data) // 4
+        self.data += new
+        self.num_tokens = num_tokens = len(self.data) // 4
+        self.planner.note("extend", self.lease_id, num_tokens, checksum(new))
+
+    def checksum(self, start: int, stop: int) -> int:
+        """Of the tokens [start, stop)."""
+        return checksum(memoryview(self.data)[start * 4 : stop * 4])
 
     def edge(self, start: int, stop: int) -> bytes | memoryview:
         """Token bytes of [start, stop) for a node to keep: a view of the prompt where that wastes no memory, or a copy.
@@ -96,6 +118,8 @@ class Sequence:
 def token_bytes(tokens: Any) -> bytes:
     """Token ids as int32 bytes. TypeError for what is not a flat row of ints, ValueError for an id out of range."""
     if isinstance(tokens, (list, tuple)):
+        if len(tokens) == 1 and type(tokens[0]) is int and 0 <= tokens[0] <= INT32_MAX:
+            return tokens[0].to_bytes(4, BYTE_ORDER)  # what every request gets in every step
         try:
             ids = array("i", tokens)
         except OverflowError:

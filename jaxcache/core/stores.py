@@ -184,7 +184,7 @@ class Stores:
             self.believe(component, page_keys[:good])
             self.counters["stored_pages"] += good
             self.counters["failed_store_pages"] += len(page_keys) - good
-        self.planner.note("stored", 9, store)
+        self.planner.note("stored", store)
 
     def believe(self, component: str, page_keys: tuple[bytes, ...]) -> None:
         """These need not be written again."""

@@ -7,9 +7,9 @@ import pytest
 from jaxcache.core.first_difference import DecisionLog, Difference, first_difference
 from jaxcache.core.planner import RECENT_DECISIONS, Planner
 
-ADMIT = (3, "admit", 1, 32, 7)
-INSERT = (3, "insert", 1, 32, 2)
-RELEASE = (4, "release", 1, 0, 0)
+ADMIT = (3, "admit", 1, 32, 7, 9)
+INSERT = (3, "insert", 1, 32, 2, 9)
+RELEASE = (4, "release", 1, 0, 0, 0)
 
 
 def logs(*decisions, since=0) -> dict[int, DecisionLog]:
@@ -22,7 +22,7 @@ def test_equal_logs():
     assert first_difference(logs([ADMIT, RELEASE], [ADMIT, RELEASE], [ADMIT, RELEASE])) is None
 
 
-@pytest.mark.parametrize("other", [(3, "admit", 1, 16, 7), (3, "admit", 2, 32, 7), (3, "grow", 1, 32, 7)])
+@pytest.mark.parametrize("other", [(3, "admit", 1, 16, 7, 9), (3, "admit", 1, 32, 7, 8), (3, "grow", 1, 32, 7, 9)])
 def test_one_number_or_name_differs(other):
     found = first_difference(logs([ADMIT, INSERT], [ADMIT, INSERT], [other, INSERT]))
     assert found == Difference(3, 0, {0: ADMIT, 1: ADMIT, 2: other})
@@ -35,7 +35,9 @@ def test_a_decision_that_only_some_made():
 
 
 def test_the_first_of_several():
-    found = first_difference(logs([ADMIT, INSERT, RELEASE], [ADMIT, (3, "insert", 1, 16, 2), (4, "release", 2, 0, 0)]))
+    found = first_difference(
+        logs([ADMIT, INSERT, RELEASE], [ADMIT, (3, "insert", 1, 16, 2, 9), (4, "release", 2, 0, 0, 0)])
+    )
     assert found is not None
     assert (found.step, found.place) == (3, 1)
 
@@ -49,16 +51,21 @@ def test_only_what_every_log_reaches_back_to_counts():
 def test_text():
     assert (
         str(Difference(3, 1, {1: None, 0: INSERT}))
-        == "decision 1 of step 3: process 0: insert(1, 32, 2); process 1: none"
+        == "decision 1 of step 3: process 0: insert(lease 1, published tokens 32, node 2, "
+        "checksum of the published tokens 0x9); process 1: none"
+    )
+    other = (3, "admit", 1, 16, 7, 8)
+    assert str(Difference(3, 0, {0: ADMIT, 1: other})).startswith(
+        "decision 0 of step 3 (admit: other cached tokens and prompt checksum): process 0: admit(lease 1, cached "
     )
 
 
 def test_a_planner_knows_how_far_back_its_log_reaches():
     planner = Planner()
     for planner.step in range(RECENT_DECISIONS):
-        planner.note("release", 7, planner.step)
+        planner.note("release", planner.step)
         assert planner.complete_since() == (0 if planner.step < RECENT_DECISIONS - 1 else 1)
     planner.step += 1
-    planner.note("release", 7, 0)
+    planner.note("release", 0)
     assert planner.recent[0][0] == 1
     assert planner.complete_since() == 2

@@ -3,6 +3,7 @@
 argv: {"steps", "model": whether there is one, "halts", "corrupts" or "faults": a process, "at": a step,
        "early": whether it faults before the exchange, "timeout_s": the bound, "hangs": whether storage never answers,
        "drains": a process whose storage never answers; at the end all drain for "drain_s"}
+{"content": a process that is given other content than the others, in one cache after the other}
 """
 
 from __future__ import annotations
@@ -116,8 +117,37 @@ def start(index: int) -> None:
             print(error, flush=True)
 
 
+def differ(index: int, victim: int) -> None:
+    """One cache after the other, in each of which one process gets other content in step 2; prints what is raised."""
+    component, mesh = jaxcache.FullAttention("full", (KV,)), mesh_of_all()
+    for what in ("prompt", "generated", "namespace", "retired"):
+        is_other = index == victim
+        with jaxcache.Cache([component], mesh, CONFIG) as cache:
+            first, second = (cache.new_namespace(model="test", adapter=name) for name in ("a", "b"))
+            pools = cache.init_pools()
+            lease = None
+            try:
+                for step in range(10):
+                    pools = cache.apply(cache.step(pools))
+                    if step == 2 and what == "namespace":
+                        cache.new_namespace(model="test", adapter="d" if is_other else "c")
+                    if step == 2 and what == "retired":
+                        cache.retire_namespace(second if is_other else first)
+                    if step == 2 and what == "prompt":  # long before its last tokens
+                        lease = cache.admit(cache.sequence([9 if is_other else 0, *PROMPT], second), len(PROMPT) + 1)
+                    if step == 1 and what == "generated":
+                        lease = cache.admit(cache.sequence(PROMPT, second), len(PROMPT) + 1)
+                    if step == 2 and what == "generated":  # which fills no page
+                        lease.sequence.extend([8 if is_other else 7])
+                    print(f"{what}: finished step {step}", flush=True)
+            except jaxcache.RanksDiverged as error:
+                print(f"{what}: {error}".replace("\n", " "), flush=True)
+
+
 def main() -> None:
     index, plan = join(), json.loads(sys.argv[1])
+    if "content" in plan:
+        return differ(index, plan["content"])
     if "steps" not in plan:
         return start(index)
     config = replace(CONFIG, agreement_timeout_s=plan.get("timeout_s", 5.0))

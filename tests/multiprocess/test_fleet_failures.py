@@ -113,8 +113,27 @@ def test_a_tree_that_was_damaged_in_one_process_ends_all_within_two_steps(hangs)
         assert "jaxcache.types.RanksDiverged" in exit.stderr
         assert f"finished step {AT + 1}\n" in exit.stdout
         assert f"finished step {AT + 2}\n" not in exit.stdout
-        assert f"first difference: decision 0 of step {AT + 1}: process 0: admit(4, 32, " in exit.stderr
-        assert "; process 1: admit(4, 0, " in exit.stderr
+        assert f"first difference: decision 0 of step {AT + 1} (admit: other cached tokens): process 0: " in exit.stderr
+        assert "admit(lease 4, cached tokens 32, " in exit.stderr
+        assert "; process 1: admit(lease 4, cached tokens 0, " in exit.stderr
+
+
+def test_other_content_in_one_process_ends_all_within_two_steps():
+    """A prompt, a generated token, a namespace, a retirement: nothing else differs, not even a length."""
+    names = {
+        "prompt": "(admit: other prompt checksum)",
+        "generated": "(extend: other checksum of the new tokens)",
+        "namespace": "(namespace: other namespace checksum)",
+        "retired": "(retire: other namespace checksum)",
+    }
+    with fleet(2, content=1) as processes:
+        exits = processes.check(START_S)
+    for exit in exits:
+        for what, name in names.items():
+            said = [line for line in exit.stdout.splitlines() if line.startswith(f"{what}: ")]
+            assert f"{what}: finished step {3}" in said, said
+            assert f"{what}: finished step {4}" not in said, said
+            assert "first difference: " in said[-1] and name in said[-1], said
 
 
 @pytest.mark.slow

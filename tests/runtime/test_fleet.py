@@ -25,7 +25,7 @@ from jaxcache.types import RanksDiverged, RankUnresponsive, TransferFault
 KV = jaxcache.FieldSpec("kv", (2, 2, 4, 1, 8), "float32", ("layers", None, "slots", "heads", None))
 COMPONENT = jaxcache.FullAttention("full", (KV,))
 CONFIG = jaxcache.CacheConfig(page_tokens=4, device_pages=64, host_pages={"full": 8}, agreement_timeout_s=0.5)
-DECISIONS = [(3, "admit", 4, 32, 9), (3, "release", 4, 0, 0)]
+DECISIONS = [(3, "admit", 4, 32, 9, 8), (3, "release", 4, 0, 0, 0)]
 STATE = State(3, 0xABC, "last agreed in step 2 on transfers [7]", 2, DECISIONS, {"nodes": 5, "leases": 0})
 
 
@@ -98,9 +98,9 @@ def test_a_fault_that_was_agreed_on_names_whose_it_was(make_mesh):
 
 
 def test_diverged_names_the_first_difference(make_mesh):
-    other = {"log": [DECISIONS[0], (3, "release", 5, 0, 0)], "counts": {"nodes": 4, "leases": 0}}
+    other = {"log": [DECISIONS[0], (3, "release", 5, 0, 0, 0)], "counts": {"nodes": 4, "leases": 0}}
     report = str(fleet_with(make_mesh, {}, other).diverged(RanksDiverged("step=3: differ"), STATE))
-    assert "process 0: release(4, 0, 0); process 1: release(4, 0, 0); process 2: release(5, 0, 0)" in report
+    assert "process 0: release(lease 4); process 1: release(lease 4); process 2: release(lease 5)" in report
     assert "first difference: decision 1 of step 3" in report
     assert "nodes differs: process 0: 5; process 1: 5; process 2: 4" in report
     assert "leases" not in report

@@ -1,0 +1,44 @@
+"""The kinds of decisions that enter the digest, and what their numbers say: for the report when ranks differ.
+
+Every call that changes the core notes one: who, how much, and a checksum of the content (tokens, namespace), so that
+ranks which were given different content differ in the digest of the same step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from xxhash import xxh3_64_intdigest
+
+checksum: Callable[[Any], int] = xxh3_64_intdigest  # of bytes; against accidents, not against attackers
+
+_TRANSFER = ("transfer", "pages", "moves")
+# name: what its numbers say, at most four. The place in this table is what enters the digest.
+NUMBERS: dict[str, tuple[str, ...]] = {
+    "namespace": ("namespace checksum", "node"),
+    "retire": ("namespace checksum", "namespaces left"),
+    "admit": ("lease", "cached tokens", "namespace checksum", "prompt checksum"),
+    "grow": ("lease", "computed tokens", "new tokens"),
+    "extend": ("lease", "tokens", "checksum of the new tokens"),
+    "insert": ("lease", "published tokens", "node", "checksum of the published tokens"),
+    "options": ("lease", "priority", "retained steps"),
+    "release": ("lease",),
+    "prefetch": ("transfer", "end", "namespace checksum", "prompt checksum"),
+    "stored": ("transfer",),
+    "fetched": ("transfer", "agreed end", "pages left"),
+    "cancel": ("transfer",),
+    "quiet": ("transfer",),
+    "reset": (),
+    "drop_device": (),
+    "attach": ("checksum of the kind",),
+    "detach": (),
+    "cleared": (),
+    "policies": ("prefetch policy", "write policy"),
+    "BACKUP": _TRANSFER,
+    "LOAD_BACK": _TRANSFER,
+    "STORE": _TRANSFER,
+    "QUERY": _TRANSFER,
+    "FETCH": _TRANSFER,
+}
+CODES = {name: code for code, name in enumerate(NUMBERS)}

@@ -17,6 +17,7 @@ from jaxcache.core.lease import Lease
 from jaxcache.core.page_hash import Namespace
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.core.sequence import Sequence as TokenSequence
+from jaxcache.core.serving import RefusedCall, RefusedType, changes
 from jaxcache.core.ticket import Ticket
 from jaxcache.pools.device_pool import DevicePools, init_pools
 from jaxcache.runtime.agreement import Agreement
@@ -58,6 +59,7 @@ class Cache:
         config, self.layouts, fleet = agree_on_start(components, mesh, config, storage)
         self.config = config
         self.core = PrefixCache(tuple(components), config)
+        self.serving = self.core.serving
         if storage is not None:
             self.core.attachment.attach(type(storage).__name__)
         self._events = EventStream(self.core.tiers) if config.events else None
@@ -113,7 +115,7 @@ class Cache:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise RuntimeError("the cache is closed")
+            raise RefusedCall("the cache is closed")
 
     # ---- the loop
 
@@ -247,6 +249,7 @@ class Cache:
 
     # ---- storage and policies, at run time
 
+    @changes
     def attach_storage(self, storage: Storage) -> None:
         """Asks this storage from now on, and writes to it: what host memory holds already, too.
 
@@ -259,6 +262,7 @@ class Cache:
         self.storage = storage
         self.engine.set_storage(storage)
 
+    @changes
     def detach_storage(self) -> None:
         """Nothing more is asked or written; no request is lost. Raises RuntimeError if none is attached.
 
@@ -285,7 +289,7 @@ class Cache:
         """
         self._check_open()
         if self.storage is None:
-            raise RuntimeError("no storage is attached")
+            raise RefusedCall("no storage is attached")
         self.core.attachment.cleared()
         self.storage.clear()
 
@@ -303,6 +307,7 @@ class Cache:
         """Frees every tier's pages (storage keeps its own) and forgets what is in flight; usable afterwards."""
         self.core.reset()
 
+    @changes
     def drop_device(self) -> DevicePools:
         """After a failed donated step: forgets the device tier, keeps host memory, returns fresh pools."""
         self._check_open()
@@ -385,7 +390,7 @@ class Cache:
 
 def _check_storage(storage: Storage) -> None:
     if not isinstance(storage, Storage):
-        raise TypeError(f"storage must be a jaxcache Storage, not {type(storage).__name__}")
+        raise RefusedType(f"storage must be a jaxcache Storage, not {type(storage).__name__}")
 
 
 def one_device_mesh() -> Mesh:

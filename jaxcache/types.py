@@ -177,13 +177,17 @@ class AllCleared:
 Event = BlockStored | BlockRemoved | AllCleared
 
 
-class RanksDiverged(RuntimeError):
+class ServingEnded(RuntimeError):
+    """This cache can serve no longer, and every later call says so; what is in storage is still there."""
+
+
+class RanksDiverged(ServingEnded):
     """Ranks hold different caches; serving must stop."""
 
 
-class RankUnresponsive(RuntimeError):
+class RankUnresponsive(ServingEnded):
     """A rank died, stopped, or is elsewhere: what needs all ranks did not come within `agreement_timeout_s`."""
 
 
-class TransferFault(RuntimeError):
+class TransferFault(ServingEnded):
     """A copy between device and host failed; serving must stop."""

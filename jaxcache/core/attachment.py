@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from jaxcache.core.decisions import checksum
+from jaxcache.core.serving import RefusedCall, RefusedValue, changes
 from jaxcache.types import PrefetchPolicy, WritePolicy
 
 EXCHANGES_TO_KNOW = 2  # the first one read afterwards may have been issued before
@@ -22,6 +23,7 @@ class Attachment:
 
     def __init__(self, core: PrefixCache):
         self.core = core
+        self.serving = core.serving
 
     @property
     def attached(self) -> bool:
@@ -33,6 +35,7 @@ class Attachment:
         stores = self.core.stores
         return stores.attached and not stores.num_awaited_exchanges
 
+    @changes
     def attach(self, kind: str = "") -> None:
         """From now on storage is asked, and host pages go there: what is in host memory already, too.
 
@@ -41,13 +44,14 @@ class Attachment:
         """
         core = self.core
         if core.stores.attached:
-            raise RuntimeError("a storage is attached: detach it first")
+            raise RefusedCall("a storage is attached: detach it first")
         if not core.tiers.has_host:
-            raise ValueError("a storage needs a host tier to read into: set CacheConfig.host_pages")
+            raise RefusedValue("a storage needs a host tier to read into: set CacheConfig.host_pages")
         core.stores.attached = True
         core.stores.back_fill()
         core.planner.note("attach", checksum(kind.encode()))
 
+    @changes
     def detach(self) -> None:
         """Nothing more is asked or stored. Prefetches that are not decided bring nothing; their requests go on.
 
@@ -55,13 +59,14 @@ class Attachment:
         """
         core = self.core
         if not core.stores.attached:
-            raise RuntimeError("no storage is attached")
+            raise RefusedCall("no storage is attached")
         core.stores.attached = False
         core.prefetches.abandon_all()
         core.stores.drop_waiting()
         core.stores.forget()
         core.planner.note("detach")
 
+    @changes
     def cleared(self) -> None:
         """This rank's storage is about to be emptied: what host memory holds will be written again, once all ranks have
         said so; what one wrote before could be removed by another.
@@ -76,6 +81,7 @@ class Attachment:
         stores.num_awaited_exchanges = EXCHANGES_TO_KNOW
         self.core.planner.note("cleared")
 
+    @changes
     def change(self, prefetch_policy: PrefetchPolicy | None, write_policy: WritePolicy | None) -> None:
         """Other policies from now on. None: as before. Raises ValueError, and changes nothing, for one that cannot be.
 
@@ -84,13 +90,13 @@ class Attachment:
         core = self.core
         for policy, kind in ((prefetch_policy, PrefetchPolicy), (write_policy, WritePolicy)):
             if policy is not None and not isinstance(policy, kind):
-                raise ValueError(f"a {kind.__name__} is needed, not {policy!r}")
+                raise RefusedValue(f"a {kind.__name__} is needed, not {policy!r}")
         back = WritePolicy.WRITE_BACK
         if write_policy is not None and write_policy is not core.backups.policy:
             if not core.tiers.has_host:
-                raise ValueError(f"{write_policy} needs a host tier: set CacheConfig.host_pages")
+                raise RefusedValue(f"{write_policy} needs a host tier: set CacheConfig.host_pages")
             if back in (write_policy, core.backups.policy):
-                raise ValueError(f"{back} can neither come nor go at run time; the policy is {core.backups.policy}")
+                raise RefusedValue(f"{back} can neither come nor go at run time; the policy is {core.backups.policy}")
             core.backups.use(write_policy)
         if prefetch_policy is not None:
             core.prefetches.policy = prefetch_policy

@@ -9,6 +9,7 @@ import numpy as np
 from jaxcache.core.lease import Lease
 from jaxcache.core.page_hash import Namespace
 from jaxcache.core.sequence import Sequence
+from jaxcache.core.serving import RefusedType, RefusedValue
 from jaxcache.core.ticket import Ticket
 
 if TYPE_CHECKING:
@@ -18,50 +19,59 @@ if TYPE_CHECKING:
 def count(name: str, value: Any, at_least: int | None = None) -> int:
     """A number of tokens: an int, or an integer of numpy."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} must be an int, not {value!r}")
+        raise RefusedType(f"{name} must be an int, not {value!r}")
     if at_least is not None and value < at_least:
-        raise ValueError(f"{name}={value} must be at least {at_least}")
+        raise RefusedValue(f"{name}={value} must be at least {at_least}")
     return int(value)
 
 
 def check_namespace(core: PrefixCache, namespace: Any) -> None:
     if not isinstance(namespace, Namespace):
-        raise TypeError(f"a Namespace of this cache is needed, not {namespace!r}")
+        raise RefusedType(f"a Namespace of this cache is needed, not {namespace!r}")
     if namespace.owner is not core:
-        raise ValueError(f"{namespace!r} belongs to another cache")
+        raise RefusedValue(f"{namespace!r} belongs to another cache")
     if namespace.retired:
-        raise ValueError(f"{namespace!r} was retired")
+        raise RefusedValue(f"{namespace!r} was retired")
 
 
 def check_ticket(core: PrefixCache, ticket: Any) -> None:
     if not isinstance(ticket, Ticket):
-        raise TypeError(f"a Ticket is needed, not {type(ticket).__name__}")
+        raise RefusedType(f"a Ticket is needed, not {type(ticket).__name__}")
     if ticket.sequence.namespace.owner is not core:
-        raise ValueError(f"{ticket!r} belongs to another cache")
+        raise RefusedValue(f"{ticket!r} belongs to another cache")
 
 
 def check_sequence(core: PrefixCache, sequence: Any) -> None:
     if not isinstance(sequence, Sequence):
-        raise TypeError(f"a Sequence is needed (cache.sequence(tokens, namespace)), not {type(sequence).__name__}")
+        raise RefusedType(f"a Sequence is needed (cache.sequence(tokens, namespace)), not {type(sequence).__name__}")
     if sequence.namespace.owner is not core:
-        raise ValueError(f"{sequence.namespace!r} belongs to another cache")
+        raise RefusedValue(f"{sequence.namespace!r} belongs to another cache")
 
 
 def check_lease(core: PrefixCache, lease: Any, num_computed: int | None) -> None:
     if not isinstance(lease, Lease):
-        raise TypeError(f"a Lease is needed, not {type(lease).__name__}: did admit answer Wait?")
+        raise RefusedType(f"a Lease is needed, not {type(lease).__name__}: did admit answer Wait?")
     if core.leases.get(lease.id) is not lease:
-        raise ValueError(f"{lease!r} " + ("was released already" if lease._released else "belongs to another cache"))
+        raise RefusedValue(f"{lease!r} " + ("was released already" if lease._released else "belongs to another cache"))
     if num_computed is not None and not lease.num_computed <= num_computed <= lease.num_tokens:
-        raise ValueError(
+        raise RefusedValue(
             f"{num_computed=} must be in [{lease.num_computed}, {lease.num_tokens}]: computed before, and its room"
         )
+
+
+def check_lists(leases: Any, num_computed: Any) -> None:
+    """Of leases, and of as many numbers of tokens."""
+    for name, value in (("leases", leases), ("num_computed", num_computed)):
+        if not isinstance(value, (list, tuple, np.ndarray)):
+            raise RefusedType(f"{name} must be a list, not {type(value).__name__}")
+    if len(leases) != len(num_computed):
+        raise RefusedValue(f"{len(leases)} leases, but {len(num_computed)} numbers of computed tokens")
 
 
 def check_wishes(core: PrefixCache, priority: Any, retain_steps: Any) -> None:
     """What `insert` is asked for beyond publishing."""
     for name, value in (("priority", priority), ("retain_steps", retain_steps)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise ValueError(f"{name} must be an int of at least 0, not {value!r}")
+            raise RefusedValue(f"{name} must be an int of at least 0, not {value!r}")
     if retain_steps > core.config.max_retain_steps:
-        raise ValueError(f"{retain_steps=} must not be above {core.config.max_retain_steps=}")
+        raise RefusedValue(f"{retain_steps=} must not be above {core.config.max_retain_steps=}")

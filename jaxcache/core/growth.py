@@ -66,16 +66,14 @@ class Growth:
         """How many of the leases, from the first on, have room now."""
         tiers = self.tiers
         num_new_tokens = bad_input.count("num_new_tokens", num_new_tokens, 1)
-        if len(leases) != len(num_computed):
-            raise ValueError(f"{len(leases)} leases, but {len(num_computed)} numbers of computed tokens")
+        bad_input.check_lists(leases, num_computed)
         rest = []
         for i, (lease, computed) in enumerate(zip(leases, num_computed, strict=True)):
-            end = computed + num_new_tokens
             if (
                 type(lease) is Lease
-                and end <= lease._quiet_end
+                and type(computed) is int
+                and (end := computed + num_new_tokens) <= lease._quiet_end
                 and lease.num_computed <= computed <= lease.num_tokens
-                and type(end) is int
                 and lease._tiers is tiers
             ):
                 lease.num_computed = computed

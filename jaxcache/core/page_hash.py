@@ -9,6 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from hashlib import sha256
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jaxcache.core.prefix_cache import PrefixCache
 
 
 class Namespace:
@@ -19,7 +23,7 @@ class Namespace:
 
     __slots__ = ("checksum", "digest", "fields", "owner", "retired")
 
-    def __init__(self, owner: object, fields: Mapping[str, str]):
+    def __init__(self, owner: PrefixCache, fields: Mapping[str, str]):
         self.owner = owner
         self.fields = dict(sorted(fields.items()))
         self.digest = namespace_digest(self.fields)

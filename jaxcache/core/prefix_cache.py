@@ -36,6 +36,7 @@ from jaxcache.core.publishing import Publishing
 from jaxcache.core.quotas import Quotas
 from jaxcache.core.retention import Retentions
 from jaxcache.core.sequence import Sequence
+from jaxcache.core.serving import Refusal, RefusedCall, RefusedType, RefusedValue, Serving, changes
 from jaxcache.core.stores import Stores
 from jaxcache.core.ticket import Ticket
 from jaxcache.core.tiers import Tiers
@@ -53,6 +54,7 @@ class PrefixCache:
         self.planner = Planner()
         self.stores = Stores(self.tiers, self.planner, self.counters)
         self.leases: dict[int, Lease] = {}
+        self.serving = Serving(self.leases)
         self.next_lease_id = 1
         self.backbone = Backbone(self) if Backbone.suffices(self.tiers) else None
         self.backups = Backups(self.tiers, self.planner, self.stores, self.backbone, self.counters)
@@ -90,12 +92,16 @@ class PrefixCache:
 
     # ---- sequences
 
+    @changes
     def new_namespace(self, **fields: str) -> Namespace:
         """A namespace from fields such as model, weights_version, tenant_salt; equal fields are the same one."""
         for name, value in fields.items():
             if not isinstance(value, str):
-                raise TypeError(f"namespace field {name!r} must be a str, not {value!r}")
-        namespace = Namespace(self, fields)
+                raise RefusedType(f"namespace field {name!r} must be a str, not {value!r}")
+        try:
+            namespace = Namespace(self, fields)
+        except UnicodeEncodeError:
+            raise RefusedValue("the fields of a namespace must be text that can be encoded as UTF-8") from None
         known = self.tiers.tree.namespaces.get(namespace.digest)
         if known is not None:
             return known
@@ -105,6 +111,7 @@ class PrefixCache:
         self.planner.note("namespace", namespace.checksum, root.id)
         return namespace
 
+    @changes
     def retire_namespace(self, namespace: Namespace) -> None:
         """Makes all its pages unreachable at once, O(live prefetches), which are given up; reclaims lazily."""
         bad_input.check_namespace(self, namespace)
@@ -133,6 +140,7 @@ class PrefixCache:
 
     # ---- requests
 
+    @changes
     def admit(
         self,
         sequence: Sequence,
@@ -161,7 +169,7 @@ class PrefixCache:
         if ticket is not None:
             bad_input.check_ticket(self, ticket)
             if ticket.sequence is not sequence:
-                raise ValueError(f"{ticket!r} was made for another sequence")
+                raise RefusedValue(f"{ticket!r} was made for another sequence")
         if self.quotas is not None:
             self.quotas.serve(sequence.root)
         prefix, need = self.admission.longest(sequence, max_cached_tokens, num_new_tokens)
@@ -228,25 +236,33 @@ class PrefixCache:
 
     def grow(self, lease: Lease, num_computed: int, num_new_tokens: int) -> bool:
         """Room for the next `num_new_tokens` after `num_computed`; False: nothing has changed, retract somebody."""
-        end = num_computed + num_new_tokens
-        if (
-            type(lease) is Lease
-            and end <= lease._quiet_end
-            and lease.num_computed <= num_computed <= lease.num_tokens
-            and num_computed < end
-            and type(end) is int
-            and lease._tiers is self.tiers
-        ):  # one of the many tokens that need no new page: this is called for every request in every step
-            lease.num_computed = num_computed
-            if end > lease.num_tokens:
-                lease.num_tokens = end
-            return True
-        return self.growth.grow(lease, num_computed, num_new_tokens)
+        try:  # as @changes, which would take as long as the rest: this is called for every request in every step
+            if (
+                type(lease) is Lease
+                and type(num_computed) is type(num_new_tokens) is int
+                and (end := num_computed + num_new_tokens) <= lease._quiet_end
+                and lease.num_computed <= num_computed <= lease.num_tokens
+                and num_computed < end
+                and lease._tiers is self.tiers
+            ):  # one of the many tokens that need no new page
+                lease.num_computed = num_computed
+                if end > lease.num_tokens:
+                    lease.num_tokens = end
+                return True
+            self.serving.check()
+            return self.growth.grow(lease, num_computed, num_new_tokens)
+        except Refusal:
+            raise
+        except BaseException as error:
+            self.serving.end(error, "grow")
+            raise
 
+    @changes
     def grow_all(self, leases: list[Lease], num_computed: list[int], num_new_tokens: int = 1) -> int:
         """`grow` for many at once; returns how many of them, from the first on, have their room."""
         return self.growth.grow_all(leases, num_computed, num_new_tokens)
 
+    @changes
     def insert(self, lease: Lease, num_computed: int, *, priority: int = 0, retain_steps: int = 0) -> None:
         """Publishes the whole pages of what is computed, and plans their backup. Publishing again changes nothing.
 
@@ -260,7 +276,7 @@ class PrefixCache:
         bad_input.check_lease(self, lease, num_computed)
         sequence = lease.sequence
         if num_computed > sequence.num_tokens:
-            raise ValueError(
+            raise RefusedValue(
                 f"{num_computed=} but the sequence has {sequence.num_tokens} tokens: call sequence.extend first"
             )
         if wishes:
@@ -288,6 +304,7 @@ class PrefixCache:
             self.retentions.retain(lease, retain_steps)
         self.planner.note("options", lease.id, priority, retain_steps)
 
+    @changes
     def release(self, lease: Lease) -> None:
         """Gives back what the lease holds. Raises ValueError the second time."""
         if self.backbone is not None and self.backbone.release(lease):
@@ -304,6 +321,7 @@ class PrefixCache:
 
     # ---- storage
 
+    @changes
     def prefetch(self, sequence: Sequence) -> Ticket | None:
         """Asks storage for what follows the longest match; None where that cannot pay. Give the ticket to `admit`."""
         bad_input.check_sequence(self, sequence)
@@ -311,6 +329,7 @@ class PrefixCache:
             return None
         return self.prefetches.prefetch(sequence)
 
+    @changes
     def cancel(self, ticket: Ticket) -> None:
         """Nothing more is wanted of it. Harmless when it is over."""
         bad_input.check_ticket(self, ticket)
@@ -334,18 +353,23 @@ class PrefixCache:
 
     # ---- steps
 
+    def check_applied(self) -> None:
+        """Raises RuntimeError while a planned load-back is unapplied: it must be on its way before its first step."""
+        planned = self.planner.transfers
+        if planned and any(transfer.kind is TransferKind.LOAD_BACK for transfer in planned):
+            raise RefusedCall(
+                "a load-back was planned but not applied: call pools = cache.apply(pools) before cache.step"
+            )
+
+    @changes
     def commit(self, agreed: Mapping[int, Outcome], clock_ms: int | None = None) -> list[int]:
         """Begins a step: takes the outcomes that all ranks agreed on, in the order of their ids.
 
         clock_ms: stage 0's clock as agreed with them, modulo CLOCK_MODULUS; None: nothing was exchanged
         returns:  the ids of the transfers that have ended
-        Raises RuntimeError while a planned load-back is unapplied: it must be on its way before its first step begins.
+        Raises RuntimeError as `check_applied` does.
         """
-        planned = self.planner.transfers
-        if planned and any(transfer.kind is TransferKind.LOAD_BACK for transfer in planned):
-            raise RuntimeError(
-                "a load-back was planned but not applied: call pools = cache.apply(pools) before cache.step"
-            )
+        self.check_applied()
         self.tiers.step += 1
         self.planner.step = self.tiers.step
         if self.admission.loading:
@@ -370,17 +394,23 @@ class PrefixCache:
             self.counters["event_overflows"] += 1
         return [id for id in live if id not in self.stores.live and id not in self.prefetches.live]
 
+    @changes
     def take_plan(self) -> Plan:
         """What has been planned since the last time; whoever takes it applies it."""
         self._scatter_is_due = False
         return self.planner.take()
 
     def plan_is_applied(self) -> bool:
-        """Whether a model step may run: nothing is planned, and no load-back waits to be scattered in this step."""
+        """Whether a model step may run: nothing is planned, and no load-back waits to be scattered in this step.
+
+        Raises ServingEnded if none may ever run again.
+        """
+        self.serving.check()
         return not self.planner.transfers and not self._scatter_is_due
 
     # ---- everything at once
 
+    @changes
     def reset(self) -> None:
         """Forgets everything on device and host. Raises RuntimeError while leases are out."""
         self._no_leases("reset")
@@ -388,6 +418,7 @@ class PrefixCache:
         self.clearing.clear_all()
         self.planner.note("reset")
 
+    @changes
     def drop_device(self) -> None:
         """The device pages are lost (a donated step failed): keeps what host memory has."""
         self._no_leases("drop_device")
@@ -397,4 +428,4 @@ class PrefixCache:
 
     def _no_leases(self, what: str) -> None:
         if self.leases:
-            raise RuntimeError(f"{what} needs every lease released first; held: {sorted(self.leases)[:8]}")
+            raise RefusedCall(f"{what} needs every lease released first; held: {sorted(self.leases)[:8]}")

@@ -166,11 +166,13 @@ class RadixTree:
             node = child
             end = node.end
             offset = end * 4
+        sequence.found_version = -1  # until all of it is noted: an interrupt may come between any two of these
+        sequence.found_end = 0
+        sequence.prefix = sequence.match = None
         sequence.found = node
         sequence.found_end = end
-        sequence.found_version = self.version
         sequence.found_limit = limit
-        sequence.prefix = sequence.match = None
+        sequence.found_version = self.version
         return node, end
 
     def walk(self, sequence: Sequence, limit: int) -> list[tuple[Node, int]]:

@@ -82,9 +82,13 @@ class Sequence:
         new = token_bytes(tokens)
         if isinstance(self.data, bytes):
             self.data = bytearray(self.data)
-        self.data += new
-        self.num_tokens = num_tokens = len(self.data) // 4
-        self.planner.note("extend", self.lease_id, num_tokens, checksum(new))
+        try:
+            self.data += new
+            self.num_tokens = num_tokens = len(self.data) // 4
+            self.planner.note("extend", self.lease_id, num_tokens, checksum(new))
+        except BaseException as error:  # tokens without their number, or in one process's digest only
+            self.namespace.owner.serving.end(error, "extend")
+            raise
 
     def checksum(self, start: int, stop: int) -> int:
         """Of the tokens [start, stop)."""

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 
 from jaxcache.core.prefix_cache import PrefixCache
+from jaxcache.core.serving import changes
 from jaxcache.pools.device_pool import DevicePools
 from jaxcache.runtime import carried
 from jaxcache.runtime.agreement import Agreement
@@ -22,7 +22,7 @@ from jaxcache.runtime.fleet import Fleet, State
 from jaxcache.runtime.lanes import Agreed
 from jaxcache.runtime.readiness import wait_until_ready
 from jaxcache.runtime.transfer_engine import TransferEngine
-from jaxcache.types import RanksDiverged, RankUnresponsive, TransferFault
+from jaxcache.types import RanksDiverged, RankUnresponsive, ServingEnded, TransferFault
 
 
 class Controller:
@@ -33,7 +33,8 @@ class Controller:
         self.engine = engine
         self.agreement = agreement
         self.fleet = fleet
-        self._fatal: Exception | None = None  # what has ended serving
+        self.serving = core.serving
+        self._has_told = False
         self.agreed = Agreed(0, {}, 0)  # the last one
         fleet.watch(self._state)
 
@@ -43,6 +44,11 @@ class Controller:
         Raises RankUnresponsive, RanksDiverged, TransferFault.
         """
         self._check()
+        self._step()
+
+    @changes
+    def _step(self) -> None:
+        self.core.check_applied()  # before the agreement is taken
         agreed = self._read()
         ended = self.core.commit({}) if agreed is None else self.core.commit(agreed.outcomes, agreed.clock_ms)
         for id in ended:
@@ -57,13 +63,11 @@ class Controller:
         except RankUnresponsive as error:
             raise self._unresponsive("the agreement", error) from error
         except RanksDiverged as error:
-            self._fatal = self.fleet.diverged(error, self._state())
-            raise self._fatal from error
+            raise self._end(self.fleet.diverged(error, self._state())) from error
         except TransferFault as error:
             is_own = self.engine.fault is not None
             told = TransferFault(f"{error}: {self.engine.fault!r}") if is_own else error
-            self._fatal = self.fleet.fault(told, self._state(), is_own)
-            raise self._fatal from self.engine.fault
+            raise self._end(self.fleet.fault(told, self._state(), is_own)) from self.engine.fault
         self.agreed = agreed or self.agreed
         return agreed
 
@@ -90,19 +94,31 @@ class Controller:
                 raise error.__cause__ from None  # no other process can be to blame
             raise self._unresponsive("a computation", error) from error
 
-    def _unresponsive(self, what: str, error: RankUnresponsive) -> RankUnresponsive | TransferFault:
-        self._fatal = self.fleet.unresponsive(what, error, self._state())
-        return self._fatal
+    def _unresponsive(self, what: str, error: RankUnresponsive) -> ServingEnded:
+        return self._end(self.fleet.unresponsive(what, error, self._state()))
+
+    def _end(self, error: ServingEnded) -> ServingEnded:
+        """Serving has ended, and the other processes know of it."""
+        self._has_told = True
+        self.serving.end(error, "")
+        return error
+
+    def _tell(self) -> None:
+        """Tells the others if a call of the core has ended serving here: they need not wait for this process."""
+        if self.serving.ended is not None and not self._has_told:
+            self._has_told = True
+            self.fleet.fault(self.serving.ended, self._state())
 
     def _check(self) -> None:
         """What has ended serving ends every later call."""
-        if self._fatal is not None:
-            raise self._fatal
+        self._tell()
+        self.serving.check()
 
     def close(self) -> None:
         """Joins the engine's threads, unless serving has ended: they may wait for ever for what others owe."""
+        self._tell()
         self.fleet.close()
-        if self._fatal is None:
+        if self.serving.ended is None:
             self.engine.close()
 
     def _state(self) -> State:
@@ -119,15 +135,15 @@ class Controller:
         Whatever goes wrong in between ends serving: TransferFault, or RankUnresponsive.
         """
         self._check()
-        plan: Any = self.core.take_plan()
         try:
+            plan = self.core.take_plan()
             return self.engine.apply(pools, plan.transfers, self.core.step_number)
         except BaseException as error:  # the plan is taken and half done: pages would not hold what the core believes
             fault = error if isinstance(error, TransferFault) else _not_carried_out(error)
-            self._fatal = self.fleet.fault(fault, self._state())
+            ended = self._end(self.fleet.fault(fault, self._state()))
             if not isinstance(error, Exception):
-                raise  # somebody wants the program to stop
-            raise self._fatal from fault.__cause__
+                raise  # the program is to stop
+            raise ended from fault.__cause__
 
 
 def _not_carried_out(error: BaseException) -> TransferFault:

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from jaxcache.core.first_difference import Decision, DecisionLog, describe, first_difference
 from jaxcache.runtime.bulletin import Bulletin, coordinator_address
 from jaxcache.runtime.coordinator_watch import CoordinatorWatch
-from jaxcache.types import RanksDiverged, RankUnresponsive, TransferFault
+from jaxcache.types import RanksDiverged, RankUnresponsive, ServingEnded, TransferFault
 
 LISTEN_SHARE = 0.2  # of the bound, for hearing the others
 MAX_LISTEN_S = 2.0
@@ -101,8 +101,8 @@ class Fleet:
         """Whether another process has given up."""
         return len(self.processes) > 1 and self._bulletin.is_posted(GIVEN_UP, self.processes)
 
-    def fault(self, error: TransferFault, state: State, is_own: bool = True) -> TransferFault | RankUnresponsive:
-        """A copy failed, and this process stops: the others are told why before they miss it, or say why.
+    def fault(self, error: ServingEnded, state: State, is_own: bool = True) -> ServingEnded:
+        """A copy or a call failed, and this process stops: the others are told why before they miss it, or say why.
 
         RankUnresponsive: what failed here is what a lost process owes, as far as one can tell.
         """

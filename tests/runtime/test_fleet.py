@@ -59,7 +59,7 @@ def fleet_with(make_mesh, *changes) -> Fleet:
 def test_unresponsive_says_so_at_once_and_names_the_silent(make_mesh, capsys):
     fleet = fleet_with(make_mesh, None, None)
     report = fleet.unresponsive("the agreement", RankUnresponsive("was not ready after 4 s"), STATE)
-    own = "the agreement was not ready after 4 s; step 3, digest 0x0000000000000abc, last decision release(4, 0, 0)"
+    own = "the agreement was not ready after 4 s; step 3, digest 0x0000000000000abc, last decision release(lease 4)"
     assert capsys.readouterr().err == f"jaxcache: process 0: {own} in step 3, {STATE.agreed}\n"
     assert f"\n  process 0: {own}" in str(report)
     assert str(report).endswith("nothing was heard within 2 s of: process 1, 2")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -20,6 +20,7 @@ from jaxcache.core.sequence import Sequence as TokenSequence
 from jaxcache.core.serving import RefusedCall, RefusedType, changes
 from jaxcache.core.ticket import Ticket
 from jaxcache.pools.device_pool import DevicePools, init_pools
+from jaxcache.pools.pools_check import PoolsCheck
 from jaxcache.runtime.agreement import Agreement
 from jaxcache.runtime.batch_tables import BatchTables
 from jaxcache.runtime.controller import Controller
@@ -66,6 +67,7 @@ class Cache:
         self.storage = storage
         self.device_pages = {r.component.name: r.allocator.num_pages for r in self.core.tiers.device}
         self._tables = BatchTables(self.device_pages)
+        self._pools_check = PoolsCheck(self.layouts, self.device_pages)
         self.engine = TransferEngine(
             self.layouts,
             mesh,
@@ -100,18 +102,13 @@ class Cache:
         """Compiles every transfer program, so that nothing compiles while serving; pools come back unchanged."""
         self._check_open()
         self._check_pools(pools)
-        return self.engine.warmup(pools)
+        pools = self.engine.warmup(pools)
+        self._pools_check.handed_back(pools)
+        return pools
 
     def _check_pools(self, pools: DevicePools) -> None:
-        wanted = {name: sorted(layout.shardings()) for name, layout in self.layouts.items()}
-        if not isinstance(pools, Mapping) or {name: sorted(fields) for name, fields in pools.items()} != wanted:
-            raise ValueError(f"pools must be what init_pools returned or a later value of it, with arrays {wanted}")
-        for name, fields in pools.items():
-            for field, array in fields.items():
-                if array.shape[0] != self.device_pages[name]:
-                    raise ValueError(f"{name}.{field} has {array.shape[0]} pages, this cache {self.device_pages[name]}")
-                if array.is_deleted():
-                    raise ValueError(f"stale pools: {name}.{field} was donated; pass what the last call returned")
+        self._pools_check.check(pools)
+        self.core.pools_version = self._pools_check.version
 
     def _check_open(self) -> None:
         if self._closed:
@@ -122,7 +119,8 @@ class Cache:
     def step(self, pools: DevicePools) -> DevicePools:
         """Begins an iteration: takes agreed outcomes, issues the next agreement. Returns the same pools.
 
-        Raises RanksDiverged, RankUnresponsive or TransferFault when serving must stop, ValueError for stale pools.
+        Raises RanksDiverged, RankUnresponsive or TransferFault when serving must stop; ValueError for pools that are
+        stale, or of another shape, dtype or sharding than `init_pools` makes.
         """
         self._check_open()
         self._check_pools(pools)
@@ -130,10 +128,16 @@ class Cache:
         return pools
 
     def apply(self, pools: DevicePools) -> DevicePools:
-        """Dispatches every planned move, in order; donates pools if anything is loaded. Due before a model step."""
+        """Dispatches every planned move, in order; donates pools if anything is loaded. Due before a model step.
+
+        Raises ValueError as `step` does. RuntimeError, and nothing has changed, if pages would be backed up that were
+        inserted before the model step that computes them: pass on the pools which that step returned.
+        """
         self._check_open()
         self._check_pools(pools)
-        return self._controller.apply(pools)
+        pools = self._controller.apply(pools)
+        self._pools_check.handed_back(pools)
+        return pools
 
     def wait(self, arrays: T) -> T:
         """Until all jax arrays of a pytree are computed, like `jax.block_until_ready`, but no longer than the bound.
@@ -155,8 +159,6 @@ class Cache:
                 continue
             if self.core.leases.get(lease.id) is not lease:
                 raise ValueError(f"{lease!r} was released, or belongs to another cache")
-            if lease.first_step > self.step_number:
-                raise RuntimeError(f"{lease!r} may run from step {lease.first_step} on; this is {self.step_number}")
         return self._tables.build(leases, max_pages)
 
     @property
@@ -175,7 +177,8 @@ class Cache:
         """What tokens mean: model=, weights_version=, adapter=, tenant_salt=, any other key; the layout is added.
 
         tenant=: whose limits hold, if `CacheConfig.tenants` has any for it; its namespaces share them.
-        Namespaces that differ in any field never share a page, on any tier.
+        Namespaces that differ in any field never share a page, on any tier. Raises ValueError for the fields of one
+        that was retired, since storage may still hold its pages: name the new weights by another weights_version.
         """
         layout = "; ".join(f"{name}: {component}" for name, component in self._layout_fields())
         return self.core.new_namespace(**fields, page_layout=layout)
@@ -185,7 +188,10 @@ class Cache:
         return [("page_tokens", str(self.config.page_tokens)), *components]
 
     def retire_namespace(self, namespace: Namespace) -> None:
-        """After new weights: everything of the old version is unreachable at once; its pages are reclaimed lazily."""
+        """After new weights: everything of the old version is unreachable at once; its pages are reclaimed lazily.
+
+        The same fields never make a namespace again in this cache. Do not retire what is to come back.
+        """
         self.core.retire_namespace(namespace)
 
     def sequence(self, tokens: Any, namespace: Namespace) -> TokenSequence:

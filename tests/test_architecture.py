@@ -143,14 +143,17 @@ def probes(name: str, source: str) -> list[str]:
 
 
 def broad_excepts(name: str, source: str) -> list[str]:
-    """`except:`, `except Exception`, `except BaseException`, alone or in a tuple, outside the workers' frames."""
+    """`except:`, `except Exception`, `except BaseException`, alone or in a tuple, outside the workers' frames, and
+    unless it ends by raising the same again."""
     if name.startswith("jaxcache.runtime."):
         return []
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ExceptHandler):
             types = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
-            if any(t is None or (isinstance(t, ast.Name) and t.id in BROAD) for t in types):
+            last = node.body[-1]
+            raises_again = isinstance(last, ast.Raise) and last.exc is None
+            if not raises_again and any(t is None or (isinstance(t, ast.Name) and t.id in BROAD) for t in types):
                 found.append(f"{name}:{node.lineno}: too broad")
     return found
 
@@ -235,6 +238,7 @@ def test_import_rules_allow(name, source):
         (broad_excepts, "try:\n    pass\nexcept Exception:\n    pass"),
         (broad_excepts, "try:\n    pass\nexcept (OSError, BaseException) as e:\n    pass"),
         (broad_excepts, "try:\n    pass\nexcept:\n    pass"),
+        (broad_excepts, "try:\n    pass\nexcept BaseException as e:\n    raise ValueError from e"),
     ],
 )
 def test_house_rules_bite(rule, source):

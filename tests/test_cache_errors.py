@@ -219,11 +219,89 @@ def test_ticket_of_another_sequence_or_cache(rig, other):
 # ---- pools and plans
 
 
-@pytest.mark.parametrize("pools", [None, {}, [], {"full": {}}, {"window": {"kv": None}}], ids=repr)
-def test_pools_of_a_wrong_shape(driver, pools):
+@pytest.mark.parametrize(
+    ("pools", "message"),
+    [
+        (None, r"pools must be those of all components, \['full'\], not NoneType"),
+        ({}, "not \\[\\]"),
+        ([], "not list"),
+        ({"window": {"kv": None}}, r"not \['window'\]"),
+        ({"full": {}}, r"pools\['full'\] must be its arrays \['kv'\], not \[\]"),
+        ({"full": None}, "not NoneType"),
+        ({"full": {"kv": None}}, r"pools\['full'\]\['kv'\] must be a jax array, not NoneType"),
+    ],
+    ids=repr,
+)
+def test_pools_of_a_wrong_form(driver, pools, message):
     for call in (driver.cache.step, driver.cache.apply, driver.cache.warmup):
-        with pytest.raises(ValueError, match="pools must be what init_pools returned"):
+        with pytest.raises(ValueError, match=message):
             call(pools)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda kv: np.asarray(kv), "must be a jax array, not ndarray"),
+        (lambda kv: kv.astype("float16"), "is float16, but its component declares float32"),
+        (lambda kv: kv.astype("int32"), "is int32, but its component declares float32"),
+        (lambda kv: kv[:-1], r"has the shape \(47, .*, but this cache has \(48, "),
+        (lambda kv: kv[:, :1], "has the shape"),
+        (lambda kv: kv.reshape(48, -1), "has the shape"),
+        (lambda kv: jax.device_put(kv, jax.devices()[1]), "is sharded as"),
+    ],
+    ids=["numpy", "dtype", "integers", "pages", "layers", "rank", "device"],
+)
+def test_arrays_that_are_not_the_pools_of_this_cache(driver, make, message):
+    """Each of these would give wrong tokens on a hit, or an error that names nothing."""
+    driver.ask(PROMPT)
+    good = driver.pools
+    wrong = {"full": {"kv": make(good["full"]["kv"])}}
+    for call in (driver.cache.step, driver.cache.apply, driver.cache.warmup):
+        with pytest.raises(ValueError, match=rf"pools\['full'\]\['kv'\] {message}"):
+            call(wrong)
+    serves_a_hit(driver)
+
+
+def test_pools_that_a_later_value_has_replaced(driver):
+    """A model step that does not donate leaves the old pools alive; what it computed is only in the new ones."""
+    cache, old = driver.cache, driver.pools
+    cache.step(old)
+    driver.pools = new = jax.tree.map(lambda array: array + 0, old)
+    for call in (cache.step, cache.apply):
+        assert call(new) is not None
+        with pytest.raises(ValueError, match="stale pools: a later value was passed before"):
+            call(old)
+
+
+def test_pages_are_inserted_after_the_model_step_that_computes_them(rig):
+    """Else what the device held before would be backed up, stored, and found after a restart."""
+    with rig.cache(jaxcache.MemoryStorage()) as cache:
+        driver = Driver(rig, cache)
+        lease = cache.admit(driver.sequence(PROMPT), len(PROMPT))
+        cache.insert(lease, len(PROMPT))
+        digest = cache.core.digest
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=r"lease 1 was published up to 44 tokens by insert, but .* no model"):
+                cache.apply(driver.pools)
+        assert cache.core.digest == digest
+        driver.pools = jax.tree.map(lambda array: array + 0, driver.pools)  # the model step has run
+        driver.pools = cache.apply(driver.pools)
+        cache.release(lease)
+
+
+def test_pages_that_an_earlier_model_step_has_computed_may_be_inserted_at_any_time(rig):
+    """A request that is retracted publishes what it has, though no model step has run since it asked for more room."""
+    with rig.cache(jaxcache.MemoryStorage()) as cache:
+        driver = Driver(rig, cache)
+        lease = cache.admit(driver.sequence(PROMPT), len(PROMPT))
+        driver.pools = cache.apply(cache.step(jax.tree.map(lambda array: array + 0, driver.pools)))
+        assert cache.grow(lease, len(PROMPT), 4)
+        cache.insert(lease, len(PROMPT))
+        driver.pools = cache.apply(driver.pools)
+        lease.sequence.extend([1, 2, 3, 4])
+        cache.insert(lease, len(PROMPT) + 4)  # room for these was given after the last model step
+        with pytest.raises(RuntimeError, match="no model step has run"):
+            cache.apply(driver.pools)
 
 
 def test_stale_pools(driver):

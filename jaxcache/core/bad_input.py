@@ -9,7 +9,7 @@ import numpy as np
 from jaxcache.core.lease import Lease
 from jaxcache.core.page_hash import Namespace
 from jaxcache.core.sequence import Sequence
-from jaxcache.core.serving import RefusedType, RefusedValue
+from jaxcache.core.serving import RefusedCall, RefusedType, RefusedValue
 from jaxcache.core.ticket import Ticket
 
 if TYPE_CHECKING:
@@ -57,6 +57,12 @@ def check_lease(core: PrefixCache, lease: Any, num_computed: int | None) -> None
         raise RefusedValue(
             f"{num_computed=} must be in [{lease.num_computed}, {lease.num_tokens}]: computed before, and its room"
         )
+
+
+def check_may_run(core: PrefixCache, lease: Lease) -> None:
+    """Nothing can be computed before what was loaded back is there."""
+    if lease.first_step > core.step_number:
+        raise RefusedCall(f"{lease!r} may run from step {lease.first_step} on; this is {core.step_number}")
 
 
 def check_lists(leases: Any, num_computed: Any) -> None:

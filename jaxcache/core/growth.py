@@ -35,6 +35,7 @@ class Growth:
         if core.backbone is not None:
             return core.backbone.grow(lease, num_computed, end)
         core.publishing.report(lease, num_computed)
+        lease._asked_in = tiers.pools_version
         if core.quotas is not None:
             core.quotas.serve_lease(lease)
         wanted = -(-end // tiers.page_tokens)
@@ -68,6 +69,7 @@ class Growth:
         num_new_tokens = bad_input.count("num_new_tokens", num_new_tokens, 1)
         bad_input.check_lists(leases, num_computed)
         rest = []
+        version = tiers.pools_version
         for i, (lease, computed) in enumerate(zip(leases, num_computed, strict=True)):
             if (
                 type(lease) is Lease
@@ -77,6 +79,7 @@ class Growth:
                 and lease._tiers is tiers
             ):
                 lease.num_computed = computed
+                lease._asked_in = version
                 if end > lease.num_tokens:
                     lease.num_tokens = end
             else:

@@ -34,6 +34,8 @@ class Lease:
     """
 
     __slots__ = (
+        "_asked_in",
+        "_computed_in",
         "_filled",
         "_last_grid_point",
         "_node",
@@ -83,6 +85,8 @@ class Lease:
         self.read_slot: int | None = None
         self.write_slot: int | None = None
         self.checkpoints: dict[int, int] = {} if tiers.point is not None else NO_CHECKPOINTS
+        self._asked_in = tiers.pools_version  # when it last asked for room
+        self._computed_in = 0  # the version of the pools in which all is computed that `insert` was told of
         self._tiers = tiers
         self._plan_is_applied = plan_is_applied
         self._tables: list[PageIds | None] = [None] * len(tiers.components)
@@ -101,10 +105,16 @@ class Lease:
     def page_tables(self) -> dict[str, PageIds]:
         """Page ids by component, one per page of the sequence: int32[ceil(num_tokens / page_tokens)], read-only.
 
-        A page that is not there (behind a window) has the id num_pages. Raises RuntimeError while a plan is unapplied,
-        because a model step must not run then.
+        A page that is not there (behind a window) has the id num_pages. Raises RuntimeError while a plan is unapplied
+        or before `first_step`, because a model step must not run then; ValueError after the release, because the pages
+        may be another's by now.
         """
-        if not self._plan_is_applied():
+        is_applied = self._plan_is_applied()
+        if self._released:
+            raise ValueError(f"{self!r} was released: its pages may be another's by now")
+        if self.first_step > self._tiers.step:
+            raise RuntimeError(f"{self!r} may run from step {self.first_step} on; this is {self._tiers.step}")
+        if not is_applied:
             raise RuntimeError("pages are about to move: call pools = cache.apply(pools) before a model step")
         names = [component.name for component in self._tiers.components]
         return {name: table for name, table in zip(names, self._tables, strict=True) if table is not None}

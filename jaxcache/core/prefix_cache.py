@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxcache.components.base import Component
 from jaxcache.config import CacheConfig
@@ -43,6 +43,14 @@ from jaxcache.core.tiers import Tiers
 from jaxcache.types import Match, Outcome, Plan, PrefetchPolicy, TransferKind, Wait
 
 
+class Uncomputed(NamedTuple):
+    """What a lease has published up to `end` is computed in this version of the pools, or a later one."""
+
+    version: int
+    lease: int
+    end: int
+
+
 class PrefixCache:
     """Generic over any tuple of components. counters: what `stats` reports, from zero."""
 
@@ -68,6 +76,19 @@ class PrefixCache:
         self.clearing = Clearing(self)
         self.attachment = Attachment(self)
         self._scatter_is_due = False
+        self._uncomputed: Uncomputed | None = None
+
+    @property
+    def pools_version(self) -> int:
+        """How many values of the pools the loop has handed over: more than before, and a model step was dispatched.
+
+        Whoever looks at pools sets it; without, nothing is known of the order of `insert` and model steps.
+        """
+        return self.tiers.pools_version
+
+    @pools_version.setter
+    def pools_version(self, version: int) -> None:
+        self.tiers.pools_version = version
 
     @property
     def digest(self) -> int:
@@ -94,7 +115,10 @@ class PrefixCache:
 
     @changes
     def new_namespace(self, **fields: str) -> Namespace:
-        """A namespace from fields such as model, weights_version, tenant_salt; equal fields are the same one."""
+        """A namespace from fields such as model, weights_version, tenant_salt; equal fields are the same one.
+
+        Raises ValueError for the fields of one that was retired: storage may still hold its pages.
+        """
         for name, value in fields.items():
             if not isinstance(value, str):
                 raise RefusedType(f"namespace field {name!r} must be a str, not {value!r}")
@@ -102,6 +126,11 @@ class PrefixCache:
             namespace = Namespace(self, fields)
         except UnicodeEncodeError:
             raise RefusedValue("the fields of a namespace must be text that can be encoded as UTF-8") from None
+        if namespace.digest in self.tiers.tree.retired:
+            raise RefusedValue(
+                f"{namespace!r} was retired, and storage may still hold its pages, which would be found again: "
+                "give the new one another weights_version"
+            )
         known = self.tiers.tree.namespaces.get(namespace.digest)
         if known is not None:
             return known
@@ -246,6 +275,7 @@ class PrefixCache:
                 and lease._tiers is self.tiers
             ):  # one of the many tokens that need no new page
                 lease.num_computed = num_computed
+                lease._asked_in = self.tiers.pools_version
                 if end > lease.num_tokens:
                     lease.num_tokens = end
                 return True
@@ -281,6 +311,9 @@ class PrefixCache:
             )
         if wishes:
             bad_input.check_wishes(self, priority, retain_steps)
+        if num_computed > lease.num_computed:
+            bad_input.check_may_run(self, lease)
+            lease._computed_in = lease._asked_in + 1
         self.publishing.report(lease, num_computed)
         if not self.config.caching or sequence.namespace.retired:
             if self.quotas is not None:
@@ -289,6 +322,8 @@ class PrefixCache:
         old_end = lease._published
         self.tiers.lease_id = lease.id
         self.publishing.insert(lease, num_computed)
+        if lease._published > old_end and lease._computed_in > self.tiers.pools_version:
+            self._uncomputed = Uncomputed(lease._computed_in, lease.id, lease._published)
         content = sequence.checksum(old_end, lease._published)
         self.planner.note("insert", lease.id, lease._published, lease._node.id, content)
         if wishes:
@@ -359,6 +394,17 @@ class PrefixCache:
         if planned and any(transfer.kind is TransferKind.LOAD_BACK for transfer in planned):
             raise RefusedCall(
                 "a load-back was planned but not applied: call pools = cache.apply(pools) before cache.step"
+            )
+
+    def check_computed(self) -> None:
+        """Raises RuntimeError if a BACKUP is planned before the pools have come in which its pages are computed."""
+        missing = self._uncomputed
+        if missing is None or missing.version <= self.tiers.pools_version:
+            return
+        if any(transfer.kind is TransferKind.BACKUP for transfer in self.planner.transfers):
+            raise RefusedCall(
+                f"lease {missing.lease} was published up to {missing.end} tokens by insert, but since it got room for "
+                "them no model step has run on the pools: insert after the model step, and pass on what it returned"
             )
 
     @changes

@@ -109,6 +109,7 @@ class RadixTree:
         self.roots: dict[bytes, Node] = {}
         self.namespaces: dict[bytes, Namespace] = {}
         self.retired_roots: list[Node] = []
+        self.retired: dict[bytes, None] = {}  # digests of namespaces that must not come back
         self.version = 0
         self.num_nodes = 0
         self._last_id = 0
@@ -130,6 +131,7 @@ class RadixTree:
     def retire(self, namespace: Namespace) -> None:
         """Makes everything below a namespace unreachable, in O(1); its nodes leave as their pages are evicted."""
         namespace.retired = True
+        self.retired[namespace.digest] = None
         root = self.roots.pop(namespace.digest, None)
         self.namespaces.pop(namespace.digest, None)
         self.retired_roots = [r for r in self.retired_roots if r.children]

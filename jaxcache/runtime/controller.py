@@ -135,6 +135,7 @@ class Controller:
         Whatever goes wrong in between ends serving: TransferFault, or RankUnresponsive.
         """
         self._check()
+        self.core.check_computed()
         try:
             plan = self.core.take_plan()
             return self.engine.apply(pools, plan.transfers, self.core.step_number)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from jaxcache.types import TransferKind, Wait
-from tests.core.helpers import FULL, PAGE, Server, prompt, server_with_storage, state, window
+from tests.core.helpers import FULL, NEXT, PAGE, Server, prompt, server_with_storage, state, window
 
 
 def everything(server: Server) -> tuple:
@@ -353,3 +353,22 @@ def test_a_stalled_store_starves_nobody():
     assert lease.num_cached_tokens < 36
     server.release(lease)
     server.check_empty()
+
+
+def test_tables_are_for_leases_that_may_run_now():
+    server = Server(FULL, host_pages=32)
+    server.prefill(prompt(16))
+    server.step()
+    server.flush_device()
+    lease = server.admit([*prompt(16), NEXT])
+    assert lease.first_step == server.core.step_number + 1
+    with pytest.raises(RuntimeError, match=f"may run from step {lease.first_step} on"):
+        _ = lease.page_tables
+    with pytest.raises(RuntimeError, match=f"may run from step {lease.first_step} on"):
+        server.core.insert(lease, 17)  # nothing can be computed on pages that are not there
+    server.core.insert(lease, 16)
+    server.step()
+    assert len(lease.page_tables["full"]) == 5
+    server.release(lease)
+    with pytest.raises(ValueError, match="was released"):
+        _ = lease.page_tables

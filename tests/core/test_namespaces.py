@@ -89,7 +89,8 @@ def test_stored_keys_are_the_keys_of_the_namespace():
 
 
 def test_new_weights_make_the_old_version_unreachable_at_once():
-    """K5: O(1), that is without touching a node; even a namespace of equal fields finds nothing of it."""
+    """K5: O(1), that is without touching a node; and a namespace of equal fields, which would find it in storage, is
+    refused."""
     server = Server(FULL, window(6), state(), host_pages=32)
     old = server.core.new_namespace(model="m", weights_version="1")
     waiting = server.sequence(prompt(17), old)
@@ -98,8 +99,11 @@ def test_new_weights_make_the_old_version_unreachable_at_once():
     assert server.core.match(waiting).num_tokens == 16
     server.core.retire_namespace(old)
     assert server.core.tiers.tree.num_nodes == num_nodes
-    for fields in ({"weights_version": "2"}, {"weights_version": "1"}):
-        assert server.match(prompt(16), server.core.new_namespace(model="m", **fields)).num_tokens == 0
+    assert server.match(prompt(16), server.core.new_namespace(model="m", weights_version="2")).num_tokens == 0
+    digest = server.core.digest
+    with pytest.raises(ValueError, match="give the new one another weights_version"):
+        server.core.new_namespace(model="m", weights_version="1")
+    assert server.core.digest == digest
     assert server.admit(waiting).num_cached_tokens == 0
 
 

@@ -109,12 +109,13 @@ def test_nobody_joins_what_is_decided_or_of_another_namespace():
 
 
 def test_nobody_joins_what_is_read_for_a_retired_namespace():
-    """K5: equal fields make an equal namespace, but not the same."""
+    """K5: the same prompt with the next weights is another."""
     server = server_with_storage()
     server.store(prompt(24))
     old = server.prefetch(prompt(24))
     server.core.retire_namespace(server.namespace)
-    server.namespace = server.core.new_namespace(model="test")
+    server.namespace = server.core.new_namespace(model="test", weights_version="2")
+    server.store(prompt(24))
     new = server.prefetch(prompt(24))
     assert new.prefetch is not old.prefetch
     server.settle()

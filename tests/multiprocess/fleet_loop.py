@@ -56,6 +56,7 @@ def model_step(mesh: Mesh):
 
 def serve(cache: jaxcache.Cache, index: int, plan: dict) -> None:
     run, pools = model_step(cache.mesh) if plan["model"] else None, cache.init_pools()
+    write_pages = jax.jit(lambda pools: pools, donate_argnums=0)
     namespace = cache.new_namespace(model="test")
     for step in range(plan["steps"]):
         faults = step == plan["at"] and index == plan.get("faults")
@@ -75,6 +76,7 @@ def serve(cache: jaxcache.Cache, index: int, plan: dict) -> None:
             time.sleep(600)
         if run is not None:
             cache.wait(run())
+        pools = write_pages(pools)
         cache.grow(lease, lease.num_cached_tokens, len(PROMPT) + 1 - lease.num_cached_tokens)
         cache.insert(lease, len(PROMPT) + 1)
         cache.release(lease)

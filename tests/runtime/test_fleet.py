@@ -238,6 +238,7 @@ def test_a_plan_that_was_not_carried_out_ends_serving(cache, monkeypatch, error)
     """The core believes that it was: what it holds for a backup may be anything."""
     pools = cache.apply(cache.step(cache.init_pools()))
     lease = cache.admit(cache.sequence(range(8), cache.new_namespace(model="m")), num_new_tokens=8)
+    pools = jax.tree.map(lambda array: array + 0, pools)  # a model step
     cache.insert(lease, 8)
 
     def fails(*args):
@@ -266,7 +267,7 @@ def test_in_one_process_an_error_is_nobody_elses(cache, monkeypatch):
     monkeypatch.setattr("jaxcache.runtime.controller.wait_until_ready", fails)
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
         cache.wait(jax.numpy.ones(2))
-    cache._controller.fleet.processes, cache._controller._fatal = [0, 1], None
+    cache._controller.fleet.processes, cache.core.serving.ended = [0, 1], None
     with pytest.raises(RankUnresponsive, match="a computation failed: RESOURCE_EXHAUSTED"):
         cache.wait(jax.numpy.ones(2))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 
+import jax
 import numpy as np
 import pytest
 
@@ -69,8 +70,9 @@ def test_launches_per_step(make_mesh, launches, shape, num_requests):
             pools = cache.step(pools)
             assert len(launches) == step
             if step == 1:
-                for sequence in sequences:
-                    lease = cache.admit(sequence, num_new_tokens=17)
+                leases = [cache.admit(sequence, num_new_tokens=17) for sequence in sequences]
+                pools = jax.tree.map(lambda array: array + 0, pools)  # a model step
+                for lease in leases:
                     cache.insert(lease, 17)
                     cache.release(lease)
             pools = cache.apply(pools)

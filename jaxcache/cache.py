@@ -151,6 +151,9 @@ class Cache:
     def tables(self, leases: Sequence[Lease | None], max_pages: int) -> dict[str, np.ndarray]:
         """Page tables of a batch, int32[len(leases), max_pages] per component; None: an empty row.
 
+        Ask for new ones before every model step: `insert` replaces ids of pages that the tree has, too, and the lease's
+        own such pages are another's from this call on. So no earlier table of these leases may be used any more (unless
+        `CacheConfig.stable_tables`); like every call, all processes make it in the same step.
         Raises RuntimeError while a plan is unapplied, or for a lease whose first_step has not come; ValueError for one
         that was released or is another cache's: its pages may be somebody else's by now.
         """
@@ -159,7 +162,11 @@ class Cache:
                 continue
             if self.core.leases.get(lease.id) is not lease:
                 raise ValueError(f"{lease!r} was released, or belongs to another cache")
-        return self._tables.build(leases, max_pages)
+        tables = self._tables.build(leases, max_pages)
+        changed = [lease for lease in leases if lease is not None and lease._duplicates is not None]
+        if changed:
+            self.core.tables_were_read(changed)
+        return tables
 
     @property
     def step_number(self) -> int:

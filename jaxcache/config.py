@@ -65,6 +65,10 @@ class CacheConfig:
     max_retain_steps:       longest retention that `insert` may ask for, in steps
     max_retained_share:     share of the device pages of a component that retentions may keep from leaving
     evict_output_first:     pages of generated text leave before pages of prompts
+    stable_tables:          page ids of a running lease never change, for loops whose tables only grow: a page that the
+                            tree has, too, stays the lease's own until its release. (Ids behind a window still become
+                            num_pages, and may be another's then: no model step reads or writes there.)
+                            False: `insert` replaces such ids, and the next `Cache.tables` gives the pages back
     load_back_min_tokens:   a shorter load-back is recomputed instead
     max_states_per_path:    recurrent states kept along one path; the shallow ones go first
     prefetch_policy:        what `admit` does with a running prefetch
@@ -101,6 +105,7 @@ class CacheConfig:
     max_retain_steps: int = 100_000
     max_retained_share: float = 0.25
     evict_output_first: bool = True
+    stable_tables: bool = False
     load_back_min_tokens: int = 1
     max_states_per_path: int = 4
     prefetch_policy: PrefetchPolicy = PrefetchPolicy.BEST_EFFORT

@@ -208,6 +208,8 @@ class Backbone:
         lease.sequence.num_leases -= 1
         device, table = self.device, lease._tables[0]
         assert table is not None
+        if lease._duplicates is not None:
+            self.core.publishing.free_duplicates(lease)
         first = lease._published // self.page_tokens
         if first < len(table):
             device.allocator.free(table[first:])

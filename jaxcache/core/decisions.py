@@ -23,6 +23,7 @@ NUMBERS: dict[str, tuple[str, ...]] = {
     "extend": ("lease", "tokens", "checksum of the new tokens"),
     "insert": ("lease", "published tokens", "node", "checksum of the published tokens"),
     "options": ("lease", "priority", "retained steps"),
+    "duplicates": ("lease", "pages given back"),
     "release": ("lease",),
     "prefetch": ("transfer", "end", "namespace checksum", "prompt checksum"),
     "stored": ("transfer",),

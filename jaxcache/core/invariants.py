@@ -110,6 +110,7 @@ def _held_elsewhere(core: PrefixCache, residency: Residency) -> list[np.ndarray]
             assert table is not None
             own = table[lease._published // tiers.page_tokens :]
             held.append(own[own != residency.allocator.num_pages])
+            held += [page_ids for owner, page_ids in lease._duplicates or () if owner == c]
     return held
 
 

@@ -36,6 +36,7 @@ class Lease:
     __slots__ = (
         "_asked_in",
         "_computed_in",
+        "_duplicates",
         "_filled",
         "_last_grid_point",
         "_node",
@@ -88,6 +89,7 @@ class Lease:
         self._asked_in = tiers.pools_version  # when it last asked for room
         self._computed_in = 0  # the version of the pools in which all is computed that `insert` was told of
         self._tiers = tiers
+        self._duplicates: list[tuple[int, PageIds]] | None = None  # (component, own pages that the tree has, too)
         self._plan_is_applied = plan_is_applied
         self._tables: list[PageIds | None] = [None] * len(tiers.components)
         self._pin_tops = [0] * len(tiers.components)  # start of the topmost pinned node
@@ -105,6 +107,8 @@ class Lease:
     def page_tables(self) -> dict[str, PageIds]:
         """Page ids by component, one per page of the sequence: int32[ceil(num_tokens / page_tokens)], read-only.
 
+        `insert` may replace ids of pages that the tree has, too. A table from before stays good until the loop has new
+        ones by `Cache.tables`; with `CacheConfig.stable_tables` ids are never replaced.
         A page that is not there (behind a window) has the id num_pages. Raises RuntimeError while a plan is unapplied
         or before `first_step`, because a model step must not run then; ValueError after the release, because the pages
         may be another's by now.

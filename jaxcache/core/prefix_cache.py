@@ -333,6 +333,18 @@ class PrefixCache:
         if self.quotas is not None:
             self.quotas.enforce(lease)
 
+    @changes
+    def tables_were_read(self, leases: list[Lease]) -> None:
+        """The loop has the present tables of these leases, and will use no earlier ones: own pages that only those name
+        are given back."""
+        if self.config.stable_tables:
+            return
+        for lease in leases:
+            if lease._duplicates is not None and not lease._released:
+                self.planner.note("duplicates", lease.id, self.publishing.free_duplicates(lease))
+                if self.quotas is not None:
+                    self.quotas.settle(lease)
+
     def _wish(self, lease: Lease, priority: int, retain_steps: int) -> None:
         raise_priority(self.tiers, lease._node, priority)
         if retain_steps:

@@ -24,6 +24,7 @@ class Publishing:
         self.planner = planner
         self.counters = counters
         self.output_first = tiers.config.evict_output_first
+        self.stable_tables = tiers.config.stable_tables
 
     def report(self, lease: Lease, num_computed: int) -> None:
         """The caller has computed up to here; a checkpoint counts only if the caller stopped at it."""
@@ -111,9 +112,10 @@ class Publishing:
         for position in [position for position in lease.checkpoints if position <= min(at, num_computed)]:
             self._publish_state(lease, position, lease.checkpoints.pop(position))
 
-    @staticmethod
-    def _replace(lease: Lease, c: int, fresh: dict[int, PageIds], pages: slice, page_ids: PageIds) -> None:
-        """Writes the tree's ids into a new table; the old one was handed out."""
+    def _replace(self, lease: Lease, c: int, fresh: dict[int, PageIds], pages: slice, page_ids: PageIds) -> None:
+        """Writes the tree's ids into a new table; the old one was handed out. Not where tables are to be stable."""
+        if self.stable_tables:
+            return
         if c not in fresh:
             table = lease._tables[c]
             assert table is not None
@@ -171,7 +173,7 @@ class Publishing:
         if theirs is None:
             tiers.put(device, child, table[pages].copy())
         else:
-            device.allocator.free(table[pages])
+            self._keep_duplicates(lease, c, table[pages])
             self._replace(lease, c, fresh, pages, theirs)
             self.counters["duplicate_pages"] += len(theirs)
 
@@ -191,8 +193,24 @@ class Publishing:
             assert at >= lease._window_starts[c], f"window hole in {child=}: {lease._window_starts=}"
             tiers.put(device, child, table[pages].copy())
         else:
-            device.allocator.free(table[max(at, lease._window_starts[c]) // page : pages.stop])
+            self._keep_duplicates(lease, c, table[max(at, lease._window_starts[c]) // page : pages.stop])
             self._replace(lease, c, fresh, pages, theirs)
+
+    @staticmethod
+    def _keep_duplicates(lease: Lease, c: int, page_ids: PageIds) -> None:
+        """The loop still has a table with these: they are the lease's own until it has another one, or is released."""
+        if lease._duplicates is None:
+            lease._duplicates = []
+        lease._duplicates.append((c, page_ids))
+
+    def free_duplicates(self, lease: Lease) -> int:
+        """Gives back a lease's own pages that no table of the loop names any more; returns how many."""
+        num_pages = 0
+        for c, page_ids in lease._duplicates or ():
+            self.tiers.device[c].allocator.free(page_ids)
+            num_pages += len(page_ids)
+        lease._duplicates = None
+        return num_pages
 
     # ---- states
 
@@ -239,6 +257,7 @@ class Publishing:
     def release(self, lease: Lease) -> None:
         """Gives back own pages and pins; nothing that another lease or the tree holds."""
         tiers = self.tiers
+        self.free_duplicates(lease)
         for c, device in enumerate(tiers.device):
             if c == tiers.point:
                 assert lease.write_slot is not None

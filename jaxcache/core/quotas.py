@@ -64,7 +64,8 @@ class Quotas:
             return 1 + len(lease.checkpoints)
         own = table[lease._published // self.tiers.page_tokens :]
         absent = self.tiers.device[c].allocator.num_pages
-        return len(own) if c == self.tiers.full else int(np.count_nonzero(own != absent))
+        num_own = len(own) if c == self.tiers.full else int(np.count_nonzero(own != absent))
+        return num_own + sum(len(page_ids) for owner, page_ids in lease._duplicates or () if owner == c)
 
     # ---- admission
 

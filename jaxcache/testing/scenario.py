@@ -71,6 +71,7 @@ class Scenario:
         self.is_being_cleared = False
         self.cap_chance = 0.1  # of asking for less than what is cached
         self.wish_chance = 0.0  # of inserting with a priority or a retention
+        self.read_chance = 0.5  # that the loop asks for new tables before a model step; the old ones are good, too
         self.decode_tokens: tuple[int, ...] = (1,)  # per model step, one of these
         self.chunk_tokens: tuple[int, ...] = (1, config.page_tokens, 1000)  # of a prompt, one of these
         self.insert_chance, self.stop_insert_chance = 0.6, 1.0  # of publishing after a chunk; and where it had to end
@@ -273,6 +274,9 @@ class Scenario:
 
     def _model_step(self, request: Request, begin: int, end: int) -> None:
         step = model_step(self.core, request.sequences[0], begin, end)
+        if request.random.random() < self.read_chance:
+            for core, lease in zip(self.cores, request.leases, strict=True):
+                core.tables_were_read([lease])
         for plane, lease in zip(self.planes, request.leases, strict=True):
             plane.model_step(lease, step)
         request.num_computed = end

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
+from jaxcache.core.lease import Lease
 from jaxcache.core.radix_tree import Node
 from jaxcache.types import Match, WritePolicy
 from tests.core.helpers import FULL, NEXT, Server, prompt, state, window
@@ -29,7 +31,8 @@ def computed(server: Server, tokens: list[int], **options):
 
 
 def test_duplicates_are_freed_once_and_the_table_is_replaced():
-    """N1: by a new read-only array, because a running program may still read the old one."""
+    """N1: by a new read-only array, because a running program may still read the old one; and the loop, which may still
+    have the old one, keeps its pages until it asks for tables."""
     server = Server()
     first, second = computed(server, prompt(10)), computed(server, prompt(10))
     server.insert(first, 10)
@@ -37,12 +40,65 @@ def test_duplicates_are_freed_once_and_the_table_is_replaced():
     before = old.tolist()
     server.insert(second, 10)
     new = second.page_tables["full"]
-    assert server.free() == free + 2
+    assert server.free() == free
+    for _ in range(2):
+        server.core.tables_were_read([first, second])
+        server.check()
+        assert server.free() == free + 2
     assert old.tolist() == before
     assert new.tolist() == [*first.page_tables["full"].tolist()[:2], before[2]]
     assert not old.flags.writeable
     assert not new.flags.writeable
     assert server.core.counters["duplicate_pages"] == 2
+
+
+def contents_of(server: Server, c: int, page_ids: np.ndarray) -> list[bytes]:
+    return [server.plane.device[c][page_id] for page_id in page_ids]
+
+
+@pytest.mark.parametrize("components", [(FULL,), (FULL, window(6)), (FULL, window(6), state())])
+@pytest.mark.parametrize("stable_tables", [False, True])
+def test_a_table_that_the_loop_kept_is_good_until_it_asks_for_another(components, stable_tables):
+    """What an engine needs whose tables only grow: others never get the pages that it still names."""
+    server = Server(*components, stable_tables=stable_tables, device_pages=12)
+    first, second = computed(server, prompt(10)), computed(server, prompt(10))
+    kept = second.page_tables
+    contents = {name: contents_of(server, c, kept[name]) for name, c in server.plane.numbers.items() if name in kept}
+    server.insert(first, 10)
+    server.insert(second, 10)
+    if stable_tables:
+        server.core.tables_were_read([second])
+        assert {name: table.tolist() for name, table in second.page_tables.items()} == {
+            name: table.tolist() for name, table in kept.items()
+        }
+    others = []
+    while isinstance(other := server.try_admit(prompt(4, 1000 * (len(others) + 1))), Lease):
+        server.compute(other, 4)  # takes and writes every page that is free
+        others.append(other)
+    assert others
+    for name, before in contents.items():
+        assert contents_of(server, server.plane.numbers[name], kept[name]) == before
+    for lease in (first, second, *others):
+        server.release(lease)
+    server.check_empty()
+
+
+def test_stable_tables_grow_and_lose_what_is_behind_the_window():
+    """The pages that are behind it are given back, and their ids are num_pages: no model step reads or writes there."""
+    server = Server(FULL, window(6), stable_tables=True)
+    first, second = computed(server, prompt(24)), computed(server, prompt(24))
+    server.insert(first, 24)
+    kept = {name: table.tolist() for name, table in second.page_tables.items()}
+    server.insert(second, 24)
+    server.decode(second, list(range(500, 520)))
+    tables = second.page_tables
+    assert tables["full"].tolist()[:6] == kept["full"]
+    num_pages = server.core.tiers.device[1].allocator.num_pages
+    now = [now for now, before in zip(tables["window"].tolist(), kept["window"], strict=False) if now != before]
+    assert now == [num_pages] * len(now)
+    server.release(first)
+    server.release(second)
+    server.check_empty()
 
 
 def test_pages_that_a_request_was_admitted_with_are_never_freed():

@@ -152,8 +152,8 @@ MUTATIONS = (
         "the tree's page is freed as the duplicate",
         Publishing,
         "_publish_full",
-        "device.allocator.free(table[pages])",
-        "device.allocator.free(theirs)",
+        "self._keep_duplicates(lease, c, table[pages])",
+        "self._keep_duplicates(lease, c, theirs)",
         {"mixture": ("full",)},
     ),
     Mutation(

@@ -142,7 +142,7 @@ def test_whoever_needs_the_bytes_has_to_wait(monkeypatch, guard):
     """Without the order of host pages some rank reads what is not there yet, or writes what is still read."""
     monkeypatch.setattr(HostPageOrder, guard, lambda self, page_ids: [])
     with pytest.raises(AssertionError, match="rank"):
-        total(range(8), 600)
+        total(range(40), 600)
 
 
 def test_only_the_clocks_of_stage_0_matter(monkeypatch):

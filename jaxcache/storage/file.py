@@ -22,8 +22,9 @@ from collections.abc import Iterator, Sequence
 from typing import final
 
 from jaxcache.storage.base import ObjectKey, Storage, flat_bytes
-from jaxcache.storage.folder import Folder, remove, transfer_all
+from jaxcache.storage.folder import Folder
 from jaxcache.storage.record import HEADER_BYTES, check, claimed_bytes, pack_header
+from jaxcache.storage.temporaries import remove, transfer_all
 
 EVICTIONS_PER_PUT = 16
 SCANS_PER_QUOTA = 16  # the folder is counted anew after writing this part of the quota, as others write too,

@@ -177,26 +177,6 @@ def test_processes_that_start_at_once_agree_on_the_secret(tmp_path):
 # What is left behind
 
 
-def temporary(storage: FileStorage, host: str, pid: int, age_seconds: float = 0.0) -> Path:
-    path = Path(storage.path, "temporary", f"{host}.{pid}.{'0' * 16}.7")
-    path.write_bytes(b"half a value")
-    then = time.time() - age_seconds
-    os.utime(path, (then, then))
-    return path
-
-
-def test_a_start_sweeps_what_dead_writers_left(storage, tmp_path):
-    dead = int(run_python("import os; print(os.getpid())").stdout)
-    Path(storage.path, "temporary", "note").write_text("not ours")
-    ours = folder.Folder(tmp_path / "any")._host
-    gone = [temporary(storage, ours, dead), temporary(storage, "f" * 16, os.getpid(), age_seconds=4000)]
-    kept = [temporary(storage, ours, os.getppid()), temporary(storage, "f" * 16, dead)]
-    FileStorage(storage.path)
-    assert [path.exists() for path in gone] == [False, False]
-    assert [path.exists() for path in kept] == [True, True]
-    assert Path(storage.path, "temporary", "note").exists()
-
-
 def test_nothing_is_left_in_peace(storage):
     assert put(storage, 1)
     assert put(storage, 1)

@@ -4,6 +4,8 @@
     get    open -> header + payload straight into the caller's buffer -> every bit checked -> True
                                                                   `-> bad: moved away, so that it can be replaced
 
+What has the name of a value and is no regular file (a link, a folder, a fifo, a socket) is bad too, and never followed.
+
 A process killed anywhere leaves at most a temporary, which the next start sweeps; never a wrong value.
 """
 
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import errno
 import heapq
 import logging
 import os
@@ -75,7 +78,7 @@ class FileStorage(Storage):
         return self._folder.path
 
     def exists(self, keys: Sequence[ObjectKey]) -> list[bool]:
-        return [os.access(self._path_of(key), os.F_OK) for key in keys]
+        return [_is_file(self._path_of(key)) for key in keys]
 
     def get(self, key: ObjectKey, buffer: memoryview) -> bool:
         payload = flat_bytes(buffer)
@@ -85,8 +88,8 @@ class FileStorage(Storage):
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except FileNotFoundError:
             return False
-        except OSError as error:
-            return self._fail("get_failures", error)
+        except OSError as error:  # a link or a socket, or the system refuses
+            return False if self._clear_way(path) else self._fail("get_failures", error)
         try:
             return self._judge(path, fd, key, payload)
         except OSError as error:
@@ -101,14 +104,14 @@ class FileStorage(Storage):
         self._count(puts=1)
         if self._quota_bytes is not None and num_bytes > self._quota_bytes:
             return self._fail("put_failures", OSError(f"{num_bytes=} exceeds {self._quota_bytes=}"))
-        if os.access(path, os.F_OK):
+        if _is_file(path):
             self._count(duplicates=1)
             return True
         self._count(used_bytes=num_bytes, writing_bytes=num_bytes, unscanned_bytes=num_bytes)
         is_new = False
         try:
             self._make_room()
-            is_new = self._folder.publish((pack_header(key, payload), payload), path)
+            is_new = self._publish((pack_header(key, payload), payload), path)
         except OSError as error:
             return self._fail("put_failures", error)
         finally:
@@ -132,6 +135,27 @@ class FileStorage(Storage):
     def _path_of(self, key: ObjectKey) -> str:
         return self._folder.value_path(self.object_name(key))
 
+    def _publish(self, parts: Sequence[bytes | memoryview], path: str) -> bool:
+        """False if there is a value already. OSError if none could be written."""
+        if self._folder.publish(parts, path):
+            return True
+        if self._clear_way(path) and self._folder.publish(parts, path):
+            return True
+        if not _is_file(path):
+            raise FileExistsError(errno.EEXIST, "something that is no file is in the way", path)
+        return False
+
+    def _clear_way(self, path: str) -> bool:
+        """Moves away what is at `path` if it is no regular file; whether it did."""
+        try:
+            status = os.lstat(path)
+        except OSError:
+            return False
+        if stat.S_ISREG(status.st_mode):
+            return False
+        self._count(corrupt=1)
+        return self._folder.discard(path, status)
+
     def _judge(self, path: str, fd: int, key: ObjectKey, payload: memoryview) -> bool:
         status = os.fstat(fd)
         verdict = _read(fd, status, key, payload)
@@ -141,8 +165,9 @@ class FileStorage(Storage):
                 with contextlib.suppress(OSError):  # another user's file: it ages
                     os.utime(fd)
         elif verdict is _Verdict.BAD:
-            is_gone = self._folder.discard(path, fd)
-            self._count(corrupt=1, used_bytes=-status.st_size if is_gone else 0)
+            is_gone = self._folder.discard(path, status)
+            is_counted = stat.S_ISREG(status.st_mode)
+            self._count(corrupt=1, used_bytes=-status.st_size if is_gone and is_counted else 0)
         return verdict is _Verdict.GOOD
 
     def _make_room(self) -> None:
@@ -210,6 +235,14 @@ class FileStorage(Storage):
         with self._lock:
             self._counters.update(changes)
             return {name: self._counters[name] for name in changes}
+
+
+def _is_file(path: str) -> bool:
+    """Whether a regular file is there, itself and not by a link."""
+    try:
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    except OSError:
+        return False
 
 
 def _read(fd: int, status: os.stat_result, key: ObjectKey, payload: memoryview) -> _Verdict:

@@ -16,6 +16,7 @@ import contextlib
 import errno
 import os
 import re
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from typing import final
 
@@ -50,30 +51,32 @@ class Folder:
         return f"{self._values}/{name[:2]}/{name}"
 
     def values(self) -> Iterator[tuple[int, int, str]]:
-        """(mtime in ns, bytes, path) of every value, in no order. About 6 us a file; skips what it cannot look at."""
+        """(mtime in ns, bytes, path) of every value, in no order. About 6 us a file; skips what is no regular file."""
         for shard in _shards():
             with contextlib.suppress(OSError), os.scandir(f"{self._values}/{shard}") as entries:
                 for entry in entries:
                     if _VALUE_NAME.fullmatch(entry.name) and entry.name.startswith(shard):
                         with contextlib.suppress(OSError):
                             status = entry.stat(follow_symlinks=False)
-                            yield status.st_mtime_ns, status.st_size, entry.path
+                            if stat.S_ISREG(status.st_mode):
+                                yield status.st_mtime_ns, status.st_size, entry.path
 
     def publish(self, parts: Sequence[bytes | memoryview], path: str) -> bool:
         """Makes a file of the parts appear at `path`, whole. False if there is one already. OSError if it cannot be."""
         return self._publish(parts, path, flush)
 
-    def discard(self, path: str, fd: int) -> bool:
-        """Removes the bad file at `path`, open as `fd`; False if another process did. A good one that has replaced it
-        meanwhile is put back: a reader in between misses, and none reads anything wrong."""
+    def discard(self, path: str, bad: os.stat_result) -> bool:
+        """Removes what is at `path` if `bad` describes it; False if another process did, or the system refuses. A good
+        value that has replaced it meanwhile is put back: a reader in between misses, and none reads anything wrong."""
         try:
             aside = self._temporaries.new_path()
             os.rename(path, aside)
         except OSError:
             return False
         try:
-            is_same = os.path.samestat(os.lstat(aside), os.fstat(fd))
-            return is_same or not _link(aside, path)
+            found = os.lstat(aside)
+            is_bad = os.path.samestat(found, bad) or not stat.S_ISREG(found.st_mode)
+            return is_bad or not _link(aside, path)
         except OSError:
             return False
         finally:

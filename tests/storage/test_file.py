@@ -195,7 +195,7 @@ def test_a_good_value_that_replaced_a_bad_one_survives(storage):
     try:
         os.unlink(path)
         assert put(storage, 1)
-        assert not storage._folder.discard(path, fd)
+        assert not storage._folder.discard(path, os.fstat(fd))
     finally:
         os.close(fd)
     assert get(storage, 1)

@@ -58,12 +58,16 @@ class FileStorage(Storage):
                  hit refreshes once a minute), 16 at most each time; None: no limit. A value above it is refused.
                  Several processes may exceed it by 64 MiB or quota / 16 each, whichever is more: after writing so
                  much, one `put` counts the folder anew, at about 6 us a file.
+    trust_folder: True also takes a folder that belongs to another user or that others may write to, who can then forge
+                 values; otherwise it is a StorageError.
     """
 
-    def __init__(self, path: str | os.PathLike[str], quota_bytes: int | None = None) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], quota_bytes: int | None = None, *, trust_folder: bool = False
+    ) -> None:
         if quota_bytes is not None and quota_bytes <= 0:
             raise ValueError(f"{quota_bytes=} must be positive")
-        self._folder = Folder(path)
+        self._folder = Folder(path, trust_folder)
         self.secret = self._folder.secret
         self._quota_bytes = quota_bytes
         self._evicting = threading.Lock()  # guards the victims

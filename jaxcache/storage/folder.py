@@ -8,6 +8,9 @@
 
 Any number of processes may share it, also across hosts; the filesystem must have hard links. Nothing but the secret is
 fsynced: a file torn by a power loss fails its check and is a miss.
+
+The check of a value finds accidents, not forgeries: a user who may write here can make a value say anything. So the
+folders above and the secret must belong to this user and be writable by no other, unless the caller trusts them all.
 """
 
 from __future__ import annotations
@@ -33,12 +36,14 @@ _VALUE_NAME = re.compile(r"[0-9a-f]{64}")
 
 @final
 class Folder:
-    """An opened folder, made if missing. StorageError names the path if it is foreign or cannot be read and written."""
+    """An opened folder, made if missing. StorageError names the path if it is foreign or cannot be read and written, or
+    if another user owns or may write to it, its folders or the secret; `trust_folder` lets that pass."""
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], trust_folder: bool) -> None:
         self.path = os.path.abspath(path)
         self._temporaries = Temporaries(os.path.join(self.path, "temporary"))
         self._values = os.path.join(self.path, "values")
+        self._check = _trust if trust_folder else check_owner
         try:
             self._claim()
             self._temporaries.sweep()
@@ -84,13 +89,18 @@ class Folder:
 
     def _claim(self) -> None:
         """Takes an empty or marked folder. The marker comes first: where anything of ours is, it is too."""
-        os.makedirs(self.path, 0o700, exist_ok=True)
+        self._make(self.path)
         marker = os.path.join(self.path, MARKER)
         if set(os.listdir(self.path)) - {"lost+found"} and not os.path.isfile(marker):
             raise FileExistsError(f"the folder is not empty and has no file {MARKER}: it belongs to something else")
         os.close(os.open(marker, os.O_WRONLY | os.O_CREAT, 0o600))
         for folder in (self._temporaries.path, self._values, *(f"{self._values}/{shard}" for shard in _shards())):
-            os.makedirs(folder, 0o700, exist_ok=True)
+            self._make(folder)
+
+    def _make(self, folder: str) -> None:
+        """Makes the folder if it is missing, and refuses one that others may have filled."""
+        os.makedirs(folder, 0o700, exist_ok=True)
+        self._check(folder, os.stat(folder))
 
     def _agree_on_secret(self) -> bytes:
         """The secret that the first engine has linked. Always offering one proves that writing and linking work."""
@@ -100,7 +110,8 @@ class Folder:
         except OSError as error:
             if error.errno not in VANISHED or not os.path.lexists(path):
                 raise
-        with _opened(path, os.O_RDONLY | os.O_NOFOLLOW) as fd:
+        with _opened(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK) as fd:
+            self._check(path, os.fstat(fd))
             secret = os.read(fd, SECRET_BYTES + 1)
         if len(secret) != SECRET_BYTES:
             raise OSError(f"{path} is damaged, and without it no value can be found: remove the folder")
@@ -115,6 +126,25 @@ class Folder:
                     if error.errno not in VANISHED or os.path.lexists(temporary):
                         raise
         raise FileNotFoundError(errno.ENOENT, f"others removed the file {MAX_WRITES} times before it was linked", path)
+
+
+def check_owner(path: str, status: os.stat_result) -> None:
+    """StorageError unless `status`, of a file or folder, says that this user owns it and no other may write to it."""
+    if status.st_uid != os.geteuid():
+        raise StorageError(
+            f"{path} belongs to user {status.st_uid}, who could forge values, and this process runs as user "
+            f"{os.geteuid()}: use a folder of your own, or pass trust_folder=True if you trust that user"
+        )
+    mode = stat.S_IMODE(status.st_mode)
+    if mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise StorageError(
+            f"{path} may be written by other users (mode {mode:04o}), who could forge values: use a new folder, "
+            f"or chmod -R go-w this one if nothing in it is theirs, or pass trust_folder=True if you trust them all"
+        )
+
+
+def _trust(path: str, status: os.stat_result) -> None:
+    """Takes any owner and any mode."""
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from typing import final
 
 from jaxcache.storage.base import ObjectKey, Storage, flat_bytes
-from jaxcache.storage.folder import Folder
+from jaxcache.storage.folder import FULL, Folder
 from jaxcache.storage.record import HEADER_BYTES, check, claimed_bytes, pack_header
 from jaxcache.storage.temporaries import remove, transfer_all
 
@@ -53,9 +53,12 @@ class _Verdict(enum.Enum):
 class FileStorage(Storage):
     """A file per value. StorageError, naming `path`, if the folder is foreign or cannot be read and written.
 
+    What was stored on a disk that is now full or read-only is still read: `put` says False where it cannot write.
+
     path:        a folder that is missing, empty, or was made by this class; made with mode 0700, files with 0600
     quota_bytes: the sum of file sizes that `put` keeps to by removing the values used longest ago (by mtime, which a
                  hit refreshes once a minute), 16 at most each time; None: no limit. A value above it is refused.
+                 A disk that is full before the quota is reached is treated like the quota.
                  Several processes may exceed it by 64 MiB or quota / 16 each, whichever is more: after writing so
                  much, one `put` counts the folder anew, at about 6 us a file.
     trust_folder: True also takes a folder that belongs to another user or that others may write to, who can then forge
@@ -114,8 +117,7 @@ class FileStorage(Storage):
         self._count(used_bytes=num_bytes, writing_bytes=num_bytes, unscanned_bytes=num_bytes)
         is_new = False
         try:
-            self._make_room()
-            is_new = self._publish((pack_header(key, payload), payload), path)
+            is_new = self._store((pack_header(key, payload), payload), path, num_bytes)
         except OSError as error:
             return self._fail("put_failures", error)
         finally:
@@ -138,6 +140,16 @@ class FileStorage(Storage):
 
     def _path_of(self, key: ObjectKey) -> str:
         return self._folder.value_path(self.object_name(key))
+
+    def _store(self, parts: Sequence[bytes | memoryview], path: str, num_bytes: int) -> bool:
+        """Publishes within the quota, and on a disk that is full before it is reached, in place of what is oldest."""
+        self._make_room()
+        try:
+            return self._publish(parts, path)
+        except OSError as error:
+            if error.errno not in FULL or not self._free(num_bytes):
+                raise
+        return self._publish(parts, path)
 
     def _publish(self, parts: Sequence[bytes | memoryview], path: str) -> bool:
         """False if there is a value already. OSError if none could be written."""
@@ -181,9 +193,23 @@ class FileStorage(Storage):
         with self._evicting:
             if self._needs_scan():
                 self._scan()
-            for _ in range(EVICTIONS_PER_PUT):
-                if self._fits() or not self._evict_oldest():
-                    break
+            if self._quota_bytes is not None:
+                self._evict_to(self._quota_bytes)
+
+    def _free(self, num_bytes: int) -> bool:
+        """Evicts so many bytes, a batch at most; whether anything left. Without a quota nothing leaves."""
+        if self._quota_bytes is None:
+            return False
+        with self._evicting:
+            before = self.stats()
+            self._evict_to(before["used_bytes"] - num_bytes)
+            return self.stats()["evicted"] > before["evicted"]
+
+    def _evict_to(self, used_bytes: int) -> None:
+        """Evicts, a batch at most, until no more is used. Called with `_evicting` held."""
+        for _ in range(EVICTIONS_PER_PUT):
+            if self.stats()["used_bytes"] <= used_bytes or not self._evict_oldest():
+                break
 
     def _fits(self) -> bool:
         return self._quota_bytes is None or self.stats()["used_bytes"] <= self._quota_bytes

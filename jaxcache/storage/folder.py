@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import re
 import stat
@@ -28,16 +29,21 @@ from jaxcache.storage.temporaries import Temporaries, flush, remove
 
 MARKER = "jaxcache-storage-1"
 SECRET_BYTES = 32
+PROBE_PREFIX = ".doctor-"  # of a folder in which `doctor` tries out the disk; left behind if it is killed
+FULL = (errno.ENOSPC, errno.EDQUOT)
 MAX_WRITES = 3  # of one value whose file others remove before it is linked
 VANISHED = (errno.ENOENT, errno.ESTALE)  # what calls on such a file give
+STILL_READABLE = (*FULL, errno.EROFS, *VANISHED)  # errors of a write after which what is there can be read
 
+_log = logging.getLogger(__name__)
 _VALUE_NAME = re.compile(r"[0-9a-f]{64}")
 
 
 @final
 class Folder:
     """An opened folder, made if missing. StorageError names the path if it is foreign or cannot be read and written, or
-    if another user owns or may write to it, its folders or the secret; `trust_folder` lets that pass."""
+    if another user owns or may write to it, its folders or the secret; `trust_folder` lets that pass. One that was
+    opened before may be on a disk that is full or read-only: it is opened, and writing gives the error."""
 
     def __init__(self, path: str | os.PathLike[str], trust_folder: bool) -> None:
         self.path = os.path.abspath(path)
@@ -45,9 +51,12 @@ class Folder:
         self._values = os.path.join(self.path, "values")
         self._check = _trust if trust_folder else check_owner
         try:
-            self._claim()
-            self._temporaries.sweep()
-            self.secret = self._agree_on_secret()
+            os.makedirs(self.path, 0o700, exist_ok=True)
+            self._check(self.path, os.stat(self.path))
+            is_claimed(self.path)
+            self._check_folders()
+            self._furnish()
+            self.secret = self._read_secret()
         except OSError as error:
             raise StorageError(f"{self.path} cannot be used as storage: {error}") from error
 
@@ -87,29 +96,37 @@ class Folder:
         finally:
             remove(aside)
 
-    def _claim(self) -> None:
-        """Takes an empty or marked folder. The marker comes first: where anything of ours is, it is too."""
-        self._make(self.path)
-        marker = os.path.join(self.path, MARKER)
-        if set(os.listdir(self.path)) - {"lost+found"} and not os.path.isfile(marker):
-            raise FileExistsError(f"the folder is not empty and has no file {MARKER}: it belongs to something else")
-        os.close(os.open(marker, os.O_WRONLY | os.O_CREAT, 0o600))
-        for folder in (self._temporaries.path, self._values, *(f"{self._values}/{shard}" for shard in _shards())):
-            self._make(folder)
+    def _furnish(self) -> None:
+        """Makes what is missing, the secret last: where there is one, all is there, and can at least be read.
 
-    def _make(self, folder: str) -> None:
-        """Makes the folder if it is missing, and refuses one that others may have filled."""
-        os.makedirs(folder, 0o700, exist_ok=True)
-        self._check(folder, os.stat(folder))
-
-    def _agree_on_secret(self) -> bytes:
-        """The secret that the first engine has linked. Always offering one proves that writing and linking work."""
-        path = os.path.join(self.path, "secret")
+        The marker comes first: where anything of ours is, it is too. Always offering a secret proves that writing and
+        linking work; the first one stays.
+        """
+        secret = os.path.join(self.path, "secret")
         try:
-            self._publish((os.urandom(SECRET_BYTES),), path, os.fsync)
+            marker = os.path.join(self.path, MARKER)
+            if not os.path.isfile(marker):
+                os.close(os.open(marker, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600))
+            for folder in self._folders():
+                os.makedirs(folder, 0o700, exist_ok=True)
+            self._temporaries.sweep()  # may free the room that the rest needs
+            self._publish((os.urandom(SECRET_BYTES),), secret, os.fsync)
         except OSError as error:
-            if error.errno not in VANISHED or not os.path.lexists(path):
+            if error.errno not in STILL_READABLE or not os.path.lexists(secret):
                 raise
+            _log.warning("%s: opened, but nothing could be written: %s", self.path, error)
+
+    def _folders(self) -> Iterator[str]:
+        return iter((self._temporaries.path, self._values, *(f"{self._values}/{shard}" for shard in _shards())))
+
+    def _check_folders(self) -> None:
+        """Those that are there; what is missing is made by this user."""
+        for folder in self._folders():
+            with contextlib.suppress(FileNotFoundError):
+                self._check(folder, os.stat(folder))
+
+    def _read_secret(self) -> bytes:
+        path = os.path.join(self.path, "secret")
         with _opened(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK) as fd:
             self._check(path, os.fstat(fd))
             secret = os.read(fd, SECRET_BYTES + 1)
@@ -126,6 +143,16 @@ class Folder:
                     if error.errno not in VANISHED or os.path.lexists(temporary):
                         raise
         raise FileNotFoundError(errno.ENOENT, f"others removed the file {MAX_WRITES} times before it was linked", path)
+
+
+def is_claimed(path: str) -> bool:
+    """Whether the folder is a storage already; False if it may become one. FileExistsError if it is something else."""
+    names = os.listdir(path)
+    if os.path.isfile(os.path.join(path, MARKER)):
+        return True
+    if any(name != "lost+found" and not name.startswith(PROBE_PREFIX) for name in names):
+        raise FileExistsError(f"the folder is not empty and has no file {MARKER}: it belongs to something else")
+    return False
 
 
 def check_owner(path: str, status: os.stat_result) -> None:

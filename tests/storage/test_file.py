@@ -118,21 +118,6 @@ def test_rights(mode, is_opened_before):
     assert "Permission denied" in said
 
 
-def test_a_read_only_filesystem_is_named(tmp_path, storage, monkeypatch):
-    real_open = os.open
-
-    def read_only(path, flags, *args, **kwargs):
-        if flags & os.O_ACCMODE != os.O_RDONLY:
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
-        return real_open(path, flags, *args, **kwargs)
-
-    monkeypatch.setattr(os, "open", read_only)
-    with pytest.raises(StorageError, match=f"{storage.path} .*Read-only"):
-        FileStorage(storage.path)
-    assert not put(storage, 1)
-    assert storage.stats()["put_failures"] == 1
-
-
 def test_a_filesystem_without_hard_links_is_named(tmp_path, monkeypatch):
     def refuse(source, path):
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), source)

@@ -318,10 +318,9 @@ def test_names_differ_after_a_fork(storage):
         from jaxcache.storage.temporaries import Temporaries
         own = Temporaries(sys.argv[1])
         own.new_path()
-        child = os.fork()
-        print(own.new_path(), flush=True)
-        if child:
+        if child := os.fork():
             os.waitpid(child, 0)
+        print(own.new_path(), flush=True)
     """
     names = run_python(code, str(folder_of(storage))).stdout.split()
     assert len(names) == len(set(names)) == 2

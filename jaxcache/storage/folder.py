@@ -104,9 +104,7 @@ class Folder:
         """
         secret = os.path.join(self.path, "secret")
         try:
-            marker = os.path.join(self.path, MARKER)
-            if not os.path.isfile(marker):
-                os.close(os.open(marker, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600))
+            os.close(os.open(os.path.join(self.path, MARKER), os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600))
             for folder in self._folders():
                 os.makedirs(folder, 0o700, exist_ok=True)
             self._temporaries.sweep()  # may free the room that the rest needs

@@ -184,10 +184,12 @@ def test_a_full_disk_evicts_once_per_put(tmp_path, monkeypatch):
     for i in range(40):
         assert put(storage, i)
         age(storage, i, seconds=3000 - i)
-    with monkeypatch.context() as patch:
-        refuse_writing(patch, errno.ENOSPC, ("pwritev",))
-        assert not put(storage, 40)
+    for code, num_evicted in ((errno.EIO, 0), (errno.EROFS, 0), (errno.ENOSPC, 1)):
+        with monkeypatch.context() as patch:
+            refuse_writing(patch, code, ("pwritev",))
+            assert not put(storage, 40)
+        assert storage.stats()["evicted"] == num_evicted
     stats = storage.stats()
-    assert (stats["evicted"], stats["put_failures"], stats["writing_bytes"]) == (1, 1, 0)
+    assert (stats["put_failures"], stats["writing_bytes"]) == (3, 0)
     assert not get(storage, 0)
     assert stats["used_bytes"] == 39 * FILE_BYTES

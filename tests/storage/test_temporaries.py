@@ -263,7 +263,7 @@ def test_a_sweep_between_making_and_locking_costs_a_new_file(storage, monkeypatc
 
     def flock_second(fd, operation):
         (path,) = (path for path in folder_of(storage).iterdir() if path.stat().st_ino == os.fstat(fd).st_ino)
-        if len(others) < 4:
+        if len(others) < 10:
             other = os.open(path, os.O_RDWR)
             others.append(other)
             flock(other, operation)
@@ -277,7 +277,7 @@ def test_a_sweep_between_making_and_locking_costs_a_new_file(storage, monkeypatc
     for fd in others[1::2]:
         os.close(fd)
     monkeypatch.undo()
-    assert len(others) == 4
+    assert len(others) == 10
     assert get(storage, 1)
     FileStorage(storage.path)
     assert not list(folder_of(storage).iterdir())

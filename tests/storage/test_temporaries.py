@@ -83,12 +83,13 @@ WRITER = """if True:
 def in_own_pid_namespace(num_processes_before: int, *command: str) -> list[str]:
     """Runs the command as process `num_processes_before + 2` of a new PID namespace."""
     script = "/bin/true;" * num_processes_before + ' "$@"; exit $?'
-    return ["unshare", "--map-root-user", "--pid", "--fork", "--mount-proc", "sh", "-c", script, "sh", *command]
+    unshare = ["unshare", "--map-root-user", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    return [*unshare, "sh", "-c", script, "sh", *command]
 
 
 def has_pid_namespaces() -> bool:
     try:
-        return subprocess.run(in_own_pid_namespace(0, "true"), capture_output=True).returncode == 0
+        return subprocess.run(in_own_pid_namespace(0, sys.executable, "-c", ""), capture_output=True).returncode == 0
     except FileNotFoundError:
         return False
 

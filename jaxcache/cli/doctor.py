@@ -158,36 +158,68 @@ def probe_pinned(device: Any) -> Finding:
 
 
 def probe_storage(path: Path) -> Finding:
-    """Puts, reads and puts again a probe value in a folder of its own inside `path`, or where `path` would be made.
+    """Opens the storage in `path`, if there is one, as serving would; then tries out the disk.
 
-    Opens what is in `path` already, as serving would; leaves nothing new behind.
+    Leaves nothing new behind. Killed, it leaves a folder .doctor-... in `path`, or where `path` would be made.
     """
+    from jaxcache.storage.base import StorageError
+    from jaxcache.storage.folder import PROBE_PREFIX, STILL_READABLE
+
+    only_readable = "what is stored can be read, but nothing can be written"
+    place = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
+    is_readable = False
+    try:
+        if place == path:
+            is_readable = open_storage(path)
+        with tempfile.TemporaryDirectory(prefix=PROBE_PREFIX, dir=place) as directory:
+            broken, milliseconds = try_out(directory)
+    except OSError as error:
+        cause = error.__cause__ if isinstance(error, StorageError) else error
+        if is_readable and isinstance(cause, OSError) and cause.errno in STILL_READABLE:
+            return Finding("storage", "warn", f"{path}: {only_readable}: {cause.strerror}")
+        reason = error.strerror or first_line(error)
+        if place != path:
+            reason = f"does not exist, and cannot be made in {place}: {reason}"
+        return Finding("storage", "FAIL", f"{path}: {reason}")
+    if is_readable and "write" in broken:
+        return Finding("storage", "warn", f"{path}: {only_readable}: a probe value of {PROBE_BYTES >> 20} MiB failed")
+    if broken:
+        return Finding("storage", "FAIL", f"{path}: in {place} a probe value failed to {', '.join(broken)}")
+    works = f"write, read, link; {PROBE_BYTES >> 20} MiB both ways {milliseconds:.1f} ms"
+    if place != path:
+        detail = f"does not exist yet; serving would make it in {place}, which works ({works}). If it should exist, "
+        return Finding("storage", "warn", f"{path}: {detail}check its name and the mount")
+    return Finding("storage", "ok", f"{path}: {works}")
+
+
+def open_storage(path: Path) -> bool:
+    """Whether there is a storage. OSError if there is one that cannot be opened, or if none may be made there."""
+    from jaxcache.storage.file import FileStorage
+    from jaxcache.storage.folder import check_owner, is_claimed
+
+    check_owner(str(path), path.stat())
+    if not is_claimed(str(path)):
+        return False
+    FileStorage(path).close()
+    return True
+
+
+def try_out(directory: str) -> tuple[list[str], float]:
+    """Puts, reads and puts again a probe value; what failed, and how long the first put and its reading took, in ms."""
     from jaxcache.storage.base import ObjectKey
     from jaxcache.storage.file import FileStorage
 
     key = ObjectKey(page_key=bytes(32), component="doctor", cell="probe")
     value, other, buffer = os.urandom(PROBE_BYTES), os.urandom(PROBE_BYTES), bytearray(PROBE_BYTES)
-    try:
-        place = next(folder for folder in (path, *path.parents) if folder.exists())
-        if place == path and any(path.iterdir()):
-            FileStorage(path).close()
-        with tempfile.TemporaryDirectory(prefix=".doctor-", dir=place) as directory:
-            storage = FileStorage(directory)
-            start = time.perf_counter()
-            written = storage.put(key, memoryview(value))
-            read = storage.get(key, memoryview(buffer)) and buffer == value
-            milliseconds = (time.perf_counter() - start) * 1e3
-            storage.put(key, memoryview(other))
-            kept = storage.get(key, memoryview(buffer)) and buffer == value
-            storage.close()
-    except OSError as error:
-        return Finding("storage", "FAIL", f"{path}: {error.strerror}" if error.strerror else first_line(error))
-    broken = [name for name, good in (("write", written), ("read", read), ("link", kept)) if not good]
-    if broken:
-        return Finding("storage", "FAIL", f"{path}: a probe value failed to {', '.join(broken)}")
-    return Finding(
-        "storage", "ok", f"{path}: write, read, link; {PROBE_BYTES >> 20} MiB both ways {milliseconds:.1f} ms"
-    )
+    storage = FileStorage(directory)
+    start = time.perf_counter()
+    written = storage.put(key, memoryview(value))
+    read = storage.get(key, memoryview(buffer)) and buffer == value
+    milliseconds = (time.perf_counter() - start) * 1e3
+    storage.put(key, memoryview(other))
+    kept = storage.get(key, memoryview(buffer)) and buffer == value
+    storage.close()
+    return [name for name, good in (("write", written), ("read", read), ("link", kept)) if not good], milliseconds
 
 
 def first_line(error: BaseException) -> str:

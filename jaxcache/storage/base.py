@@ -5,6 +5,7 @@ Losing a value is always allowed (a miss); returning a wrong one never is.
 
     one value missing, refused or damaged            False, and a counter
     the storage cannot be used, found when opening   StorageError
+    it can be read but not written (full, read-only) opened; `put` says False, and a counter
     the storage cannot be reached, found later       False, or StorageError from an engine that can tell (ask it later)
 """
 

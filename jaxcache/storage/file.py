@@ -4,6 +4,8 @@
     get    open -> header + payload straight into the caller's buffer -> every bit checked -> True
                                                                   `-> bad: moved away, so that it can be replaced
 
+What has the name of a value and is no regular file (a link, a folder, a fifo, a socket) is bad too, and never followed.
+
 A process killed anywhere leaves at most a temporary, which the next start sweeps; never a wrong value.
 """
 
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import errno
 import heapq
 import logging
 import os
@@ -22,8 +25,9 @@ from collections.abc import Iterator, Sequence
 from typing import final
 
 from jaxcache.storage.base import ObjectKey, Storage, flat_bytes
-from jaxcache.storage.folder import Folder, remove, transfer_all
+from jaxcache.storage.folder import FULL, Folder
 from jaxcache.storage.record import HEADER_BYTES, check, claimed_bytes, pack_header
+from jaxcache.storage.temporaries import remove, transfer_all
 
 EVICTIONS_PER_PUT = 16
 SCANS_PER_QUOTA = 16  # the folder is counted anew after writing this part of the quota, as others write too,
@@ -49,17 +53,24 @@ class _Verdict(enum.Enum):
 class FileStorage(Storage):
     """A file per value. StorageError, naming `path`, if the folder is foreign or cannot be read and written.
 
+    What was stored on a disk that is now full or read-only is still read: `put` says False where it cannot write.
+
     path:        a folder that is missing, empty, or was made by this class; made with mode 0700, files with 0600
     quota_bytes: the sum of file sizes that `put` keeps to by removing the values used longest ago (by mtime, which a
                  hit refreshes once a minute), 16 at most each time; None: no limit. A value above it is refused.
+                 A disk that is full before the quota is reached is treated like the quota.
                  Several processes may exceed it by 64 MiB or quota / 16 each, whichever is more: after writing so
                  much, one `put` counts the folder anew, at about 6 us a file.
+    trust_folder: True also takes a folder that belongs to another user or that others may write to, who can then forge
+                 values; otherwise it is a StorageError.
     """
 
-    def __init__(self, path: str | os.PathLike[str], quota_bytes: int | None = None) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], quota_bytes: int | None = None, *, trust_folder: bool = False
+    ) -> None:
         if quota_bytes is not None and quota_bytes <= 0:
             raise ValueError(f"{quota_bytes=} must be positive")
-        self._folder = Folder(path)
+        self._folder = Folder(path, trust_folder)
         self.secret = self._folder.secret
         self._quota_bytes = quota_bytes
         self._evicting = threading.Lock()  # guards the victims
@@ -74,7 +85,7 @@ class FileStorage(Storage):
         return self._folder.path
 
     def exists(self, keys: Sequence[ObjectKey]) -> list[bool]:
-        return [os.access(self._path_of(key), os.F_OK) for key in keys]
+        return [_is_file(self._path_of(key)) for key in keys]
 
     def get(self, key: ObjectKey, buffer: memoryview) -> bool:
         payload = flat_bytes(buffer)
@@ -84,8 +95,8 @@ class FileStorage(Storage):
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except FileNotFoundError:
             return False
-        except OSError as error:
-            return self._fail("get_failures", error)
+        except OSError as error:  # a link or a socket, or the system refuses
+            return False if self._clear_way(path) else self._fail("get_failures", error)
         try:
             return self._judge(path, fd, key, payload)
         except OSError as error:
@@ -100,14 +111,13 @@ class FileStorage(Storage):
         self._count(puts=1)
         if self._quota_bytes is not None and num_bytes > self._quota_bytes:
             return self._fail("put_failures", OSError(f"{num_bytes=} exceeds {self._quota_bytes=}"))
-        if os.access(path, os.F_OK):
+        if _is_file(path):
             self._count(duplicates=1)
             return True
         self._count(used_bytes=num_bytes, writing_bytes=num_bytes, unscanned_bytes=num_bytes)
         is_new = False
         try:
-            self._make_room()
-            is_new = self._folder.publish((pack_header(key, payload), payload), path)
+            is_new = self._store((pack_header(key, payload), payload), path, num_bytes)
         except OSError as error:
             return self._fail("put_failures", error)
         finally:
@@ -131,6 +141,37 @@ class FileStorage(Storage):
     def _path_of(self, key: ObjectKey) -> str:
         return self._folder.value_path(self.object_name(key))
 
+    def _store(self, parts: Sequence[bytes | memoryview], path: str, num_bytes: int) -> bool:
+        """Publishes within the quota, and on a disk that is full before it is reached, in place of what is oldest."""
+        self._make_room()
+        try:
+            return self._publish(parts, path)
+        except OSError as error:
+            if error.errno not in FULL or not self._free(num_bytes):
+                raise
+        return self._publish(parts, path)
+
+    def _publish(self, parts: Sequence[bytes | memoryview], path: str) -> bool:
+        """False if there is a value already. OSError if none could be written."""
+        if self._folder.publish(parts, path):
+            return True
+        if self._clear_way(path) and self._folder.publish(parts, path):
+            return True
+        if not _is_file(path):
+            raise FileExistsError(errno.EEXIST, "something that is no file is in the way", path)
+        return False
+
+    def _clear_way(self, path: str) -> bool:
+        """Moves away what is at `path` if it is no regular file; whether it did."""
+        try:
+            status = os.lstat(path)
+        except OSError:
+            return False
+        if stat.S_ISREG(status.st_mode):
+            return False
+        self._count(corrupt=1)
+        return self._folder.discard(path, status)
+
     def _judge(self, path: str, fd: int, key: ObjectKey, payload: memoryview) -> bool:
         status = os.fstat(fd)
         verdict = _read(fd, status, key, payload)
@@ -140,8 +181,9 @@ class FileStorage(Storage):
                 with contextlib.suppress(OSError):  # another user's file: it ages
                     os.utime(fd)
         elif verdict is _Verdict.BAD:
-            is_gone = self._folder.discard(path, fd)
-            self._count(corrupt=1, used_bytes=-status.st_size if is_gone else 0)
+            is_gone = self._folder.discard(path, status)
+            is_counted = stat.S_ISREG(status.st_mode)
+            self._count(corrupt=1, used_bytes=-status.st_size if is_gone and is_counted else 0)
         return verdict is _Verdict.GOOD
 
     def _make_room(self) -> None:
@@ -151,9 +193,23 @@ class FileStorage(Storage):
         with self._evicting:
             if self._needs_scan():
                 self._scan()
-            for _ in range(EVICTIONS_PER_PUT):
-                if self._fits() or not self._evict_oldest():
-                    break
+            if self._quota_bytes is not None:
+                self._evict_to(self._quota_bytes)
+
+    def _free(self, num_bytes: int) -> bool:
+        """Evicts so many bytes, a batch at most; whether anything left. Without a quota nothing leaves."""
+        if self._quota_bytes is None:
+            return False
+        with self._evicting:
+            before = self.stats()
+            self._evict_to(before["used_bytes"] - num_bytes)
+            return self.stats()["evicted"] > before["evicted"]
+
+    def _evict_to(self, used_bytes: int) -> None:
+        """Evicts, a batch at most, until no more is used. Called with `_evicting` held."""
+        for _ in range(EVICTIONS_PER_PUT):
+            if self.stats()["used_bytes"] <= used_bytes or not self._evict_oldest():
+                break
 
     def _fits(self) -> bool:
         return self._quota_bytes is None or self.stats()["used_bytes"] <= self._quota_bytes
@@ -209,6 +265,14 @@ class FileStorage(Storage):
         with self._lock:
             self._counters.update(changes)
             return {name: self._counters[name] for name in changes}
+
+
+def _is_file(path: str) -> bool:
+    """Whether a regular file is there, itself and not by a link."""
+    try:
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    except OSError:
+        return False
 
 
 def _read(fd: int, status: os.stat_result, key: ObjectKey, payload: memoryview) -> _Verdict:

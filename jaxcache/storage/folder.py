@@ -3,49 +3,60 @@
     path/
       jaxcache-storage-1      empty; its name says whose folder this is, and in which format. Always the first to appear
       secret                  32 random bytes, mode 0600, never replaced
-      temporary/              HOST.PID.ENGINE.COUNT: files being written, or taken out of the way
+      temporary/              files being written, or taken out of the way; see temporaries.py
       values/00 ... ff/       one file per value, under its 64 hex digits; appears complete, by link(2), or not at all
 
 Any number of processes may share it, also across hosts; the filesystem must have hard links. Nothing but the secret is
 fsynced: a file torn by a power loss fails its check and is a miss.
+
+The check of a value finds accidents, not forgeries: a user who may write here can make a value say anything. So the
+folders above and the secret must belong to this user and be writable by no other, unless the caller trusts them all.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import itertools
+import errno
+import logging
 import os
 import re
-import time
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from typing import final
 
 from jaxcache.storage.base import StorageError
+from jaxcache.storage.temporaries import Temporaries, flush, remove
 
 MARKER = "jaxcache-storage-1"
 SECRET_BYTES = 32
-STALE_SECONDS = 3600.0  # a temporary of another host, or of a process number in use again, is nobody's by then
+PROBE_PREFIX = ".doctor-"  # of a folder in which `doctor` tries out the disk; left behind if it is killed
+FULL = (errno.ENOSPC, errno.EDQUOT)
+MAX_WRITES = 3  # of one value whose file others remove before it is linked
+VANISHED = (errno.ENOENT, errno.ESTALE)  # what calls on such a file give
+STILL_READABLE = (*FULL, errno.EROFS, *VANISHED)  # errors of a write after which what is there can be read
 
-_TEMPORARY_NAME = re.compile(r"([0-9a-f]{16})\.([0-9]{1,9})\.[0-9a-f]{16}\.[0-9]+")
+_log = logging.getLogger(__name__)
 _VALUE_NAME = re.compile(r"[0-9a-f]{64}")
 
 
 @final
 class Folder:
-    """An opened folder, made if missing. StorageError names the path if it is foreign or cannot be read and written."""
+    """An opened folder, made if missing. StorageError names the path if it is foreign or cannot be read and written, or
+    if another user owns or may write to it, its folders or the secret; `trust_folder` lets that pass. One that was
+    opened before may be on a disk that is full or read-only: it is opened, and writing gives the error."""
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], trust_folder: bool) -> None:
         self.path = os.path.abspath(path)
-        self._temporary = os.path.join(self.path, "temporary")
+        self._temporaries = Temporaries(os.path.join(self.path, "temporary"))
         self._values = os.path.join(self.path, "values")
-        self._host = hashlib.blake2b(os.uname().nodename.encode(), digest_size=8).hexdigest()
-        self._engine = os.urandom(8).hex()
-        self._count = itertools.count()
+        self._check = _trust if trust_folder else check_owner
         try:
-            self._claim()
-            self.secret = self._agree_on_secret()
-            self._sweep()
+            os.makedirs(self.path, 0o700, exist_ok=True)
+            self._check(self.path, os.stat(self.path))
+            is_claimed(self.path)
+            self._check_folders()
+            self._furnish()
+            self.secret = self._read_secret()
         except OSError as error:
             raise StorageError(f"{self.path} cannot be used as storage: {error}") from error
 
@@ -54,97 +65,111 @@ class Folder:
         return f"{self._values}/{name[:2]}/{name}"
 
     def values(self) -> Iterator[tuple[int, int, str]]:
-        """(mtime in ns, bytes, path) of every value, in no order. About 6 us a file; skips what it cannot look at."""
+        """(mtime in ns, bytes, path) of every value, in no order. About 6 us a file; skips what is no regular file."""
         for shard in _shards():
             with contextlib.suppress(OSError), os.scandir(f"{self._values}/{shard}") as entries:
                 for entry in entries:
                     if _VALUE_NAME.fullmatch(entry.name) and entry.name.startswith(shard):
                         with contextlib.suppress(OSError):
                             status = entry.stat(follow_symlinks=False)
-                            yield status.st_mtime_ns, status.st_size, entry.path
+                            if stat.S_ISREG(status.st_mode):
+                                yield status.st_mtime_ns, status.st_size, entry.path
 
     def publish(self, parts: Sequence[bytes | memoryview], path: str) -> bool:
         """Makes a file of the parts appear at `path`, whole. False if there is one already. OSError if it cannot be."""
-        with self._written(parts) as temporary:
-            return _link(temporary, path)
+        return self._publish(parts, path, flush)
 
-    def discard(self, path: str, fd: int) -> bool:
-        """Removes the bad file at `path`, open as `fd`; False if somebody else did. A good one that has replaced it
-        meanwhile is put back: whoever asks in between misses, and nobody reads anything wrong."""
-        aside = self._temporary_path()
+    def discard(self, path: str, bad: os.stat_result) -> bool:
+        """Removes what is at `path` if `bad` describes it; False if another process did, or the system refuses. A good
+        value that has replaced it meanwhile is put back: a reader in between misses, and none reads anything wrong."""
         try:
+            aside = self._temporaries.new_path()
             os.rename(path, aside)
-            is_same = os.path.samestat(os.lstat(aside), os.fstat(fd))
-            return is_same or not _link(aside, path)
+        except OSError:
+            return False
+        try:
+            found = os.lstat(aside)
+            is_bad = os.path.samestat(found, bad) or not stat.S_ISREG(found.st_mode)
+            return is_bad or not _link(aside, path)
         except OSError:
             return False
         finally:
             remove(aside)
 
-    def _claim(self) -> None:
-        """Takes an empty or marked folder. The marker comes first: whoever sees anything of ours also sees it."""
-        os.makedirs(self.path, 0o700, exist_ok=True)
-        marker = os.path.join(self.path, MARKER)
-        if set(os.listdir(self.path)) - {"lost+found"} and not os.path.isfile(marker):
-            raise FileExistsError(f"the folder is not empty and has no file {MARKER}: it belongs to something else")
-        os.close(os.open(marker, os.O_WRONLY | os.O_CREAT, 0o600))
-        for folder in (self._temporary, self._values, *(f"{self._values}/{shard}" for shard in _shards())):
-            os.makedirs(folder, 0o700, exist_ok=True)
+    def _furnish(self) -> None:
+        """Makes what is missing, the secret last: where there is one, all is there, and can at least be read.
 
-    def _agree_on_secret(self) -> bytes:
-        """The secret that whoever came first has linked. Always offering one proves that writing and linking work."""
+        The marker comes first: where anything of ours is, it is too. Always offering a secret proves that writing and
+        linking work; the first one stays.
+        """
+        secret = os.path.join(self.path, "secret")
+        try:
+            os.close(os.open(os.path.join(self.path, MARKER), os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600))
+            for folder in self._folders():
+                os.makedirs(folder, 0o700, exist_ok=True)
+            self._temporaries.sweep()  # may free the room that the rest needs
+            self._publish((os.urandom(SECRET_BYTES),), secret, os.fsync)
+        except OSError as error:
+            if error.errno not in STILL_READABLE or not os.path.lexists(secret):
+                raise
+            _log.warning("%s: opened, but nothing could be written: %s", self.path, error)
+
+    def _folders(self) -> Iterator[str]:
+        return iter((self._temporaries.path, self._values, *(f"{self._values}/{shard}" for shard in _shards())))
+
+    def _check_folders(self) -> None:
+        """Those that are there; what is missing is made by this user."""
+        for folder in self._folders():
+            with contextlib.suppress(FileNotFoundError):
+                self._check(folder, os.stat(folder))
+
+    def _read_secret(self) -> bytes:
         path = os.path.join(self.path, "secret")
-        with self._written((os.urandom(SECRET_BYTES),)) as temporary:
-            with _opened(temporary, os.O_RDONLY) as fd:
-                os.fsync(fd)
-            _link(temporary, path)
-        with _opened(path, os.O_RDONLY | os.O_NOFOLLOW) as fd:
+        with _opened(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK) as fd:
+            self._check(path, os.fstat(fd))
             secret = os.read(fd, SECRET_BYTES + 1)
         if len(secret) != SECRET_BYTES:
             raise OSError(f"{path} is damaged, and without it no value can be found: remove the folder")
         return secret
 
-    def _sweep(self) -> None:
-        """Removes temporaries whose writer is gone: a dead process of this host, or anything old."""
-        with os.scandir(self._temporary) as entries:
-            for entry in entries:
-                if name := _TEMPORARY_NAME.fullmatch(entry.name):
-                    with contextlib.suppress(FileNotFoundError):
-                        age_seconds = time.time() - entry.stat(follow_symlinks=False).st_mtime
-                        gone = name[1] == self._host and not _is_alive(int(name[2]))
-                        if gone or age_seconds > STALE_SECONDS:
-                            remove(entry.path)
-
-    def _temporary_path(self) -> str:
-        return f"{self._temporary}/{self._host}.{os.getpid()}.{self._engine}.{next(self._count)}"
-
-    @contextlib.contextmanager
-    def _written(self, parts: Sequence[bytes | memoryview]) -> Iterator[str]:
-        """A temporary with the parts in it, closed, so that every error that writing can give has been given."""
-        path = self._temporary_path()
-        try:
-            with _opened(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as fd:
-                transfer_all(os.pwritev, fd, parts)
-            yield path
-        finally:
-            remove(path)
+    def _publish(self, parts: Sequence[bytes | memoryview], path: str, settle: Callable[[int], None]) -> bool:
+        for _ in range(MAX_WRITES):
+            with self._temporaries.written(parts, settle) as temporary:
+                try:
+                    return _link(temporary, path)
+                except OSError as error:
+                    if error.errno not in VANISHED or os.path.lexists(temporary):
+                        raise
+        raise FileNotFoundError(errno.ENOENT, f"others removed the file {MAX_WRITES} times before it was linked", path)
 
 
-def transfer_all(
-    call: Callable[[int, list[memoryview], int], int], fd: int, parts: Sequence[bytes | bytearray | memoryview]
-) -> None:
-    """Repeats `call` (os.preadv or os.pwritev) from offset 0 until all parts are through. OSError at an early end."""
-    rest = [memoryview(part) for part in parts]
-    offset = 0
-    while rest:
-        num_bytes = call(fd, rest, offset)
-        if not num_bytes:
-            raise OSError(f"the file ends at byte {offset}")
-        offset += num_bytes
-        while rest and num_bytes >= len(rest[0]):
-            num_bytes -= len(rest.pop(0))
-        if num_bytes:
-            rest[0] = rest[0][num_bytes:]
+def is_claimed(path: str) -> bool:
+    """Whether the folder is a storage already; False if it may become one. FileExistsError if it is something else."""
+    names = os.listdir(path)
+    if os.path.isfile(os.path.join(path, MARKER)):
+        return True
+    if any(name != "lost+found" and not name.startswith(PROBE_PREFIX) for name in names):
+        raise FileExistsError(f"the folder is not empty and has no file {MARKER}: it belongs to something else")
+    return False
+
+
+def check_owner(path: str, status: os.stat_result) -> None:
+    """StorageError unless `status`, of a file or folder, says that this user owns it and no other may write to it."""
+    if status.st_uid != os.geteuid():
+        raise StorageError(
+            f"{path} belongs to user {status.st_uid}, who could forge values, and this process runs as user "
+            f"{os.geteuid()}: use a folder of your own, or pass trust_folder=True if you trust that user"
+        )
+    mode = stat.S_IMODE(status.st_mode)
+    if mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise StorageError(
+            f"{path} may be written by other users (mode {mode:04o}), who could forge values: use a new folder, "
+            f"or chmod -R go-w this one if nothing in it is theirs, or pass trust_folder=True if you trust them all"
+        )
+
+
+def _trust(path: str, status: os.stat_result) -> None:
+    """Takes any owner and any mode."""
 
 
 @contextlib.contextmanager
@@ -166,23 +191,4 @@ def _link(source: str, path: str) -> bool:
         os.link(source, path)
     except FileExistsError:
         return False
-    return True
-
-
-def remove(path: str) -> None:
-    """Removes a file or an empty folder if it can."""
-    with contextlib.suppress(OSError):
-        try:
-            os.unlink(path)
-        except IsADirectoryError:
-            os.rmdir(path)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # somebody else's
     return True

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 from importlib import metadata
@@ -63,8 +65,90 @@ def test_mesh_that_is_none(text, capsys):
 def test_storage_leaves_nothing_behind(tmp_path, capsys):
     assert main(["doctor", "--storage", str(tmp_path)]) == 0
     assert lines(capsys.readouterr().out)["storage"].startswith(f"ok {tmp_path}: write, read, link")
-    assert main(["doctor", "--storage", str(tmp_path / "not" / "yet")]) == 0
     assert not list(tmp_path.iterdir())
+    (tmp_path / "lost+found").mkdir()  # an empty volume
+    assert main(["doctor", "--storage", str(tmp_path)]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["lost+found"]
+
+
+def test_storage_that_does_not_exist(tmp_path, capsys):
+    path = tmp_path / "not" / "yet"
+    assert main(["doctor", "--storage", str(path)]) == 0
+    said = lines(capsys.readouterr().out)["storage"]
+    assert said.startswith(f"warn {path}: does not exist yet; serving would make it in {tmp_path}, which works (write,")
+    assert said.endswith("check its name and the mount")
+    assert not list(tmp_path.iterdir())
+
+
+def test_storage_that_does_not_exist_and_cannot_be_made(tmp_path, capsys):
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    for path, reason in (
+        (Path("/proc/no/such/folder"), "does not exist, and cannot be made in /proc: "),
+        (tmp_path / "link", "No such file or directory"),
+        (tmp_path / "link" / "below", "does not exist, and cannot be made in "),
+    ):
+        assert main(["doctor", "--storage", str(path)]) == 1
+        assert f"doctor: storage: {path}: {reason}" in capsys.readouterr().err
+    assert not (tmp_path / "nothing").exists()
+
+
+@pytest.mark.parametrize("is_new", [True, False], ids=["new", "in use"])
+def test_a_killed_doctor_does_not_stop_serving(tmp_path, capsys, is_new):
+    code = """if True:
+        import os, pathlib, signal, sys
+        from jaxcache.cli import doctor
+        from jaxcache.storage.file import FileStorage
+        FileStorage.put = lambda self, key, buffer: os.kill(os.getpid(), signal.SIGKILL)
+        doctor.probe_storage(pathlib.Path(sys.argv[1]))
+    """
+    if not is_new:
+        FileStorage(tmp_path)
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    (left,) = (path.name for path in tmp_path.iterdir() if path.name.startswith(".doctor-"))
+    assert main(["doctor", "--storage", str(tmp_path)]) == 0
+    assert lines(capsys.readouterr().out)["storage"].startswith("ok")
+    assert not is_new or [path.name for path in tmp_path.iterdir()] == [left]  # it took no folder for itself
+    key, value, buffer = ObjectKey(bytes(32), "full", "cell"), b"value", bytearray(5)
+    storage = FileStorage(tmp_path)
+    assert storage.put(key, memoryview(value))
+    assert storage.get(key, memoryview(buffer))
+
+
+@pytest.mark.parametrize("is_new", [True, False], ids=["new", "in use"])
+def test_storage_that_others_may_write(tmp_path, capsys, is_new):
+    if not is_new:
+        FileStorage(tmp_path)
+    tmp_path.chmod(0o777)
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["doctor", "--storage", str(tmp_path)]) == 1
+    assert "may be written by other users (mode 0777)" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+    tmp_path.chmod(0o700)
+
+
+def test_storage_of_another_user(tmp_path, capsys, monkeypatch):
+    uid = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: uid + 1)
+    assert main(["doctor", "--storage", str(tmp_path)]) == 1
+    assert f"{tmp_path} belongs to user {uid}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS], ids=errno.errorcode.get)
+def test_storage_on_a_disk_that_takes_nothing(tmp_path, capsys, monkeypatch, code):
+    def refuse(*args):
+        raise OSError(code, os.strerror(code))
+
+    path = tmp_path / "storage"
+    FileStorage(path)
+    monkeypatch.setattr(os, "pwritev", refuse)
+    assert main(["doctor", "--storage", str(path)]) == 0
+    said = lines(capsys.readouterr().out)["storage"]
+    assert said == f"warn {path}: what is stored can be read, but nothing can be written: {os.strerror(code)}"
+    assert main(["doctor", "--storage", str(tmp_path)]) == 1  # nothing to read there
+    assert main(["doctor", "--storage", str(tmp_path / "new")]) == 1
+    assert os.strerror(code) in capsys.readouterr().err
+    assert [found.name for found in tmp_path.iterdir()] == ["storage"]
 
 
 def test_storage_in_use(tmp_path, capsys):
@@ -104,6 +188,17 @@ def test_storage_that_loses(broken, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(FileStorage, broken, lambda self, key, buffer: False)
     assert main(["doctor", "--storage", str(tmp_path)]) == 1
     assert "failed to " in capsys.readouterr().err
+
+
+def test_storage_in_use_that_takes_no_probe(tmp_path, capsys, monkeypatch):
+    """A disk with room for a secret, but not for a value: serving reads, and a quota frees room."""
+    FileStorage(tmp_path)
+    monkeypatch.setattr(FileStorage, "put", lambda self, key, buffer: False)
+    assert main(["doctor", "--storage", str(tmp_path)]) == 0
+    said = lines(capsys.readouterr().out)["storage"]
+    assert said.startswith(
+        f"warn {tmp_path}: what is stored can be read, but nothing can be written: a probe value of 1"
+    )
 
 
 def no_gpu() -> bool:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import errno
 import os
 import pickle
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -81,6 +83,49 @@ def swap_for_fifo(path: Path) -> None:
     os.mkfifo(path)
 
 
+def swap_for_socket(path: Path) -> None:
+    path.unlink()
+    here = os.getcwd()
+    os.chdir(path.parent)  # names of sockets are short
+    try:
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(path.name)
+    finally:
+        os.chdir(here)
+
+
+def swap_for_link(path: Path) -> None:
+    """To the very value, which would be a hit if it were followed."""
+    path.rename(path.parents[2] / "elsewhere")
+    path.symlink_to(path.parents[2] / "elsewhere")
+
+
+def swap_for_link_to_nothing(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.parents[2] / "nothing")
+
+
+def swap_for_link_to_itself(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path)
+
+
+def swap_for_link_to_a_folder(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.parent)
+
+
+NO_FILES: dict[str, Callable[[Path], object]] = {
+    "folder": swap_for_folder,
+    "full folder": swap_for_full_folder,
+    "fifo": swap_for_fifo,
+    "socket": swap_for_socket,
+    "link": swap_for_link,
+    "link to nothing": swap_for_link_to_nothing,
+    "link to itself": swap_for_link_to_itself,
+    "link to a folder": swap_for_link_to_a_folder,
+}
+
 FAULTS: dict[str, Callable[[Path], object]] = {
     "truncated payload": lambda path: os.truncate(path, HEADER_BYTES + 4999),
     "truncated header": lambda path: os.truncate(path, 100),
@@ -98,9 +143,7 @@ FAULTS: dict[str, Callable[[Path], object]] = {
     "pickle of that size": lambda path: path.write_bytes(
         pickle.dumps(Bomb(str(path.parents[2] / "boom"))).ljust(HEADER_BYTES + 5000)
     ),
-    "folder": swap_for_folder,
-    "full folder": swap_for_full_folder,
-    "fifo": swap_for_fifo,
+    **NO_FILES,
 }
 
 
@@ -120,6 +163,57 @@ def test_a_damaged_file_is_a_miss_and_can_be_replaced(files, fault):
     assert put(files, KEY, content(5000))
     assert get(files, KEY, 5000) == content(5000)
     assert not Path(files.path, "boom").exists()  # X13
+
+
+@pytest.mark.timeout(30)  # nothing blocks, also not on a fifo
+@pytest.mark.parametrize("fault", NO_FILES)
+def test_what_is_no_file_gives_way_to_a_put(files, fault):
+    assert put(files, KEY, content(5000))
+    (path,) = value_files(files)
+    NO_FILES[fault](path)
+    elsewhere, nothing = Path(files.path, "elsewhere"), Path(files.path, "nothing")
+    before = elsewhere.read_bytes() if elsewhere.exists() else None
+    assert files.exists([KEY]) == [False]
+    assert put(files, KEY, content(5000))
+    assert path.is_file()
+    assert not path.is_symlink()
+    assert get(files, KEY, 5000) == content(5000)
+    assert files.stats()["corrupt"] == 1
+    assert FileStorage(files.path).stats()["used_bytes"] == HEADER_BYTES + 5000
+    assert not nothing.exists()
+    assert before is None or elsewhere.read_bytes() == before  # never written through
+
+
+@pytest.mark.parametrize("fault", NO_FILES)
+def test_what_is_no_file_and_stays_is_a_failed_put(files, fault, monkeypatch):
+    assert put(files, KEY, content(5000))
+    (path,) = value_files(files)
+    NO_FILES[fault](path)
+
+    def refuse(*paths):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), *paths)
+
+    monkeypatch.setattr(os, "rename", refuse)
+    assert files.exists([KEY]) == [False]
+    assert get(files, KEY, 5000) is None
+    assert not put(files, KEY, content(5000))
+    assert files.stats()["put_failures"] == 1
+    assert os.path.lexists(path)
+
+
+def test_what_is_no_file_is_not_counted_and_not_evicted(files, caplog):
+    """It has no mtime that a hit refreshes, and a folder cannot be unlinked."""
+    assert put(files, KEY, content(5000))
+    (path,) = value_files(files)
+    swap_for_full_folder(path)
+    opened = FileStorage(files.path, quota_bytes=HEADER_BYTES + 5000)
+    assert opened.stats()["used_bytes"] == 0
+    for key in OTHERS:
+        assert put(opened, key, content(5000))
+    assert opened.stats()["eviction_failures"] == 0
+    assert opened.stats()["evicted"] == len(OTHERS) - 1
+    opened.clear()
+    assert (path / "junk").exists()  # not ours to remove
 
 
 @pytest.mark.parametrize("other", OTHERS, ids=["page key", "component", "cell"])

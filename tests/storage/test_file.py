@@ -88,7 +88,7 @@ def test_a_path_that_cannot_be_a_folder_is_named(tmp_path):
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="drops root's rights")
-@pytest.mark.parametrize("mode", [0o000, 0o333, 0o555], ids=["closed", "unreadable", "read-only"])
+@pytest.mark.parametrize("mode", [0o000, 0o300, 0o500], ids=["closed", "unreadable", "read-only"])
 @pytest.mark.parametrize("is_opened_before", [False, True], ids=["new", "opened before"])
 def test_rights(mode, is_opened_before):
     """In another process that is nobody, outside tmp_path, which is root's alone."""
@@ -118,21 +118,6 @@ def test_rights(mode, is_opened_before):
     assert "Permission denied" in said
 
 
-def test_a_read_only_filesystem_is_named(tmp_path, storage, monkeypatch):
-    real_open = os.open
-
-    def read_only(path, flags, *args, **kwargs):
-        if flags & os.O_ACCMODE != os.O_RDONLY:
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
-        return real_open(path, flags, *args, **kwargs)
-
-    monkeypatch.setattr(os, "open", read_only)
-    with pytest.raises(StorageError, match=f"{storage.path} .*Read-only"):
-        FileStorage(storage.path)
-    assert not put(storage, 1)
-    assert storage.stats()["put_failures"] == 1
-
-
 def test_a_filesystem_without_hard_links_is_named(tmp_path, monkeypatch):
     def refuse(source, path):
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), source)
@@ -140,6 +125,77 @@ def test_a_filesystem_without_hard_links_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "link", refuse)
     with pytest.raises(StorageError, match=str(tmp_path)):
         FileStorage(tmp_path / "storage")
+
+
+# Who may write there
+
+INSIDE = ["", "temporary", "values", "values/a7", "secret"]
+
+
+@pytest.mark.parametrize("inside", INSIDE)
+@pytest.mark.parametrize("mode", [0o020, 0o002, 0o022], ids=["group", "all", "both"])
+def test_what_other_users_may_write_is_refused(storage, inside, mode):
+    assert put(storage, 1)
+    path = Path(storage.path, inside)
+    path.chmod(path.stat().st_mode | mode)
+    said = (
+        rf"^{storage.path} cannot be used .*{path} may be written by other users \(mode 0\d\d\d\).*chmod.*trust_folder"
+    )
+    with pytest.raises(StorageError, match=said):
+        FileStorage(storage.path)
+    assert get(FileStorage(storage.path, trust_folder=True), 1)
+    path.chmod(path.stat().st_mode & ~mode)
+    assert get(FileStorage(storage.path), 1)
+
+
+def test_what_other_users_may_only_read_is_taken(storage):
+    for inside in INSIDE:
+        path = Path(storage.path, inside)
+        path.chmod(path.stat().st_mode | 0o055)
+    FileStorage(storage.path)
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o770])
+def test_an_empty_folder_that_others_may_write_is_refused_untouched(tmp_path, mode):
+    tmp_path.chmod(mode)
+    with pytest.raises(StorageError, match="may be written by other users"):
+        FileStorage(tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert put(FileStorage(tmp_path / "inside"), 1)  # only the folder itself counts
+    tmp_path.chmod(0o700)
+
+
+def test_the_folder_of_another_user_is_refused_untouched(tmp_path, storage, monkeypatch):
+    uid = os.geteuid()
+    (tmp_path / "empty").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "geteuid", lambda: uid + 1)
+        for path in (storage.path, str(tmp_path / "empty")):
+            said = f"{path} belongs to user {uid}, .* runs as user {uid + 1}: .*trust_folder=True"
+            with pytest.raises(StorageError, match=said):
+                FileStorage(path)
+            assert (path == storage.path) == bool(os.listdir(path))
+        FileStorage(storage.path, trust_folder=True)
+    FileStorage(storage.path)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="gives files away")
+@pytest.mark.parametrize("inside", INSIDE)
+def test_root_refuses_what_belongs_to_another_user(storage, inside):
+    path = Path(storage.path, inside)
+    os.chown(path, 65534, -1)
+    with pytest.raises(StorageError, match=f"{path} belongs to user 65534, .* runs as user 0"):
+        FileStorage(storage.path)
+    assert put(FileStorage(storage.path, trust_folder=True), 1)
+
+
+@pytest.mark.timeout(30)
+def test_a_secret_that_is_no_file_is_told(storage):
+    path = Path(storage.path, "secret")
+    path.unlink()
+    os.mkfifo(path, 0o600)
+    with pytest.raises(StorageError, match="secret"):
+        FileStorage(storage.path)
 
 
 # The secret
@@ -177,26 +233,6 @@ def test_processes_that_start_at_once_agree_on_the_secret(tmp_path):
 # What is left behind
 
 
-def temporary(storage: FileStorage, host: str, pid: int, age_seconds: float = 0.0) -> Path:
-    path = Path(storage.path, "temporary", f"{host}.{pid}.{'0' * 16}.7")
-    path.write_bytes(b"half a value")
-    then = time.time() - age_seconds
-    os.utime(path, (then, then))
-    return path
-
-
-def test_a_start_sweeps_what_dead_writers_left(storage, tmp_path):
-    dead = int(run_python("import os; print(os.getpid())").stdout)
-    Path(storage.path, "temporary", "note").write_text("not ours")
-    ours = folder.Folder(tmp_path / "any")._host
-    gone = [temporary(storage, ours, dead), temporary(storage, "f" * 16, os.getpid(), age_seconds=4000)]
-    kept = [temporary(storage, ours, os.getppid()), temporary(storage, "f" * 16, dead)]
-    FileStorage(storage.path)
-    assert [path.exists() for path in gone] == [False, False]
-    assert [path.exists() for path in kept] == [True, True]
-    assert Path(storage.path, "temporary", "note").exists()
-
-
 def test_nothing_is_left_in_peace(storage):
     assert put(storage, 1)
     assert put(storage, 1)
@@ -215,7 +251,7 @@ def test_a_good_value_that_replaced_a_bad_one_survives(storage):
     try:
         os.unlink(path)
         assert put(storage, 1)
-        assert not storage._folder.discard(path, fd)
+        assert not storage._folder.discard(path, os.fstat(fd))
     finally:
         os.close(fd)
     assert get(storage, 1)

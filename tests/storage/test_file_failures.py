@@ -5,13 +5,12 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import socket
 
 import pytest
 
 from jaxcache.storage.file import FileStorage
 from tests.storage.values import get_numbered as get
-from tests.storage.values import key_of, path_of, run_python
+from tests.storage.values import key_of, run_python
 from tests.storage.values import put_numbered as put
 
 
@@ -80,11 +79,3 @@ def test_a_folder_that_vanishes_is_a_miss(storage):
     assert not put(storage, 2)
     assert storage.exists([key_of(1)]) == [False]
     storage.clear()
-
-
-def test_a_socket_in_place_of_a_value_blocks_nobody(storage, monkeypatch):
-    path = path_of(storage, 1)
-    monkeypatch.chdir(os.path.dirname(path))  # names of sockets are short
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(os.path.basename(path))
-    assert not get(storage, 1)

@@ -240,9 +240,19 @@ class Cache:
         """
         return self.core.grow_all(leases, num_computed, num_new_tokens)
 
-    def insert(self, lease: Lease, num_computed: int, *, priority: int = 0, retain_steps: int = 0) -> None:
-        """Publishes the whole pages of what is computed, or will be by a model step that is dispatched.
+    def insert(
+        self,
+        lease: Lease,
+        num_computed: int,
+        *,
+        states: list[int] | tuple[int, ...] = (),
+        priority: int = 0,
+        retain_steps: int = 0,
+    ) -> None:
+        """Publishes the whole pages of what is computed by model steps that have been dispatched.
 
+        states:       positions of `lease.checkpoints` whose slots these model steps have written. Without, a recurrent
+                      state is not kept, which costs later hits (the counter `unwritten_states`)
         priority:     an int >= 0. With eviction_policy="priority" the lowest leaves first; a page has the highest that
                       it was ever inserted with. No other policy looks at it
         retain_steps: an int in [0, max_retain_steps]. What resuming at the published end needs stays on the device
@@ -250,7 +260,7 @@ class Cache:
                       otherwise the counter `retentions_refused` counts it
         Every process of a replica passes the same. Raises ValueError for anything else.
         """
-        self.core.insert(lease, num_computed, priority=priority, retain_steps=retain_steps)
+        self.core.insert(lease, num_computed, states=states, priority=priority, retain_steps=retain_steps)
 
     def release(self, lease: Lease) -> None:
         """Gives back what the lease holds; raises ValueError the second time."""

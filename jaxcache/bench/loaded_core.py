@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from jaxcache.config import CacheConfig
+from jaxcache.core.lease import Lease
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.core.radix_tree import Node
 from jaxcache.core.sequence import Sequence
@@ -15,6 +16,11 @@ from jaxcache.types import Wait
 
 FULL = ("full",)
 EVERY_KIND = ("full", "window", "state")
+
+
+def written(lease: Lease, end: int) -> tuple[int, ...]:
+    """The states up to `end` that are to be kept, all of which have been made."""
+    return tuple(position for position in lease.checkpoints if position <= end)
 
 
 class LoadedCore:
@@ -35,8 +41,8 @@ class LoadedCore:
         assert not isinstance(lease, Wait), f"{lease} {len(tokens)=}"
         for stop in sorted(lease.checkpoints):
             if lease.num_computed < stop < len(tokens):
-                core.insert(lease, stop)
-        core.insert(lease, len(tokens))
+                core.insert(lease, stop, states=(stop,))
+        core.insert(lease, len(tokens), states=written(lease, len(tokens)))
         core.release(lease)
 
     def path(self, tokens: np.ndarray) -> list[Node]:

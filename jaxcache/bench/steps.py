@@ -17,7 +17,7 @@ from collections.abc import Callable
 import numpy as np
 
 from jaxcache.bench.figure import Figure, Goal, figure
-from jaxcache.bench.loaded_core import EVERY_KIND, FULL, LoadedCore, random_tokens
+from jaxcache.bench.loaded_core import EVERY_KIND, FULL, LoadedCore, random_tokens, written
 from jaxcache.bench.measure import CPU, clock_cost_us
 from jaxcache.bench.reference_tree import ReferenceTree
 from jaxcache.bench.workload import Workload
@@ -137,7 +137,7 @@ class Scheduler:
         while running and running[0].num_left <= 0:
             request = running.popleft()
             assert request.lease is not None
-            core.insert(request.lease, request.num_computed)
+            core.insert(request.lease, request.num_computed, states=written(request.lease, request.num_computed))
             core.release(request.lease)
             finished.append(request)
         core.commit({})
@@ -150,7 +150,7 @@ class Scheduler:
                 core.grow(lease, request.num_computed, stop - request.num_computed)
                 request.num_computed = stop
                 if stop < end:  # a state is kept here: the core must hear of it
-                    core.insert(lease, stop)
+                    core.insert(lease, stop, states=written(lease, stop))
         core.take_plan()
         return finished
 
@@ -158,7 +158,8 @@ class Scheduler:
         """Their prompts are computed."""
         for request in newcomers:
             assert request.lease is not None
-            self.loaded.core.insert(request.lease, request.num_computed)
+            lease, end = request.lease, request.num_computed
+            self.loaded.core.insert(lease, end, states=written(lease, end))
 
     def serve_stripped(self, finished: list[Request]) -> None:
         datas = [bytes(request.sequence.data) for request in finished]

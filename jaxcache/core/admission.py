@@ -263,7 +263,7 @@ class Admission:
             earlier = lease._last_grid_point
             if earlier in lease.checkpoints:  # while decoding only the last grid point is kept
                 lease.checkpoints[last] = lease.checkpoints.pop(earlier)
-                lease._filled.pop(earlier, None)
+                lease._written.pop(earlier, None)
             else:
                 self._checkpoint(lease, point, last)
             lease._last_grid_point = last

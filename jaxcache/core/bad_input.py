@@ -74,7 +74,19 @@ def check_lists(leases: Any, num_computed: Any) -> None:
         raise RefusedValue(f"{len(leases)} leases, but {len(num_computed)} numbers of computed tokens")
 
 
-def check_wishes(core: PrefixCache, priority: Any, retain_steps: Any) -> None:
+def check_states(lease: Lease, states: Any, num_computed: int) -> None:
+    """Positions for which the lease has a slot, and which are computed."""
+    if not isinstance(states, (list, tuple)):
+        raise RefusedType(f"states must be a list of positions, not {type(states).__name__}")
+    for position in states:
+        if type(position) is not int or position not in lease.checkpoints or position > num_computed:
+            raise RefusedValue(
+                f"{position!r} is no position of a state that can have been written: {num_computed} tokens are "
+                f"computed, and lease.checkpoints is {dict(lease.checkpoints)}"
+            )
+
+
+def check_options(core: PrefixCache, priority: Any, retain_steps: Any) -> None:
     """What `insert` is asked for beyond publishing."""
     for name, value in (("priority", priority), ("retain_steps", retain_steps)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:

@@ -22,6 +22,7 @@ NUMBERS: dict[str, tuple[str, ...]] = {
     "grow": ("lease", "computed tokens", "new tokens"),
     "extend": ("lease", "tokens", "checksum of the new tokens"),
     "insert": ("lease", "published tokens", "node", "checksum of the published tokens"),
+    "state": ("lease", "position"),
     "options": ("lease", "priority", "retained steps"),
     "duplicates": ("lease", "pages given back"),
     "release": ("lease",),

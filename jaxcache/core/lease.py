@@ -31,13 +31,15 @@ class Lease:
     num_tokens:         how far its pages reach
     num_computed:       what the caller has reported as computed
     read_slot, write_slot: the recurrent state to read at first (None at 0 tokens); the one to write, and read later
+    checkpoints:        {position: slot}: if a chunk ends at this position, write its state to this slot as well, and
+                        name the position in `insert(states=...)`; `next_stop` says where chunks should end. Positions
+                        come and go with `admit`, `grow` and `insert`
     """
 
     __slots__ = (
         "_asked_in",
         "_computed_in",
         "_duplicates",
-        "_filled",
         "_last_grid_point",
         "_node",
         "_pin_tops",
@@ -50,6 +52,7 @@ class Lease:
         "_tables",
         "_tiers",
         "_window_starts",
+        "_written",
         "checkpoints",
         "device_tokens",
         "first_step",
@@ -96,9 +99,9 @@ class Lease:
         self._window_starts = [0] * len(tiers.components)  # no own pages of the table below this are there
         self._state_node: Node | None = None  # whose state it still reads
         self._stops: tuple[int, ...] = ()  # where prefill chunks end
-        self._filled: dict[int, None] = (
+        self._written: dict[int, None] = (
             {} if tiers.point is not None else NO_CHECKPOINTS
-        )  # checkpoints whose position was reported
+        )  # checkpoints that the caller has written
         self._last_grid_point: int | None = None
         self._quiet_end = -1  # growing up to here only moves numbers
         self._released = False

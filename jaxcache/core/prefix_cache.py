@@ -42,6 +42,8 @@ from jaxcache.core.ticket import Ticket
 from jaxcache.core.tiers import Tiers
 from jaxcache.types import Match, Outcome, Plan, PrefetchPolicy, TransferKind, Wait
 
+TokenPositions = list[int] | tuple[int, ...]
+
 
 class Uncomputed(NamedTuple):
     """What a lease has published up to `end` is computed in this version of the pools, or a later one."""
@@ -293,14 +295,23 @@ class PrefixCache:
         return self.growth.grow_all(leases, num_computed, num_new_tokens)
 
     @changes
-    def insert(self, lease: Lease, num_computed: int, *, priority: int = 0, retain_steps: int = 0) -> None:
+    def insert(
+        self,
+        lease: Lease,
+        num_computed: int,
+        *,
+        states: TokenPositions = (),
+        priority: int = 0,
+        retain_steps: int = 0,
+    ) -> None:
         """Publishes the whole pages of what is computed, and plans their backup. Publishing again changes nothing.
 
+        states: positions of `lease.checkpoints` whose slots the loop has written; others up to here are lost
         priority: at least this, for all that the lease has published; only eviction_policy="priority" looks at it
         retain_steps: what resuming at the published end needs stays on the device until so many steps have begun
         """
-        wishes = type(priority) is not int or type(retain_steps) is not int or priority != 0 or retain_steps != 0
-        if self.backbone is not None and not wishes and self.backbone.insert(lease, num_computed):
+        has_options = type(priority) is not int or type(retain_steps) is not int or priority != 0 or retain_steps != 0
+        if self.backbone is not None and not has_options and not states and self.backbone.insert(lease, num_computed):
             return
         num_computed = bad_input.count("num_computed", num_computed)
         bad_input.check_lease(self, lease, num_computed)
@@ -309,12 +320,17 @@ class PrefixCache:
             raise RefusedValue(
                 f"{num_computed=} but the sequence has {sequence.num_tokens} tokens: call sequence.extend first"
             )
-        if wishes:
-            bad_input.check_wishes(self, priority, retain_steps)
+        if has_options:
+            bad_input.check_options(self, priority, retain_steps)
+        if states != ():
+            bad_input.check_states(lease, states, num_computed)
         if num_computed > lease.num_computed:
             bad_input.check_may_run(self, lease)
             lease._computed_in = lease._asked_in + 1
         self.publishing.report(lease, num_computed)
+        for position in states:
+            lease._written[position] = None
+            self.planner.note("state", lease.id, position)
         if not self.config.caching or sequence.namespace.retired:
             if self.quotas is not None:
                 self.quotas.settle(lease)
@@ -326,8 +342,8 @@ class PrefixCache:
             self._uncomputed = Uncomputed(lease._computed_in, lease.id, lease._published)
         content = sequence.checksum(old_end, lease._published)
         self.planner.note("insert", lease.id, lease._published, lease._node.id, content)
-        if wishes:
-            self._wish(lease, priority, retain_steps)
+        if has_options:
+            self._set_options(lease, priority, retain_steps)
         if self.backups.on_insert:
             self.backups.after_insert(lease._node, old_end)
         if self.quotas is not None:
@@ -345,7 +361,7 @@ class PrefixCache:
                 if self.quotas is not None:
                     self.quotas.settle(lease)
 
-    def _wish(self, lease: Lease, priority: int, retain_steps: int) -> None:
+    def _set_options(self, lease: Lease, priority: int, retain_steps: int) -> None:
         raise_priority(self.tiers, lease._node, priority)
         if retain_steps:
             self.retentions.retain(lease, retain_steps)

@@ -27,14 +27,9 @@ class Publishing:
         self.stable_tables = tiers.config.stable_tables
 
     def report(self, lease: Lease, num_computed: int) -> None:
-        """The caller has computed up to here; a checkpoint counts only if the caller stopped at it."""
+        """The caller has computed up to here."""
         lease.num_computed = num_computed
-        tiers = self.tiers
-        if not tiers.partial:
-            return
-        if num_computed in lease.checkpoints:
-            lease._filled[num_computed] = None
-        if tiers.suffixes:
+        if self.tiers.suffixes:
             self._leave_behind(lease, num_computed)
 
     # ---- windows
@@ -219,8 +214,9 @@ class Publishing:
         tiers = self.tiers
         assert tiers.point is not None
         device = tiers.device[tiers.point]
-        if lease._filled.pop(position, False) is False:
+        if lease._written.pop(position, False) is False:
             device.allocator.free_one(slot)
+            self.counters["unwritten_states"] += 1
             return
         node = lease._node
         while node.parent is not None and node.start >= position:

@@ -160,11 +160,11 @@ class Replay:
         if self.moves_pages:
             self._step()  # what was planned to be loaded back is there
         self._compute(lease, len(tokens))
-        core.insert(lease, len(tokens))
+        self._insert(lease, len(tokens))
         if outputs is not None and core.grow(lease, len(tokens), len(outputs)):
             sequence.extend(outputs)
             self._compute(lease, len(tokens) + len(outputs))
-            core.insert(lease, len(tokens) + len(outputs))
+            self._insert(lease, len(tokens) + len(outputs))
         core.release(lease)
         if self.moves_pages:
             self._step()
@@ -173,7 +173,12 @@ class Replay:
         """Prefill stops where a state is to be kept."""
         for stop in sorted(lease.checkpoints):
             if lease.num_computed < stop < end:
-                self.core.insert(lease, stop)
+                self._insert(lease, stop)
+
+    def _insert(self, lease: Lease, end: int) -> None:
+        """With every state that is to be kept: all have been made."""
+        states = [position for position in lease.checkpoints if position <= end] if lease.checkpoints else ()
+        self.core.insert(lease, end, states=states)
 
     def _step(self) -> None:
         """Everything that was planned is done, and the next step begins with its outcomes."""

@@ -24,6 +24,7 @@ class Request:
         self.tickets: list[Ticket | None] = [None] * len(sequences)
         self.leases: list[Lease] = []
         self.num_computed = 0
+        self.written: list[int] = []  # where model steps ended since the last insert
         for sequence in sequences[1:]:  # equal tokens have equal keys: hashed once
             sequence.keys = sequences[0].keys
 

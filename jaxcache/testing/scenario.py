@@ -280,6 +280,7 @@ class Scenario:
         for plane, lease in zip(self.planes, request.leases, strict=True):
             plane.model_step(lease, step)
         request.num_computed = end
+        request.written.append(end)
 
     def _grow(self, request: Request) -> None:
         room = request.random.choice(self.chunk_tokens)
@@ -294,8 +295,10 @@ class Scenario:
         priority = retain_steps = 0
         if request.random.random() < self.wish_chance:
             priority, retain_steps = request.random.choice([0, 1, 5]), request.random.choice([0, 1, 5, 30])
+        states = [end for end in request.written if end in request.leases[0].checkpoints]
+        request.written.clear()
         for core, lease in zip(self.cores, request.leases, strict=True):
-            core.insert(lease, request.num_computed, priority=priority, retain_steps=retain_steps)
+            core.insert(lease, request.num_computed, states=states, priority=priority, retain_steps=retain_steps)
         for key in request.sequences[0].page_keys(request.num_computed // self.core.config.page_tokens):
             self.published[key] = None
 
@@ -326,6 +329,7 @@ class Scenario:
         for core, lease in zip(self.cores, request.leases, strict=True):
             core.release(lease)
         request.leases, request.tickets = [], [None] * len(self.cores)
+        request.written.clear()
         self.running.remove(request)
 
     def cancel(self, request: Request) -> None:

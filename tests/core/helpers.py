@@ -60,6 +60,7 @@ class Server:
         self.rank = VirtualRank(self.core, self.plane, lanes)
         self.namespace = self.core.new_namespace(model="test")
         self.agreed: Any = None
+        self.chunk_ends: dict[int, list[int]] = {}  # by lease id: where model steps ended
 
     def sequence(self, tokens: list[int], namespace: Namespace | None = None) -> Sequence:
         return self.core.sequence(tokens, namespace or self.namespace)
@@ -126,13 +127,16 @@ class Server:
             stop = lease.next_stop
             chunk_end = min(end, lease.num_tokens, end if stop is None else stop)
             self.plane.model_step(lease, model_step(self.core, lease.sequence, begin, chunk_end))
+            self.chunk_ends.setdefault(lease.id, []).append(chunk_end)
             if chunk_end < end:
                 assert self.core.grow(lease, chunk_end, end - chunk_end)
             begin = chunk_end
         self.check()
 
-    def insert(self, lease: Lease, num_computed: int) -> None:
-        self.core.insert(lease, num_computed)
+    def insert(self, lease: Lease, num_computed: int, **options: Any) -> None:
+        """With all states that were made on the way."""
+        ends = self.chunk_ends.get(lease.id, [])
+        self.core.insert(lease, num_computed, states=[end for end in ends if end in lease.checkpoints], **options)
         self.check()
 
     def release(self, lease: Lease) -> None:

@@ -23,19 +23,20 @@ def start(core: PrefixCache, tokens: list[int], namespace: Namespace) -> Lease:
     return lease
 
 
-def compute(core: PrefixCache, lease: Lease, **wishes: Any) -> None:
-    """Inserts the prompt in chunks that end where the lease says; the last one with `wishes`."""
+def compute(core: PrefixCache, lease: Lease, **options: Any) -> None:
+    """Inserts the prompt in chunks that end where the lease says; the last one with `options`."""
     total = lease.sequence.num_tokens
     while lease.num_computed < total:
         stop = lease.next_stop
         end = total if stop is None else min(total, stop)
-        core.insert(lease, end, **(wishes if end == total else {}))
+        states = [position for position in lease.checkpoints if position <= end]
+        core.insert(lease, end, states=states, **(options if end == total else {}))
 
 
-def serve(core: PrefixCache, tokens: list[int], namespace: Namespace, **wishes: Any) -> int:
+def serve(core: PrefixCache, tokens: list[int], namespace: Namespace, **options: Any) -> int:
     """Admit, compute, insert, release. Returns how many tokens were cached."""
     lease = start(core, tokens, namespace)
-    compute(core, lease, **wishes)
+    compute(core, lease, **options)
     core.release(lease)
     core.take_plan()
     return lease.num_cached_tokens

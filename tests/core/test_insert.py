@@ -7,6 +7,7 @@ import pytest
 
 from jaxcache.core.lease import Lease
 from jaxcache.core.radix_tree import Node
+from jaxcache.testing.model_step import model_step
 from jaxcache.types import Match, WritePolicy
 from tests.core.helpers import FULL, NEXT, Server, prompt, state, window
 
@@ -294,6 +295,47 @@ def test_of_the_states_passed_while_decoding_the_last_is_kept():
     server.release(lease)
     assert spans_with(server, lease.sequence.tokens.tolist(), 1) == [(0, 8), (8, 20)]
     assert server.match(lease.sequence.tokens.tolist()).num_tokens == 20
+
+
+def test_a_state_that_the_loop_does_not_say_it_has_written_is_not_published():
+    """A chunk that went past the position has left the slot as it was: anything may be in it."""
+    server = Server(FULL, state(4))
+    lease = server.admit(prompt(10))
+    assert dict(lease.checkpoints) == {8: 1}
+    server.plane.apply()
+    server.plane.model_step(lease, model_step(server.core, lease.sequence, 0, 10))  # not in two chunks
+    server.core.insert(lease, 8)
+    server.core.insert(lease, 10)
+    assert server.core.counters["unwritten_states"] == 1
+    assert server.match(prompt(8)).num_tokens == 0
+    server.release(lease)
+    server.check_empty()
+
+
+def test_a_state_may_be_told_of_later_than_it_was_made():
+    """`grow` says that more is computed, `insert` which slots were written."""
+    server = Server(FULL, state(4))
+    lease = server.admit(prompt(10))
+    server.compute(lease, 8)
+    assert server.core.grow(lease, 8, 2)
+    server.compute(lease, 10)
+    server.core.insert(lease, 10, states=[8])
+    assert server.match(prompt(8)).num_tokens == 8
+    server.release(lease)
+    server.check_empty()
+
+
+@pytest.mark.parametrize("states", [[4], [12], ["8"], [8.0], [8, 9], "8", None, 8])
+def test_states_that_cannot_have_been_written(states):
+    server = Server(FULL, state(4))
+    lease = server.admit(prompt(13), chunk=9)
+    server.compute(lease, 8)
+    server.core.grow(lease, 8, 5)
+    assert 12 in lease.checkpoints  # but it is not computed yet
+    digest = server.core.digest
+    with pytest.raises((ValueError, TypeError), match="state"):
+        server.core.insert(lease, 8, states=states)
+    assert (server.core.digest, lease.num_computed) == (digest, 8)
 
 
 @pytest.mark.parametrize("most", [1, 2, 4])

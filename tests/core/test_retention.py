@@ -116,7 +116,7 @@ def test_a_request_that_goes_on_keeps_its_newest_end_only():
     lease = server.admit(KEPT, chunk=32)
     for end in range(4, 17, 4):
         server.compute(lease, end)
-        server.core.insert(lease, end, retain_steps=50)
+        server.insert(lease, end, retain_steps=50)
         server.check()
     assert [held.node.end for held in server.core.retentions.live.values()] == [16]
     assert server.core.retentions.num_pages == [4, 2, 1]
@@ -131,7 +131,7 @@ def test_a_refused_end_leaves_the_earlier_one_kept():
     lease = server.admit(prompt(20))
     for end in (16, 20):
         server.compute(lease, end)
-        server.core.insert(lease, end, retain_steps=50)
+        server.insert(lease, end, retain_steps=50)
     assert [held.node.end for held in server.core.retentions.live.values()] == [16]
     assert server.core.counters["retentions_refused"] == 1
     server.release(lease)
@@ -154,7 +154,7 @@ def test_a_split_of_what_is_kept_changes_nothing():
     server = Server(*ALL, device_pages=40)
     keep(server, KEPT, 12)
     lease = start(server.core, [*KEPT[:8], *prompt(8, 7000)], server.namespace)
-    server.core.insert(lease, lease.num_computed)
+    server.insert(lease, lease.num_computed)
     server.check()
     server.release(lease)
     assert server.core.retentions.num_pages == [4, 2, 1]

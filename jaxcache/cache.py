@@ -331,12 +331,16 @@ class Cache:
         self.core.reset()
 
     @changes
-    def drop_device(self) -> DevicePools:
-        """After a failed donated step: forgets the device tier, keeps host memory, returns fresh pools."""
+    def forget_device(self) -> None:
+        """The device tier is empty from here on: its content is lost (a donated model step failed, an engine sleeps).
+
+        Host memory and storage stay. Running leases end, as if released; admit their requests again. Nothing is
+        allocated: go on with the pools that there are, or with those of `init_pools`.
+        """
         self._check_open()
-        self.core.drop_device()
+        self.core.forget_device()
         self.engine.discard_load_backs()
-        return self.init_pools()
+        self._pools_check.forget()
 
     def take_events(self) -> list[Event]:
         """What has come and gone on device and host since the last time, for a router that sends requests to prefixes.

@@ -262,24 +262,44 @@ def test_reset_then_serve(rig):
             check_equal(got, want(rig))
 
 
-def test_drop_device_then_serve_from_host(driver):
+def test_forgetting_the_device_then_serving_from_host(driver):
     """A model step failed after it was given the pools: they are gone, host memory serves on."""
     for array in jax.tree.leaves(driver.pools):
         array.delete()
     with pytest.raises(ValueError, match="stale pools"):
         driver.cache.step(driver.pools)
-    driver.pools = driver.cache.drop_device()
+    driver.cache.forget_device()
+    driver.pools = driver.cache.init_pools()
     got = driver.ask(PROMPT)
     assert got.hits == (0, 44, 0)
     check_equal(got, want(driver.rig))
 
 
-def test_drop_device_while_a_load_back_is_on_its_way(driver):
+def test_an_engine_that_sleeps_zeroes_its_pools_while_requests_run(driver):
+    """The device content goes away: running leases end, nothing is allocated, and no hit reads what is not there."""
+    lease = driver.cache.admit(driver.sequence(OTHER), len(OTHER))
+    driver.pools = jax.tree.map(lambda array: array * 0, driver.cache.apply(driver.pools))
+    kept = driver.pools
+    driver.cache.forget_device()
+    with pytest.raises(ValueError, match="was released"):
+        driver.cache.release(lease)
+    with pytest.raises(ValueError, match="was released"):
+        driver.cache.tables([lease], 32)
+    assert driver.cache.match(driver.sequence(PROMPT)).device_tokens == 0
+    assert free_pages(driver.cache)[0] == DEVICE_PAGES
+    got = driver.ask(PROMPT)
+    assert got.hits == (0, 44, 0)
+    check_equal(got, want(driver.rig))
+    assert kept is not driver.pools
+
+
+def test_forgetting_the_device_while_a_load_back_is_on_its_way(driver):
     driver.fill_device()
     lease = driver.cache.admit(driver.sequence(PROMPT), 1)
     driver.pools = driver.cache.apply(driver.pools)
     driver.cache.release(lease)
-    driver.pools = driver.cache.drop_device()
+    driver.cache.forget_device()
+    driver.pools = driver.cache.init_pools()
     for hits in ((0, 44, 0), (44, 0, 0)):
         got = driver.ask(PROMPT)
         assert got.hits == hits

@@ -10,6 +10,7 @@ after its full pages. A backup counts as done when it is planned (snapshot seman
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -35,8 +36,17 @@ class Copy(NamedTuple):
 class Backups:
     """Plans BACKUP, and tells `stores` what there is to store."""
 
-    def __init__(self, tiers: Tiers, planner: Planner, stores: Stores, backbone: Backbone | None, counters: Counters):
+    def __init__(
+        self,
+        tiers: Tiers,
+        planner: Planner,
+        stores: Stores,
+        backbone: Backbone | None,
+        counters: Counters,
+        drop_subtree: Callable[[Node], None],
+    ):
         self.tiers = tiers
+        self.drop_subtree = drop_subtree  # of a node that can go nowhere
         self.backbone = backbone
         self.planner = planner
         self.stores = stores
@@ -99,7 +109,7 @@ class Backups:
         if copies or c != self.tiers.full or victim.pages[self.tiers.host[c].index] is not None:
             self.tiers.drop(self.tiers.device[c], victim)
         else:
-            self.tiers.drop_subtree(victim)
+            self.drop_subtree(victim)
 
     def make_room_on_device(self, c: int, num_pages: int) -> bool:
         """Evicts device pages of component c until `num_pages` are free."""

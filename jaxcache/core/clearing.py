@@ -1,11 +1,12 @@
 """Forgetting everything at once, while transfers are in flight: reset, and what is left after the device was lost.
 
-Pages that a transfer in flight may still touch go to limbo, owned by nobody, until the transfers that were live then
-are quiet; all others are free at once.
+Host pages that a transfer in flight may still touch are freed when the transfers that were live then are quiet; device
+pages into which a load-back will still be scattered, when it has been. All others are free at once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
     from jaxcache.core.prefix_cache import PrefixCache
 
 
-class Limbo(NamedTuple):
-    """Pages to be freed once none of `transfer_ids` is live and `until_step` has come."""
+class DeferredFree(NamedTuple):
+    """Pages that belong to no node any more, to be freed once no transfer of these is live and the step has come."""
 
     transfer_ids: list[int]
     until_step: int
@@ -28,11 +29,15 @@ class Limbo(NamedTuple):
 
 
 class Clearing:
-    """limbo: pages on their way to being free."""
+    """deferred: pages on their way to being free."""
 
     def __init__(self, core: PrefixCache):
         self.core = core
-        self.limbo: list[Limbo] = []
+        self.deferred: list[DeferredFree] = []
+
+    def frees_device_pages(self) -> bool:
+        """Whether some of them are on the device."""
+        return any(residency.tier is Tier.DEVICE for deferred in self.deferred for residency, _ in deferred.pages)
 
     def clear_all(self) -> None:
         """reset: no node stays."""
@@ -46,7 +51,7 @@ class Clearing:
             core.tiers.log.restart(core.tiers.tree)
 
     def keep_host(self) -> None:
-        """drop_device: nodes stay that host memory holds down from the root; undispatched backups are lost."""
+        """forget_device: nodes stay that host memory holds down from the root; undispatched backups are lost."""
         core = self.core
         tiers = core.tiers
         lost = self._withdraw_plan()
@@ -65,12 +70,37 @@ class Clearing:
     def settle(self) -> None:
         """Frees what nobody touches any more."""
         live = self.core.live_transfers()
-        for limbo in self.limbo:
-            if limbo.until_step <= self.core.tiers.step and not any(id in live for id in limbo.transfer_ids):
-                for residency, page_ids in limbo.pages:
+        for deferred in self.deferred:
+            if deferred.until_step <= self.core.tiers.step and not any(id in live for id in deferred.transfer_ids):
+                for residency, page_ids in deferred.pages:
                     residency.allocator.free(page_ids)
-                limbo.pages.clear()
-        self.limbo = [limbo for limbo in self.limbo if limbo.pages]
+                deferred.pages.clear()
+        self.deferred = [deferred for deferred in self.deferred if deferred.pages]
+
+    def drop(self, top: Node) -> None:
+        """write_back: a device page that finds no room in host memory leaves with all below it.
+
+        Transfers that are decided and not quiet may still touch host pages of that: they are freed later.
+        """
+        tiers = self.core.tiers
+        below = {node.id: None for node in [top, *_children_first([top])]}
+        transfer_ids: list[int] = []
+        touched: dict[int, list[PageIds]] = {}
+        for id, owner in [*self.core.stores.live.items(), *self.core.prefetches.live.items()]:
+            mine = [held for held in owner.holds if held.node.id in below]
+            if not mine:
+                continue
+            transfer_ids.append(id)
+            for held in mine:
+                for page_ids in _held_pages(held, top):
+                    touched.setdefault(held.residency.index, []).append(page_ids)
+            owner.holds[:] = [held for held in owner.holds if held.node.id not in below]
+            tiers.let_go(mine)
+        tiers.touched = {index: np.concatenate(pages) for index, pages in touched.items()}
+        tiers.drop_subtree(top)
+        if tiers.held_back:
+            self.deferred.append(DeferredFree(transfer_ids, 0, tiers.held_back))
+        tiers.touched, tiers.held_back = {}, []
 
     def _withdraw_plan(self) -> dict[int, np.ndarray]:
         """Takes back what was planned and cannot happen now; returns the host pages that will never be filled."""
@@ -97,32 +127,50 @@ class Clearing:
         pinned = {(r.index, node.id) for node in nodes for r in tiers.residencies if node.pins[r.index]}
         for holds in holders:
             tiers.let_go(holds)
-        pages: list[tuple[Residency, PageIds]] = []
+        scattered = {
+            (held.residency.index, held.node.id): None
+            for loading in self.core.admission.loading
+            for held in loading.holds
+        }
+        pages: dict[Tier, list[tuple[Residency, PageIds]]] = {Tier.DEVICE: [], Tier.HOST: []}
         for node in nodes:
             for residency in tiers.residencies:
                 if node.pages[residency.index] is None:
                     continue
                 if residency.tier is Tier.DEVICE or node.id not in kept or not _in_host(residency, node, lost):
                     page_ids = residency.take(node)
-                    if (residency.index, node.id) in pinned:
-                        pages.append((residency, page_ids))
+                    if (residency.index, node.id) in (scattered if residency.tier is Tier.DEVICE else pinned):
+                        pages[residency.tier].append((residency, page_ids))
                     else:
                         residency.allocator.free(page_ids)
             holds_nothing = not node.children and all(entry is None for entry in node.pages)
             if node.id not in kept or (tiers.full is None and holds_nothing):
                 tiers.tree.remove(node)
         for holds in holders:
-            holds[:] = [held for held in holds if held.node.parent is not None]
+            # What stays is in host memory from the root down, and needs nothing on the device above it.
+            holds[:] = [held for held in holds if held.node.parent is not None and held.residency.tier is Tier.HOST]
             for held in holds:
                 held.residency.pin_up(held.node, held.top)
-        if pages:
-            self.limbo.append(Limbo(self.core.live_transfers(), tiers.step + 1, pages))
+        for transfer_ids, deferred in (([], pages[Tier.DEVICE]), (self.core.live_transfers(), pages[Tier.HOST])):
+            if deferred:
+                self.deferred.append(DeferredFree(transfer_ids, tiers.step + 1, deferred))
         tiers.tree.version += 1
 
     def _holders(self) -> list[list[Hold]]:
         core = self.core
         owners = [*core.stores.live.values(), *core.prefetches.live.values(), *core.admission.loading]
         return [owner.holds for owner in owners]
+
+
+def _held_pages(held: Hold, top: Node) -> Iterator[PageIds]:
+    """What a hold pins at and below `top`, by node."""
+    node = held.node
+    while node.end > held.top and node is not top.parent:
+        page_ids = node.pages[held.residency.index]
+        if page_ids is not None:
+            yield page_ids
+        assert node.parent is not None
+        node = node.parent
 
 
 def _in_host(residency: Residency, node: Node, lost: dict[int, np.ndarray]) -> bool:

@@ -32,7 +32,7 @@ NUMBERS: dict[str, tuple[str, ...]] = {
     "cancel": ("transfer",),
     "quiet": ("transfer",),
     "reset": (),
-    "drop_device": (),
+    "forget_device": (),
     "attach": ("checksum of the kind",),
     "detach": (),
     "cleared": (),

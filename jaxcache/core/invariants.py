@@ -96,9 +96,9 @@ def _check_residency(core: PrefixCache, residency: Residency, nodes: list[Node])
 
 
 def _held_elsewhere(core: PrefixCache, residency: Residency) -> list[np.ndarray]:
-    """Page ids that leases, tickets and limbo own."""
+    """Page ids that leases and tickets own, or that are to be freed later."""
     tiers = core.tiers
-    held = [pages for limbo in core.clearing.limbo for owner, pages in limbo.pages if owner is residency]
+    held = [pages for later in core.clearing.deferred for owner, pages in later.pages if owner is residency]
     c = residency.index % len(tiers.components)
     if residency in tiers.host:
         return held + [prefetch.pages[c] for prefetch in core.prefetches.live.values()]

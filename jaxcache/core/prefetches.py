@@ -183,8 +183,11 @@ class Prefetches:
             prefetch.progress = outcome.pages
             if outcome.done:
                 self._decide(prefetch, "transfer")
-        if prefetch.state is PrefetchState.DRAIN and outcome.quiet:
-            self._finish(prefetch)
+        if prefetch.state is PrefetchState.DRAIN:
+            if outcome.quiet:
+                self._finish(prefetch)
+            else:
+                self.tiers.let_go_of_device(prefetch.holds)
 
     def _commit_query(self, prefetch: Prefetch, outcome: Outcome) -> None:
         if not outcome.done:

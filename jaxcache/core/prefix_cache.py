@@ -40,7 +40,7 @@ from jaxcache.core.serving import Refusal, RefusedCall, RefusedType, RefusedValu
 from jaxcache.core.stores import Stores
 from jaxcache.core.ticket import Ticket
 from jaxcache.core.tiers import Tiers
-from jaxcache.types import Match, Outcome, Plan, PrefetchPolicy, TransferKind, Wait
+from jaxcache.types import Match, Outcome, Plan, PrefetchPolicy, Tier, TransferKind, Wait
 
 TokenPositions = list[int] | tuple[int, ...]
 
@@ -67,7 +67,9 @@ class PrefixCache:
         self.serving = Serving(self.leases)
         self.next_lease_id = 1
         self.backbone = Backbone(self) if Backbone.suffices(self.tiers) else None
-        self.backups = Backups(self.tiers, self.planner, self.stores, self.backbone, self.counters)
+        self.backups = Backups(
+            self.tiers, self.planner, self.stores, self.backbone, self.counters, lambda node: self.clearing.drop(node)
+        )
         self.admission = Admission(self.tiers, self.planner, self.backups, self.counters)
         self.publishing = Publishing(self.tiers, self.planner, self.counters)
         self.growth = Growth(self)
@@ -227,13 +229,16 @@ class PrefixCache:
         return Wait(reason)
 
     def is_busy(self) -> bool:
-        """Whether waiting could make room on the device: something runs, or is retained until some step."""
-        return self._runs() or bool(self.retentions.live)
+        """Whether waiting could make room on the device: something runs, is retained until some step, or on its way
+        back."""
+        return self._runs() or bool(self.retentions.live) or self.clearing.frees_device_pages()
 
     def _runs(self) -> bool:
         """Whether anything runs whose end could make room on the device (storage: only under write_back)."""
-        storage = self.tiers.writes_back and (self.prefetches.live or self.stores.live)
-        return bool(self.leases or self.admission.loading or storage)
+        if self.leases or self.admission.loading:
+            return True
+        owners = [*self.stores.live.values(), *self.prefetches.live.values()] if self.tiers.writes_back else ()
+        return any(held.residency.tier is Tier.DEVICE for owner in owners for held in owner.holds)
 
     def _admit(
         self, sequence: Sequence, prefix: Prefix, need: Need, num_new_tokens: int, ticket: Ticket | None
@@ -459,7 +464,7 @@ class PrefixCache:
             self.stores.exchanged()
             if self.prefetches.policy is PrefetchPolicy.TIMEOUT:
                 self.prefetches.expire(clock_ms)
-        if self.clearing.limbo:
+        if self.clearing.deferred:
             self.clearing.settle()
         self.stores.start()
         log = self.tiers.log
@@ -487,19 +492,21 @@ class PrefixCache:
     @changes
     def reset(self) -> None:
         """Forgets everything on device and host. Raises RuntimeError while leases are out."""
-        self._no_leases("reset")
+        if self.leases:
+            raise RefusedCall(f"reset needs every lease released first; held: {sorted(self.leases)[:8]}")
         self.retentions.release_all()
         self.clearing.clear_all()
         self.planner.note("reset")
 
     @changes
-    def drop_device(self) -> None:
-        """The device pages are lost (a donated step failed): keeps what host memory has."""
-        self._no_leases("drop_device")
+    def forget_device(self) -> None:
+        """What the device holds is lost (a donated step failed, an engine sleeps): keeps what host memory has.
+
+        Every lease ends, as if released; what it has published may be found again if it is in host memory.
+        """
+        for lease in list(self.leases.values()):
+            self.release(lease)
         self.retentions.release_all()
         self.clearing.keep_host()
-        self.planner.note("drop_device")
-
-    def _no_leases(self, what: str) -> None:
-        if self.leases:
-            raise RefusedCall(f"{what} needs every lease released first; held: {sorted(self.leases)[:8]}")
+        self._uncomputed = None
+        self.planner.note("forget_device")

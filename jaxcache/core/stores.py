@@ -1,7 +1,8 @@
 """What goes from host memory to storage: STORE transfers, in flight up to a cap; later ones queue, then are dropped.
 
 The same rule on every rank, driven by agreed outcomes only, so a slow storage can neither block the loop nor split
-the ranks. A STORE pins its host pages until it is quiet.
+the ranks. A STORE pins its host pages until it is quiet, and under write_back the device pages above them until it is
+decided.
 """
 
 from __future__ import annotations
@@ -129,6 +130,8 @@ class Stores:
         """What was believed stored, and what is being stored, may not be there."""
         self.believed.clear()
         self.live = {id: LiveStore(store.holds, {}) for id, store in self.live.items()}
+        for store in self.live.values():
+            self.tiers.let_go_of_device(store.holds)
 
     def forgotten(self) -> list[int]:
         """STOREs of which only quiet is awaited: whether they get further is of no interest."""
@@ -174,8 +177,10 @@ class Stores:
         return Move(name, np.concatenate(pages)[new], page_keys=tuple(keys[i] for i in new))
 
     def commit(self, store: int, outcome: Outcome) -> None:
-        """Lets the pages go when every rank is quiet."""
+        """Lets the pages go when every rank is quiet; those on the device when it is decided."""
         if not outcome.quiet:
+            if outcome.done:
+                self.tiers.let_go_of_device(self.live[store].holds)
             return
         holds, keys = self.live.pop(store)
         self.tiers.let_go(holds)

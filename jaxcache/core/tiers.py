@@ -11,6 +11,8 @@ from collections import deque
 from math import lcm
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from jaxcache.components.base import Component, Reach
 from jaxcache.config import CacheConfig
 from jaxcache.core.change_log import ChangeLog
@@ -21,7 +23,7 @@ from jaxcache.core.residency import RESIDENCIES, Residency
 from jaxcache.core.reuse_profile import ReuseProfile
 from jaxcache.core.tenant_residency import TENANT_RESIDENCIES
 from jaxcache.core.tenants import Groups, Tenants
-from jaxcache.types import Tier, WritePolicy
+from jaxcache.types import NO_PAGES, PageIds, Tier, WritePolicy
 
 MAX_EVICTIONS_REMEMBERED = 4096
 
@@ -85,6 +87,9 @@ class Tiers:
         # node id; residency index or first page; and what `Eviction` says: flat, since one is made for every eviction
         self.evictions: deque[tuple[Any, ...]] = deque(maxlen=MAX_EVICTIONS_REMEMBERED)
         self.num_evicted_pages = [0] * (2 * num)
+        # While something is dropped of which transfers still touch pages: these, by residency; and where they go.
+        self.touched: dict[int, PageIds] = {}
+        self.held_back: list[tuple[Residency, PageIds]] = []
 
     def _residencies(self, tier: Tier) -> list[Residency]:
         order = policy(self.config.eviction_policy)
@@ -150,6 +155,13 @@ class Tiers:
         for held in holds:
             held.residency.unpin_up(held.node, held.top, is_use)
 
+    def let_go_of_device(self, holds: list[Hold]) -> None:
+        """For a transfer that is decided, and not quiet yet: what it may still touch is in host memory."""
+        device = [held for held in holds if held.residency.tier is Tier.DEVICE]
+        if device:
+            holds[:] = [held for held in holds if held.residency.tier is not Tier.DEVICE]
+            self.let_go(device)
+
     def put(self, residency: Residency, node: Node, page_ids) -> None:
         residency.put(node, page_ids)
         self.tree.version += 1
@@ -158,13 +170,13 @@ class Tiers:
         """Frees an entry; the node goes too if nothing holds it any more."""
         index, full, pages = residency.index, self.full, node.pages
         page_ids = residency.take(node)
-        residency.allocator.free(page_ids)
+        self.free(residency, page_ids)
         self.num_evicted_pages[index] += len(page_ids)
         id, what = node.id, index
         if full is not None and pages[full] is None and pages[full + len(self.components)] is None:
             for other in self.partial_residencies:
                 if pages[other.index] is not None:
-                    other.allocator.free(other.take(node))
+                    self.free(other, other.take(node))
             id, what = node.parent.id, node.first_page  # pyright: ignore[reportOptionalMemberAccess]
             self.tree.remove(node)
         else:
@@ -172,6 +184,14 @@ class Tiers:
         self.evictions.append((id, what, residency, self.step, self.reason, self.lease_id))
         if full is None:
             self.prune(node)
+
+    def free(self, residency: Residency, page_ids: PageIds) -> None:
+        """Gives pages back, but for those that a transfer still touches."""
+        if self.touched:
+            is_touched = np.isin(page_ids, self.touched.get(residency.index, NO_PAGES))
+            self.held_back.append((residency, page_ids[is_touched]))
+            page_ids = page_ids[~is_touched]
+        residency.allocator.free(page_ids)
 
     def drop_subtree(self, node: Node) -> None:
         """Frees everything at and below a node, deepest first; nothing of it may be pinned."""

@@ -44,6 +44,11 @@ class Request:
         for sequence in self.sequences:
             sequence.extend(tokens)
 
+    def forget_lease(self) -> None:
+        """It was released, or has ended."""
+        self.leases, self.tickets = [], [None] * len(self.sequences)
+        self.written.clear()
+
     def prefetch(self, cores: list[PrefixCache]) -> None:
         self.tickets = [core.prefetch(sequence) for core, sequence in zip(cores, self.sequences, strict=True)]
 

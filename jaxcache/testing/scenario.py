@@ -144,13 +144,18 @@ class Scenario:
         for core in self.cores:
             core.reset()
 
-    def drop_device(self) -> None:
+    def forget_device(self) -> None:
+        """Those who run are to be admitted again; in a retired namespace they cannot be."""
         self.counts["lost_devices"] += 1
-        for request in list(self.running):
-            self.finish(request)
         for core, plane in zip(self.cores, self.planes, strict=True):
-            core.drop_device()
+            core.forget_device()
             plane.lose_device()
+        for request in reversed(self.running):
+            assert all(lease._released for lease in request.leases)
+            request.forget_lease()
+            if not request.sequences[0].namespace.retired:
+                self.waiting.insert(0, request)
+        self.running.clear()
 
     def attach(self) -> None:
         """Storage comes, or comes back."""
@@ -328,8 +333,7 @@ class Scenario:
     def _release(self, request: Request) -> None:
         for core, lease in zip(self.cores, request.leases, strict=True):
             core.release(lease)
-        request.leases, request.tickets = [], [None] * len(self.cores)
-        request.written.clear()
+        request.forget_lease()
         self.running.remove(request)
 
     def cancel(self, request: Request) -> None:

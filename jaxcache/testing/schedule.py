@@ -17,7 +17,7 @@ RATES = {  # how many of 1,000 steps have one
     "retract": 8,
     "cancel": 12,
     "reset": 2,
-    "drop_device": 2,
+    "forget_device": 2,
     "detach": 2,
     "attach": 40,
     "retire": 2,

@@ -184,6 +184,6 @@ def _accident(scenario: Scenario, rng: random.Random) -> None:
     if kind == 0:
         scenario.reset()
     elif kind == 1:
-        scenario.drop_device()
+        scenario.forget_device()
     else:
         scenario.retire(rng.randrange(2))

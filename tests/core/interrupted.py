@@ -198,7 +198,7 @@ def main(name: str, num_steps: int, one_of: int) -> None:
             scenario.clear_storage()
             scenario.core.attachment.change(None, None)
         if step % 25 == 24:
-            scenario.drop_device()
+            scenario.forget_device()
         if step % 40 == 39:
             scenario.reset()
         for request in list(scenario.waiting)[:1] if step % 5 == 0 else ():

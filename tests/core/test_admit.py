@@ -118,7 +118,7 @@ def test_a_hit_served_entirely_from_host_has_every_component():
     server = Server(FULL, window(6), state(), host_pages=32)
     server.prefill(prompt(24))
     server.plane.apply()
-    server.core.drop_device()
+    server.core.forget_device()
     server.plane.lose_device()
     lease = server.admit(prompt(30))
     assert (lease.num_cached_tokens, lease.host_tokens) == (24, 24)

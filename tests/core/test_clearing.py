@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from jaxcache.core import invariants
+from jaxcache.core.lease import Lease
 from jaxcache.core.prefetch import PrefetchState
-from jaxcache.types import Match, Outcome, TransferKind
+from jaxcache.types import Match, Outcome, TransferKind, Wait, WritePolicy
 from tests.core.helpers import FULL, Server, prompt, server_with_storage, state, window
 
 
@@ -28,17 +30,16 @@ def test_reset_frees_every_tier():
     server.check_empty()
 
 
-@pytest.mark.parametrize("call", ["reset", "drop_device"])
-def test_not_while_leases_are_out(call):
+def test_no_reset_while_leases_are_out():
     """S1: a lease is a promise."""
     server = Server(host_pages=32)
     server.prefill(prompt(16))
     lease = server.admit(prompt(17))
     with pytest.raises(RuntimeError, match="released first"):
-        getattr(server.core, call)()
+        server.core.reset()
     server.compute(lease, 17)
     server.release(lease)
-    getattr(server.core, call)()
+    server.core.reset()
     server.check()
 
 
@@ -114,12 +115,77 @@ def test_no_model_step_between_a_reset_and_the_scatter_that_was_on_its_way():
     server.check_empty()
 
 
+@pytest.mark.parametrize("write_policy", [WritePolicy.WRITE_THROUGH, WritePolicy.WRITE_BACK])
+def test_when_the_device_is_lost_running_leases_end(write_policy):
+    """Their promise cannot be kept. Nothing but host memory is there afterwards, and all of the device is free."""
+    server = Server(FULL, window(6), state(), host_pages=32, write_policy=write_policy)
+    server.prefill(prompt(24))
+    server.settle()
+    leases = [server.admit(prompt(25)), server.admit(prompt(12, 1000))]
+    server.plane.apply()
+    server.core.forget_device()
+    server.plane.lose_device()
+    server.check()
+    for lease in leases:
+        with pytest.raises(ValueError, match="was released"):
+            server.core.release(lease)
+        with pytest.raises(ValueError, match="was released"):
+            _ = lease.page_tables
+    assert all(r.allocator.num_free == r.allocator.num_pages for r in server.core.tiers.device)
+    assert not server.core.is_busy()
+    kept = 24 if write_policy is WritePolicy.WRITE_THROUGH else 0
+    assert server.match(prompt(24)) == Match(kept, 0, kept, 0, ())
+    assert server.prefill(prompt(25)) == kept
+    server.check_empty()
+
+
+@pytest.mark.parametrize("how", ["reset", "forget_device"])
+def test_device_pages_wait_for_nothing_but_the_device(how):
+    """A storage that hangs holds up host pages only; and what is on its way back makes the cache busy."""
+    server = server_with_storage(FULL, window(6), device_pages=8, write_policy=WritePolicy.WRITE_BACK)
+    server.prefill(prompt(20))
+    server.prefill(prompt(32, 1000))
+    server.step(0)
+    server.core.commit({})
+    assert server.core.stores.live and any(node_pins(server))
+    getattr(server.core, how)()
+    server.check()
+    assert server.core.stores.live
+    assert server.core.is_busy() == any(r.allocator.num_free < r.allocator.num_pages for r in server.core.tiers.device)
+    server.core.commit({})
+    assert all(r.allocator.num_free == r.allocator.num_pages for r in server.core.tiers.device)
+    assert not server.core.is_busy()
+    assert isinstance(server.try_admit(prompt(32, 2000)), Lease)
+
+
+def test_pages_on_their_way_back_make_the_cache_busy():
+    """Else the reference loop takes a request that waits for them for one that never fits."""
+    server = Server(device_pages=8, host_pages=32)
+    server.prefill(prompt(16))
+    server.flush_device()
+    server.settle()
+    server.release(server.admit(prompt(17)))
+    server.plane.apply()
+    server.core.reset()
+    assert server.free() < 8
+    assert server.core.is_busy()
+    assert isinstance(server.try_admit(prompt(32, 1000)), Wait)
+    server.core.commit({})
+    assert not server.core.is_busy()
+    server.plane.apply()
+    assert isinstance(server.try_admit(prompt(32, 1000)), Lease)
+
+
+def node_pins(server: Server) -> list[int]:
+    return [node.pins[0] for node in invariants.all_nodes(server.core)]
+
+
 def test_dropping_the_device_keeps_what_host_memory_has():
     """Design: after a failed donated step, requests come back and load what was backed up."""
     server = Server(FULL, window(6), state(), host_pages=32)
     server.prefill(prompt(24))
     server.plane.apply()
-    server.core.drop_device()
+    server.core.forget_device()
     server.plane.lose_device()
     server.check()
     assert server.match(prompt(24)) == Match(24, 0, 24, 0, ())
@@ -136,14 +202,14 @@ def test_dropping_the_device_loses_what_was_not_dispatched():
     server.settle()
     server.prefill(prompt(24))
     assert server.planned(TransferKind.BACKUP)
-    server.core.drop_device()
+    server.core.forget_device()
     server.plane.lose_device()
     server.check()
     assert not server.core.planner.transfers
     assert server.match(prompt(24)) == Match(16, 0, 16, 0, ())
     assert server.host_free() == 64 - 4
     server.release(server.admit(prompt(17)))
-    server.core.drop_device()
+    server.core.forget_device()
     server.plane.lose_device()
     server.check()
     assert server.free() == 32
@@ -180,7 +246,7 @@ def test_a_store_that_was_withdrawn_is_planned_again():
     server.plane.apply()
     server.core.commit({})
     assert server.planned(TransferKind.STORE)
-    server.core.drop_device()
+    server.core.forget_device()
     server.plane.lose_device()
     server.check()
     assert not server.planned(TransferKind.STORE)
@@ -196,7 +262,7 @@ def test_a_store_that_was_withdrawn_after_storage_had_gone_is_not():
     server.plane.apply()
     server.core.commit({})
     server.core.attachment.detach()
-    server.core.drop_device()
+    server.core.forget_device()
     server.plane.lose_device()
     server.settle()
     assert not server.storage.cells[0][0]

@@ -216,7 +216,7 @@ def test_without_the_device_host_memory_stays():
     server.prefill(prompt(24))
     server.plane.apply()
     before = held(server, Tier.HOST)
-    server.core.drop_device()
+    server.core.forget_device()
     server.plane.lose_device()
     server.check()
     assert not held(server)

@@ -164,7 +164,7 @@ def test_a_split_of_what_is_kept_changes_nothing():
     server.check_empty()
 
 
-@pytest.mark.parametrize("how", ["reset", "drop_device", "retire"])
+@pytest.mark.parametrize("how", ["reset", "forget_device", "retire"])
 def test_what_is_lost_or_retired_is_not_kept(how):
     """E7, S1: nothing is pinned that nobody can find."""
     server = Server(*ALL, device_pages=40, host_pages=40)

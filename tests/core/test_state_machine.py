@@ -164,12 +164,12 @@ class CoreMachine(RuleBasedStateMachine):
     # ---- accidents
 
     @precondition(lambda self: self.scenario.core.counters["admits"] > 8)
-    @rule(which=st.sampled_from(["reset", "drop_device", "retire 0", "retire 1"]))
+    @rule(which=st.sampled_from(["reset", "forget_device", "retire 0", "retire 1"]))
     def accident(self, which: str):
         if which == "reset":
             self.scenario.reset()
-        elif which == "drop_device":
-            self.scenario.drop_device()
+        elif which == "forget_device":
+            self.scenario.forget_device()
         else:
             self.scenario.retire(int(which[-1]))
 

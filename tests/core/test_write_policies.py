@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jaxcache.types import TransferKind, WritePolicy
+from jaxcache.types import Outcome, TransferKind, Wait, WritePolicy
 from tests.core.helpers import FULL, NEXT, Server, prompt, server_with_storage, state, window
 
 BACKUP, LOAD_BACK = TransferKind.BACKUP, TransferKind.LOAD_BACK
@@ -126,7 +126,7 @@ def test_backup_then_evict_then_reuse_in_one_step():
     lease = server.admit([*prompt(12), 77])  # loaded back to where the other's pages are being backed up
     assert lease.num_cached_tokens == 0  # its window ends at 16
     server.release(lease)
-    server.core.drop_device()
+    server.core.forget_device()
     server.plane.lose_device()
     server.settle()
     assert server.match(prompt(16)).host_tokens == 16
@@ -152,7 +152,7 @@ def test_a_split_while_the_copy_is_under_way_changes_nothing():
     server.plane.apply()
     for lease in leases:
         server.release(lease)
-    server.core.drop_device()
+    server.core.forget_device()
     server.plane.lose_device()
     lease = server.admit(prompt(20))
     assert lease.num_cached_tokens == 16
@@ -176,3 +176,48 @@ def test_a_host_tier_that_never_hits_shows():
     assert (counters["host_hit_tokens"], counters["backup_pages"]) == (0, 0)
     assert counters["prompt_tokens"] > 0
     assert server.core.tiers.host[0].num_resident == 0
+
+
+# ---- a storage that hangs
+
+
+def hanging_store(server: Server, num_prompts: int = 1) -> list[int]:
+    """write_back: the ends of prompts have left for host memory, and storage hangs on what is written of them."""
+    for i in range(num_prompts):
+        server.prefill(prompt(24, 1000 * (i + 1)))
+    server.prefill(prompt(16, 500_000))  # pushes the ends of the others off the device
+    server.step(0)
+    server.core.commit({})
+    stores = list(server.core.stores.live)
+    assert stores
+    server.plane.apply()
+    return stores
+
+
+@pytest.mark.parametrize("host_pages", [64, 4])
+@pytest.mark.parametrize("how", ["deadline", "detach"])
+def test_write_back_with_a_storage_that_hangs_makes_room_on_the_device(how, host_pages):
+    """A STORE that is decided holds host pages only, also where the device pages above have nowhere to go."""
+    server = server_with_storage(device_pages=8, host_pages=host_pages, write_policy=WritePolicy.WRITE_BACK)
+    stores = hanging_store(server)
+    host_free = server.host_free()
+    assert isinstance(server.try_admit(prompt(32, 9000)), Wait), "the path above what is stored is pinned"
+    assert server.core.is_busy()
+    if how == "detach":
+        server.core.attachment.detach()
+    else:
+        server.core.commit({store: Outcome(done=True, quiet=False) for store in stores})
+    server.check()
+    assert not server.core.is_busy()
+    lease = server.admit(prompt(32, 9000))
+    server.compute(lease, 32)
+    server.insert(lease, 32)
+    server.release(lease)
+    assert server.core.live_transfers() == stores
+    held = sum(len(pages) for later in server.core.clearing.deferred for _, pages in later.pages)
+    assert bool(held) == (host_pages == 4), "what could not stay is given back when storage lets go of it"
+    assert server.host_free() <= host_free
+    server.core.commit({store: Outcome(done=True, quiet=True) for store in stores})
+    server.check()
+    assert not server.core.clearing.deferred
+    server.check_empty()

@@ -1,0 +1,485 @@
+"""The random driver: a serving loop that does everything that a serving loop may do, and now and then what it must not.
+
+    step    begin_step -> requests come, wait, are admitted, cancelled -> grow -> apply -> model steps -> insert, release
+            every few calls: one owner for each page; every few steps: contents, longest match, events
+    finish  all ends, all is quiet, all is accounted for, all pages are free
+
+A run is a function of its seed alone.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from random import Random
+from typing import Any
+
+from jaxcache.types import PrefetchPolicy, Tier, WritePolicy
+from tests.independent.content import Text, demand
+from tests.independent.mistakes import make_mistake
+from tests.independent.pledges import Pledges
+from tests.independent.setting import Setting, draw
+from tests.independent.survey import Survey
+from tests.independent.world import Request, World
+
+CALLS_PER_LOOK = 100
+CALLS_PER_OWNERS = 25
+MAX_HISTORY = 12
+MAX_WAITING = 6
+MAX_STEPS_TO_END = 5000
+
+
+class Fuzzer:
+    """One run. seen: how often each interesting thing has happened."""
+
+    def __init__(self, seed: int):
+        self.rng = rng = Random(seed)
+        self.setting: Setting = draw(rng)
+        setting = self.setting
+        self.world = World(setting.components, setting.config, setting.num_ranks, rng)
+        self.core = self.world.core
+        self.page = setting.config.page_tokens
+        self.history: list[list[int]] = [self._words(setting.max_prompt) for _ in range(2)]
+        self.waiting: list[Request] = []
+        self.version = 0
+        self.spaces = [self._new_space() for _ in range(rng.choice((1, 2, 3)))]
+        self.pledges = Pledges()
+        self.seen: Counter[str] = Counter()
+        self._next_look = CALLS_PER_LOOK
+        self._next_owners = CALLS_PER_OWNERS
+        self._storages: list[dict[tuple[str, bytes], int]] = []
+        for rank in self.world.ranks:
+            rank.plane.fault_rate = setting.fault_rate
+        if setting.has_storage and any(rank.core.tiers.has_host for rank in self.world.ranks):
+            self._attach()
+
+    def run(self, num_calls: int) -> None:
+        while self.world.num_calls < num_calls:
+            self.step()
+        self.finish()
+
+    # ---- texts and namespaces
+
+    def _words(self, count: int) -> list[int]:
+        return [self.rng.randrange(self.setting.vocabulary) for _ in range(count)]
+
+    def _new_space(self) -> list[Any]:
+        self.version += 1
+        tenant = self.rng.choice(self.setting.tenants)
+        fields = {"weights_version": str(self.version), **({"tenant": tenant} if tenant else {})}
+        return self.world.namespaces(fields)
+
+    def _prompt(self) -> list[int]:
+        """The beginning of something that was there before, and something new, or part of something else."""
+        rng, page = self.rng, self.page
+        old = rng.choice(self.history)
+        cut = rng.randint(0, min(len(old), self.setting.max_prompt - 1))
+        if rng.random() < 0.6:
+            cut = cut // page * page
+        more = rng.randint(1, 3 * page)
+        tail = self._words(more) if rng.random() < 0.6 else rng.choice(self.history)[cut : cut + more]
+        return (old[:cut] + (tail or self._words(1)))[: self.setting.max_prompt]
+
+    def _remember(self, tokens: list[int]) -> None:
+        if len(self.history) < MAX_HISTORY:
+            self.history.append(tokens)
+        else:
+            self.history[self.rng.randrange(MAX_HISTORY)] = tokens
+
+    # ---- one iteration
+
+    def step(self) -> None:
+        world, rng = self.world, self.rng
+        if not self.core.plan_is_applied() and not self._may_commit_unapplied():
+            world.apply()
+        world.begin_step()
+        world.tick()
+        for _ in range(rng.randint(1, 4)):
+            self._something()
+            self._check_owners()
+        self._grow()
+        if rng.random() < 0.1:
+            return  # no model step in this iteration
+        world.apply()
+        self._look()
+        self._model_steps()
+        if rng.random() < 0.3:
+            world.apply()
+
+    def _may_commit_unapplied(self) -> bool:
+        """A planned load-back must be applied first: `commit` says so, and changes nothing."""
+        plans = [rank.core.planner.transfers for rank in self.world.ranks]
+        if any(transfer.kind.name == "LOAD_BACK" for transfer in plans[0]):
+            if self.rng.random() < 0.5:
+                self.world.refused("commit", (RuntimeError,), lambda _, rank: rank.core.commit({}))
+            return False
+        return self.rng.random() < 0.5
+
+    def _something(self) -> None:
+        rng = self.rng
+        dice = rng.random()
+        if dice < 0.25:
+            self._submit()
+        elif dice < 0.75:
+            self._admit()
+        elif dice < 0.83:
+            self._ask_again()
+        elif dice < 0.86 and self.world.running:
+            self._stop(rng.choice(list(self.world.running.values())))
+        elif dice < 0.90:
+            self._prefetch()
+        elif dice < 0.94:
+            make_mistake(self.world, rng, self.waiting, self.spaces)
+        elif dice < 0.98:
+            self.world.tick()
+        elif rng.random() < 0.4:
+            self._rare()
+
+    def _rare(self) -> None:
+        world, rng = self.world, self.rng
+        dice = rng.random()
+        if dice < 0.3:
+            self._retire()
+        elif dice < 0.4:
+            for request in list(world.running.values()):
+                world.release(request)
+            world.all("reset", lambda rank: rank.core.reset())
+            self.pledges.void()
+            self.seen["resets"] += 1
+        elif dice < 0.5:
+            world.forget_device()
+            self.pledges.void()
+            self.seen["lost devices"] += 1
+        elif dice < 0.7:
+            policies = tuple(PrefetchPolicy)
+            policy = rng.choice(policies)
+            world.all("change", lambda rank: rank.core.attachment.change(policy, None), policy)
+        elif dice < 0.75 and world.core.tiers.has_host and world.core.backups.policy is not WritePolicy.WRITE_BACK:
+            policy = rng.choice([policy for policy in WritePolicy if policy is not WritePolicy.WRITE_BACK])
+            world.all("change", lambda rank: rank.core.attachment.change(None, policy), policy)
+        elif self.core.attachment.attached:
+            self._detach_or_clear()
+        elif self.core.tiers.has_host and self.setting.has_storage:
+            self._attach()
+
+    def _retire(self) -> None:
+        """Old weights go; the same fields again are a new namespace, in which nothing can be found."""
+        place = self.rng.randrange(len(self.spaces))
+        old = self.spaces[place]
+        self.world.call("retire_namespace", old)
+        for rank, namespace in zip(self.world.ranks, old, strict=True):
+            rank.core.retire_namespace(namespace)
+        self.world.alike([None] * len(old))
+        self.pledges.void(old[0].digest)
+        self.seen["retirements"] += 1
+        self.spaces[place] = new = (
+            self.world.namespaces(old[0].fields) if self.rng.random() < 0.3 else self._new_space()
+        )
+        request = self.world.request(self.rng.choice(self.history), new, 0)
+        demand(self.world.match(request, None).num_tokens == 0, "match", "found what was retired")
+
+    # ---- storage
+
+    def _attach(self) -> None:
+        if not self._storages or self.rng.random() < 0.3:
+            self._storages = [{} for _ in self.world.ranks]
+        self.world.all("attach", lambda rank: rank.core.attachment.attach("dictionary"))
+        for rank, storage in zip(self.world.ranks, self._storages, strict=True):
+            rank.plane.storage = storage
+        self.seen["attached"] += 1
+
+    def _detach_or_clear(self) -> None:
+        if self.rng.random() < 0.5:
+            self.world.all("detach", lambda rank: rank.core.attachment.detach())
+            for rank in self.world.ranks:
+                rank.plane.storage = None
+            self.seen["detached"] += 1
+        else:
+            self.world.all("cleared", lambda rank: rank.core.attachment.cleared())
+            for storage in self._storages:
+                storage.clear()
+            self.seen["cleared"] += 1
+
+    def _prefetch(self) -> None:
+        asking = [request for request in self.waiting if request.tickets is None]
+        if asking:
+            self.world.prefetch(self.rng.choice(asking))
+
+    # ---- requests
+
+    def _submit(self) -> None:
+        rng = self.rng
+        if len(self.waiting) >= MAX_WAITING:
+            self._give_up(rng.choice(self.waiting))
+            return
+        request = self.world.request(self._prompt(), rng.choice(self.spaces), rng.choice((0, 1, 2 * self.page)))
+        self.waiting.append(request)
+        if rng.random() < 0.4:
+            self.world.match(request, None)
+        if rng.random() < 0.6:
+            self.world.prefetch(request)
+            request.patience = rng.choice((0, 2, 10))
+
+    def _give_up(self, request: Request) -> None:
+        if request.tickets is not None:
+            self.world.cancel(request)
+        self.waiting.remove(request)
+
+    def _ask_again(self) -> None:
+        """Looking changes nothing."""
+        if not self.waiting:
+            return
+        request = self.rng.choice(self.waiting)
+        before = self.core.digest
+        if self.rng.random() < 0.7:
+            self.world.match(request, self.rng.choice((None, 0, len(request.text) // 2)))
+        else:
+            self.world.call("explain", request)
+            explanation = self.core.explain(request.sequences[0])
+            found, tokens = explanation.found_tokens, len(request.text)
+            demand(found <= tokens and explanation.usable_tokens <= tokens, "match", explanation)
+        demand(self.core.digest == before, "match", "looking has changed something")
+
+    def _admit(self) -> None:
+        world, rng = self.world, self.rng
+        if not self.waiting or len(world.running) >= self.setting.num_running:
+            return
+        request = rng.choice(self.waiting)
+        request.patience -= 1
+        if request.tickets is not None and request.patience > 0 and not request.tickets[0].done:
+            return
+        cap = rng.choice((0, len(request.text) // 2)) if rng.random() < 0.1 else None
+        num_new = rng.choice((1, rng.randint(1, 3 * self.page), len(request.text)))
+        match, was_busy = world.match(request, cap), bool(world.running)
+        undecided = request.tickets is not None and not request.tickets[0].done
+        before, is_idle = self.first_state(), not self.core.is_busy() and not self.core.live_transfers()
+        answer = world.admit(request, num_new, cap)
+        if not answer:
+            self.seen[f"waits for {answer.reason}"] += 1
+            demand(undecided or self.first_state() == before, "wait", f"{answer} has changed something")
+            fits = is_idle and not undecided and answer.reason != "floors" and self._fits(num_new)
+            demand(not fits, "wait", f"{answer} though nothing runs and {num_new} tokens fit")
+            return
+        self.waiting.remove(request)
+        if not undecided:
+            self._check_hit(answer, match, was_busy)
+
+    def first_state(self) -> Any:
+        return self.world.first.state()
+
+    def _fits(self, num_new: int) -> bool:
+        """Whether an empty device has room for so many tokens."""
+        rank = self.world.first
+        pages = -(-num_new // self.page)
+        return all(c == rank.plane.state or pages <= rank.capacities[c] for c in range(rank.num_components))
+
+    def _check_hit(self, lease: Any, match: Any, was_busy: bool) -> None:
+        cached = lease.num_cached_tokens
+        demand(cached <= match.num_tokens, "hit", f"{lease} beyond {match}")
+        parts = lease.device_tokens + lease.host_tokens + lease.storage_tokens
+        demand(parts == cached, "hit", f"{lease}: {parts} tokens came from somewhere")
+        must = was_busy and self.setting.config.load_back_min_tokens == 1
+        demand(not must or cached == match.num_tokens, "hit", f"{lease} instead of {match}")
+        self.seen["hits"] += cached > 0
+        self.seen["host hits"] += lease.host_tokens > 0
+        self.seen["storage hits"] += lease.storage_tokens > 0
+
+    def _stop(self, request: Request) -> None:
+        """Releases a running request: it is over, or comes again with what it has."""
+        rng = self.rng
+        if rng.random() < 0.5:
+            self._publish(request)
+        self.pledges.released(request.lease.id)
+        self.world.release(request)
+        tokens = request.text.tokens[: self.setting.max_prompt]
+        self._remember(tokens)
+        if rng.random() < 0.3 and len(self.waiting) < MAX_WAITING and not request.sequences[0].namespace.retired:
+            again = request
+            if rng.random() < 0.5:
+                namespaces = [sequence.namespace for sequence in request.sequences]
+                again = self.world.request(tokens, namespaces, self.page)
+            again.end = len(again.text) + rng.randint(0, self.page)
+            self.waiting.append(again)
+            self.seen["retracted"] += 1
+
+    # ---- running requests
+
+    def _grow(self) -> None:
+        """Room for what the coming model step computes; somebody is released where there is none."""
+        world, rng = self.world, self.rng
+        deciders = []
+        for request in list(world.running.values()):
+            if request.leases is None or request.lease.first_step > world.step and rng.random() < 0.9:
+                continue
+            left = len(request.text) - request.n
+            if left > 0:
+                wanted = min(left, rng.randint(1, 3 * self.page))
+                if request.n + wanted > request.lease.num_tokens or rng.random() < 0.1:
+                    self._grow_one(request, wanted)
+            elif len(request.text) < request.end:
+                self._decode(request)
+                deciders.append(request)
+        deciders = [request for request in deciders if request.leases is not None]
+        if not deciders:
+            return
+        if rng.random() < 0.5:
+            have = world.grow_all(deciders)
+            demand(0 <= have <= len(deciders), "room", have)
+            if have < len(deciders):
+                self.seen["no room to grow"] += 1
+                self._stop(deciders[have] if rng.random() < 0.5 else rng.choice(deciders))
+        else:
+            for request in deciders:
+                if request.leases is not None:
+                    self._grow_one(request, 1)
+
+    def _decode(self, request: Request) -> None:
+        """One more token: the same after the same text, so that requests compute each other's pages."""
+        token = [request.text.at(len(request.text)) % self.setting.vocabulary]
+        request.text.extend(token)
+        for sequence in request.sequences:
+            sequence.extend(token)
+
+    def _grow_one(self, request: Request, wanted: int) -> None:
+        before = self.first_state()
+        if self.world.grow(request, wanted):
+            return
+        self.seen["no room to grow"] += 1
+        demand(self.core.digest == before[0], "room", "a grow that failed has changed something")
+        victim = self.rng.choice(list(self.world.running.values()))
+        self._stop(victim if self.rng.random() < 0.7 else request)
+
+    def _model_steps(self) -> None:
+        """All that run in one batch; what they have computed is published afterwards."""
+        world, rng = self.world, self.rng
+        computed = []
+        for request in list(world.running.values()):
+            lease = request.lease
+            if lease.first_step > world.step or rng.random() < 0.1:
+                continue
+            m = min(len(request.text), lease.num_tokens, request.n + rng.choice((1, 3 * self.page, 1000)))
+            if lease.next_stop is not None and rng.random() >= 0.03:
+                m = min(m, lease.next_stop)
+            if m > request.n:
+                world.model_step(request, m)
+            computed.append(request)
+        for request in computed:
+            if request.leases is None:
+                continue
+            over = request.n >= request.end
+            if rng.random() < (0.9 if over else 0.5):
+                self._publish(request)
+            if over and rng.random() < 0.8:
+                self._stop(request)
+
+    def _publish(self, request: Request) -> None:
+        """Up to what is computed, or a little less: but never to a checkpoint that was not written."""
+        lease, n = request.lease, request.n
+        if self.rng.random() < 0.1:
+            n = self.rng.randint(lease.num_computed, n)
+        if n in lease.checkpoints and n not in request.written:
+            return
+        wishes = {}
+        if self.rng.random() < 0.1:
+            wishes = {"priority": self.rng.randint(0, 3), "retain_steps": self.rng.choice((0, 3, 20))}
+        refused = self.core.counters["retentions_refused"]
+        self.world.insert(request, n, wishes)
+        if wishes.get("retain_steps") and self.core.counters["retentions_refused"] == refused:
+            self.pledges.made(self.world, request, wishes["retain_steps"])
+
+    # ---- looking
+
+    def _check_owners(self) -> None:
+        if self.world.num_calls >= self._next_owners:
+            self._next_owners = self.world.num_calls + CALLS_PER_OWNERS
+            self.world.check_owners()
+
+    def _look(self) -> None:
+        if self.world.num_calls < self._next_look:
+            return
+        self._next_look = self.world.num_calls + CALLS_PER_LOOK
+        survey = self.world.look()
+        self.pledges.check(survey, self.world.step)
+        self.seen["looks"] += 1
+        for request in self.rng.sample(self.waiting, min(2, len(self.waiting))):
+            self._check_match(survey, request)
+        tokens = self.rng.choice(self.history)
+        self._check_match(survey, self.world.request(tokens, self.rng.choice(self.spaces), 0))
+
+    def _check_match(self, survey: Survey, request: Request) -> None:
+        """The cache finds the longest prefix, and knows where it is."""
+        text: Text = request.text
+        cap = self.rng.choice((None, None, None, len(text) // 2, 0))
+        limit = len(text) - 1 if cap is None else min(cap, len(text) - 1)
+        found = survey.longest(text, limit)
+        is_blind = request.sequences[0].namespace.retired or not self.setting.config.caching
+        match = self.world.match(request, cap)
+        expected = (0, 0, 0) if is_blind else found
+        got = (match.num_tokens, match.device_tokens, match.num_tokens + match.unusable_tokens)
+        demand(got == tuple(expected), "match", f"{match}, but by brute force {expected} of {limit}")
+        demand(match.host_tokens == match.num_tokens - match.device_tokens, "match", match)
+        for branch in match.branch_points:
+            demand(match.num_tokens < branch <= got[2] and branch % self.setting.grid == 0, "match", match)
+
+    # ---- the end
+
+    def finish(self) -> None:
+        """Everything ends; then every token is accounted for, and every page is free."""
+        world = self.world
+        world.apply()
+        self._note_counters()
+        for request in list(world.running.values()):
+            self.pledges.released(request.lease.id)
+            world.release(request)
+        for request in list(self.waiting):
+            self._give_up(request)
+        steps = 0
+        while self.core.live_transfers() or self.core.stores.is_waiting or self.core.is_busy():
+            world.begin_step()
+            world.apply()
+            for rank in world.ranks:
+                rank.plane.hurry()
+            steps += 1
+            demand(steps < MAX_STEPS_TO_END, "end", f"{self.core.live_transfers()} do not end")
+        self._check_accounts()
+        world.look()
+        self._fill_device()
+        world.all("reset", lambda rank: rank.core.reset())
+        for _ in range(2):
+            world.apply()
+            world.begin_step()
+        world.look()
+        for rank in world.ranks:
+            sizes = rank.core.sizes()
+            demand(sizes[:2] == [0, 0] and sizes[2::3] == rank.capacities, "leak", f"{rank.core.counts()}")
+
+    def _check_accounts(self) -> None:
+        """Every token that ranks agreed to be in storage was used, or missing for one reason."""
+        counters = self.core.counters
+        unfulfilled = sum(count for name, count in counters.items() if name.startswith("unfulfilled_"))
+        agreed, used = counters["agreed_storage_tokens"], counters["storage_tokens_used"]
+        demand(agreed == used + unfulfilled, "accounts", f"{agreed=} {used=} {unfulfilled=}")
+
+    def _fill_device(self) -> None:
+        """One request as large as the device: everything unpinned has to leave for it."""
+        world = self.world
+        rank = world.first
+        run_pages = [rank.capacities[c] for c in range(rank.num_components) if c != rank.plane.state]
+        num_new = min(run_pages, default=4) * self.page
+        request = world.request(self._words(1), self.spaces[0], 0)
+        lease = world.admit(request, num_new, None)
+        if not lease:
+            demand(lease.reason == "floors" and bool(self.setting.config.tenants), "leak", f"{lease} in an empty cache")
+            return
+        world.apply()
+        world.look()
+        world.release(request)
+
+    def _note_counters(self) -> None:
+        for name, count in self.core.counters.items():
+            self.seen[name] += count
+        evicted = self.core.tiers.num_evicted_pages
+        half = len(evicted) // 2
+        self.seen["evicted on device"] += sum(evicted[:half])
+        self.seen["evicted on host"] += sum(evicted[half:])
+        self.seen[f"ranks {len(self.world.ranks)}"] += 1
+        self.seen[Tier.STORAGE.name] += bool(self._storages)

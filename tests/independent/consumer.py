@@ -24,10 +24,10 @@ class Consumer:
             places = {(event.tier, event.component, key) for key in event.page_keys}
             demand(len(places) == len(event.page_keys) > 0, "events", event)
             if isinstance(event, BlockRemoved):
-                demand(places <= self.there, "events", f"removed without having been stored: {event}")
+                demand(places <= self.there, "events", "removed without having been stored:", event)
                 self.there -= places
             else:
-                demand(not places & self.there, "events", f"stored twice: {event}")
+                demand(not places & self.there, "events", "stored twice:", event)
                 self._check_keys(event)
                 self.there |= places
 
@@ -38,4 +38,4 @@ class Consumer:
         demand(len(event.token_ids) == len(event.page_keys) * page, "events", event)
         for i, expected in enumerate(event.page_keys):
             key = sha256(key + event.token_ids[i * page : (i + 1) * page].tobytes()).digest()
-            demand(key == expected, "events", f"{event}: key {i}")
+            demand(key == expected, "events", event, "key", i)

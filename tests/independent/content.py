@@ -29,10 +29,10 @@ class Violation(AssertionError):
         self.check = check
 
 
-def demand(condition: bool, check: str, detail: object) -> None:
-    """detail is only turned into text when it is needed."""
+def demand(condition: bool, check: str, *details: object) -> None:
+    """details become text only if they are needed: most of the time that these tests take would go there."""
     if not condition:
-        raise Violation(check, str(detail))
+        raise Violation(check, " ".join(map(str, details)))
 
 
 def salt(component: str) -> int:

@@ -1,6 +1,6 @@
-"""The random driver: a serving loop that does everything that a serving loop may do, and now and then what it must not.
+"""The random driver: a serving loop that does everything that one may do, and now and then what it must not.
 
-    step    begin_step -> requests come, wait, are admitted, cancelled -> grow -> apply -> model steps -> insert, release
+    step    begin_step -> requests come, are admitted or cancelled -> grow -> apply -> model steps -> insert, release
             every few calls: one owner for each page; every few steps: contents, longest match, events
     finish  all ends, all is quiet, all is accounted for, all pages are free
 
@@ -38,7 +38,7 @@ class Fuzzer:
         self.world = World(setting.components, setting.config, setting.num_ranks, rng)
         self.core = self.world.core
         self.page = setting.config.page_tokens
-        self.history: list[list[int]] = [self._words(setting.max_prompt) for _ in range(2)]
+        self.history: list[list[int]] = [self._words(setting.max_prompt) for _ in range(6 if setting.is_calm else 2)]
         self.waiting: list[Request] = []
         self.version = 0
         self.spaces = [self._new_space() for _ in range(rng.choice((1, 2, 3)))]
@@ -72,6 +72,8 @@ class Fuzzer:
         """The beginning of something that was there before, and something new, or part of something else."""
         rng, page = self.rng, self.page
         old = rng.choice(self.history)
+        if rng.random() < (0.8 if self.setting.is_calm else 0.2):
+            return old + self._words(1)
         cut = rng.randint(0, min(len(old), self.setting.max_prompt - 1))
         if rng.random() < 0.6:
             cut = cut // page * page
@@ -82,7 +84,7 @@ class Fuzzer:
     def _remember(self, tokens: list[int]) -> None:
         if len(self.history) < MAX_HISTORY:
             self.history.append(tokens)
-        else:
+        elif not self.setting.is_calm and self.rng.random() < 0.3:
             self.history[self.rng.randrange(MAX_HISTORY)] = tokens
 
     # ---- one iteration
@@ -131,7 +133,7 @@ class Fuzzer:
             make_mistake(self.world, rng, self.waiting, self.spaces)
         elif dice < 0.98:
             self.world.tick()
-        elif rng.random() < 0.4:
+        elif rng.random() < (0.04 if self.setting.is_calm else 0.4):
             self._rare()
 
     def _rare(self) -> None:
@@ -172,7 +174,7 @@ class Fuzzer:
         self.pledges.void(old[0].digest)
         self.seen["retirements"] += 1
         self.spaces[place] = new = (
-            self.world.namespaces(old[0].fields) if self.rng.random() < 0.3 else self._new_space()
+            self.world.namespaces(old[0].fields) if self.rng.random() < 0.6 else self._new_space()
         )
         request = self.world.request(self.rng.choice(self.history), new, 0)
         demand(self.world.match(request, None).num_tokens == 0, "match", "found what was retired")
@@ -209,15 +211,17 @@ class Fuzzer:
     def _submit(self) -> None:
         rng = self.rng
         if len(self.waiting) >= MAX_WAITING:
-            self._give_up(rng.choice(self.waiting))
+            if rng.random() < 0.2:
+                self._give_up(rng.choice(self.waiting))
             return
-        request = self.world.request(self._prompt(), rng.choice(self.spaces), rng.choice((0, 1, 2 * self.page)))
+        space = self.spaces[0] if self.setting.is_calm else rng.choice(self.spaces)
+        request = self.world.request(self._prompt(), space, rng.choice((0, 0, 1, 2 * self.page)))
         self.waiting.append(request)
         if rng.random() < 0.4:
             self.world.match(request, None)
         if rng.random() < 0.6:
             self.world.prefetch(request)
-            request.patience = rng.choice((0, 2, 10))
+            request.patience = rng.choice((0, 3, 20))
 
     def _give_up(self, request: Request) -> None:
         if request.tickets is not None:
@@ -243,7 +247,8 @@ class Fuzzer:
         world, rng = self.world, self.rng
         if not self.waiting or len(world.running) >= self.setting.num_running:
             return
-        request = rng.choice(self.waiting)
+        ready = [request for request in self.waiting if request.tickets is not None and request.tickets[0].done]
+        request = rng.choice(ready if ready and rng.random() < 0.7 else self.waiting)
         request.patience -= 1
         if request.tickets is not None and request.patience > 0 and not request.tickets[0].done:
             return
@@ -255,11 +260,12 @@ class Fuzzer:
         answer = world.admit(request, num_new, cap)
         if not answer:
             self.seen[f"waits for {answer.reason}"] += 1
-            demand(undecided or self.first_state() == before, "wait", f"{answer} has changed something")
+            demand(undecided or self.first_state() == before, "wait", answer, "has changed something")
             fits = is_idle and not undecided and answer.reason != "floors" and self._fits(num_new)
-            demand(not fits, "wait", f"{answer} though nothing runs and {num_new} tokens fit")
+            demand(not fits, "wait", answer, "though nothing runs and this many tokens fit:", num_new)
             return
         self.waiting.remove(request)
+        self.seen["storage hits"] += answer.storage_tokens > 0
         if not undecided:
             self._check_hit(answer, match, was_busy)
 
@@ -274,14 +280,13 @@ class Fuzzer:
 
     def _check_hit(self, lease: Any, match: Any, was_busy: bool) -> None:
         cached = lease.num_cached_tokens
-        demand(cached <= match.num_tokens, "hit", f"{lease} beyond {match}")
+        demand(cached <= match.num_tokens, "hit", lease, "beyond", match)
         parts = lease.device_tokens + lease.host_tokens + lease.storage_tokens
-        demand(parts == cached, "hit", f"{lease}: {parts} tokens came from somewhere")
+        demand(parts == cached, "hit", lease, "but so many came from somewhere:", parts)
         must = was_busy and self.setting.config.load_back_min_tokens == 1
-        demand(not must or cached == match.num_tokens, "hit", f"{lease} instead of {match}")
+        demand(not must or cached == match.num_tokens, "hit", lease, "instead of", match)
         self.seen["hits"] += cached > 0
         self.seen["host hits"] += lease.host_tokens > 0
-        self.seen["storage hits"] += lease.storage_tokens > 0
 
     def _stop(self, request: Request) -> None:
         """Releases a running request: it is over, or comes again with what it has."""
@@ -308,7 +313,7 @@ class Fuzzer:
         world, rng = self.world, self.rng
         deciders = []
         for request in list(world.running.values()):
-            if request.leases is None or request.lease.first_step > world.step and rng.random() < 0.9:
+            if request.leases is None or (request.lease.first_step > world.step and rng.random() < 0.9):
                 continue
             left = len(request.text) - request.n
             if left > 0:
@@ -415,7 +420,7 @@ class Fuzzer:
         match = self.world.match(request, cap)
         expected = (0, 0, 0) if is_blind else found
         got = (match.num_tokens, match.device_tokens, match.num_tokens + match.unusable_tokens)
-        demand(got == tuple(expected), "match", f"{match}, but by brute force {expected} of {limit}")
+        demand(got == tuple(expected), "match", match, "but by brute force", expected, "up to", limit)
         demand(match.host_tokens == match.num_tokens - match.device_tokens, "match", match)
         for branch in match.branch_points:
             demand(match.num_tokens < branch <= got[2] and branch % self.setting.grid == 0, "match", match)
@@ -439,7 +444,7 @@ class Fuzzer:
             for rank in world.ranks:
                 rank.plane.hurry()
             steps += 1
-            demand(steps < MAX_STEPS_TO_END, "end", f"{self.core.live_transfers()} do not end")
+            demand(steps < MAX_STEPS_TO_END, "end", "these do not end:", self.core.live_transfers())
         self._check_accounts()
         world.look()
         self._fill_device()
@@ -450,7 +455,7 @@ class Fuzzer:
         world.look()
         for rank in world.ranks:
             sizes = rank.core.sizes()
-            demand(sizes[:2] == [0, 0] and sizes[2::3] == rank.capacities, "leak", f"{rank.core.counts()}")
+            demand(sizes[:2] == [0, 0] and sizes[2::3] == rank.capacities, "leak", rank.core.counts())
 
     def _check_accounts(self) -> None:
         """Every token that ranks agreed to be in storage was used, or missing for one reason."""

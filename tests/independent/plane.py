@@ -15,7 +15,7 @@ from random import Random
 import numpy as np
 
 from jaxcache.components import Component, RecurrentState, SlidingWindow
-from jaxcache.types import Move, Outcome, Plan, Transfer, TransferKind
+from jaxcache.types import Move, Plan, Transfer, TransferKind
 from tests.independent.content import ABSENT, GARBAGE, MAX_PAGES, Text, demand, salt
 
 Storage = dict[tuple[str, bytes], int]
@@ -138,15 +138,15 @@ class Plane:
                     at = low + int(wrong.argmax())
                     demand(False, "read", f"{name}: page {at} of {last} before token {n} is another's: {table}")
             page_ids = table[first:end]
-            demand(len(page_ids) == end - first, "room", f"{name}: {m=} but {len(table)} pages")
-            demand(int(page_ids.max()) < len(content) - 1, "room", f"{name}: [{n}, {m}) is absent in {table}")
+            demand(len(page_ids) == end - first, "room", name, m, "is beyond", table)
+            demand(int(page_ids.max()) < len(content) - 1, "room", name, n, m, "is absent in", table)
             content[page_ids] = text.pages(first, end, m, self.page_ends) ^ secret
 
     @staticmethod
     def _step_state(content: np.ndarray, slots: list[int | None], before: int, after: int, n: int) -> None:
         read, *write = slots
         if n:
-            demand(read is not None and content[read] == before, "read", f"the state at {n} in slot {read}")
+            demand(read is not None and content[read] == before, "read", "the state at", n, "in slot", read)
         content[write] = after
 
     # ---- storage

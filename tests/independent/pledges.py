@@ -56,4 +56,4 @@ class Pledges:
         for pledge in (*self._kept, *self._of_lease.values()):
             if pledge.until > step:
                 found = survey.longest(pledge.text, pledge.num_tokens, device_only=True).num_tokens
-                demand(found == pledge.num_tokens, "retention", f"{found} of {pledge.num_tokens} until {pledge.until}")
+                demand(found == pledge.num_tokens, "retention", found, "tokens are left of", pledge)

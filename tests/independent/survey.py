@@ -47,7 +47,7 @@ class Survey:
 
     def _visit(self, node: Any, parent: Any, h: int, key: bytes, live: bytes | None, runs: Runs) -> None:
         self.num_nodes += 1
-        demand(node.parent is parent, "tree", f"{node} below {parent}")
+        demand(node.parent is parent, "tree", node, "below", parent)
         run = runs.follow(h, key, bytes(node.edge))
         demand(node.end == parent.end + len(run.keys) * runs.page_tokens, "tree", node)
         if live is not None:
@@ -58,7 +58,7 @@ class Survey:
             first = -1 if self._is_state[r] else 0
             self.pages[r].append(page_ids)
             self.wanted[r].append(run.h[first:])
-            demand(len(page_ids) == len(run.keys[first:]), "tree", f"{node} has {page_ids}")
+            demand(len(page_ids) == len(run.keys[first:]), "tree", node, "has", page_ids)
             if live is not None:
                 self.keys.update((r, key) for key in run.keys[first:])
                 self.h[r].setdefault(live, []).append(run.h[first:])
@@ -71,30 +71,16 @@ class Survey:
 
     def _check_closure(self, node: Any, parent: Any) -> None:
         device, host = node.pages[self._full], node.pages[self._full + self.num // 2]
-        demand(device is not None or host is not None, "closure", f"{node} has full pages nowhere")
+        demand(device is not None or host is not None, "closure", node, "has full pages nowhere")
         if parent.parent is None:
             return
         above_device, above_host = parent.pages[self._full], parent.pages[self._full + self.num // 2]
-        demand(device is None or above_device is not None, "closure", f"{node} without {parent} on the device")
+        demand(device is None or above_device is not None, "closure", node, "without", parent, "on the device")
         demand(
-            host is None or above_host is not None or self._writes_back, "closure", f"{node} without {parent} on host"
+            host is None or above_host is not None or self._writes_back, "closure", node, "without", parent, "on host"
         )
 
     # ---- checks
-
-    def check_owners(self, leases: list[Any]) -> None:
-        """Tree, leases, prefetches, pages in transit and free ones: disjoint, and together all there are."""
-        rank = self.rank
-        held = [rank.stay(lease) for lease in leases]
-        for r, capacity in enumerate(rank.capacities):
-            of_tree = np.bincount(joined(self.pages[r]), minlength=capacity)
-            parts = rank.owners(r)
-            if r < rank.num_components:
-                parts += [pages[r] if self._is_state[r] else pages[r][of_tree[pages[r]] == 0] for pages in held]
-            owners = of_tree + np.bincount(joined(parts), minlength=capacity)
-            if (owners != 1).any():
-                lost, shared = np.flatnonzero(owners == 0), np.flatnonzero(owners > 1)
-                demand(False, "owners", f"{rank.tier_of(r)}: nobody's {lost}, shared {shared} of {capacity}")
 
     def check_content(self) -> None:
         """Only between an apply and the next insert: what is planned has happened."""
@@ -147,6 +133,30 @@ class Survey:
             return n % component.chunk_tokens == 0 and ends[num_pages - 1] in there
         first = max(0, n - component.window_tokens + 1) // page if isinstance(component, SlidingWindow) else 0
         return all(ends[i] in there for i in range(first, num_pages))
+
+
+def check_owners(rank: Rank) -> None:
+    """Tree, leases, prefetches, pages in transit and free ones: disjoint, and together all there are."""
+    in_tree: list[list[np.ndarray]] = [[] for _ in rank.capacities]
+    nodes = [child for root, _, _ in rank.roots() for child in root.children.values()]
+    while nodes:
+        node = nodes.pop()
+        nodes += node.children.values()
+        for pages, page_ids in zip(in_tree, node.pages, strict=True):
+            if page_ids is not None:
+                pages.append(page_ids)
+    held = [rank.stay(lease) for lease in rank.core.leases.values()]
+    for r, capacity in enumerate(rank.capacities):
+        of_tree = np.bincount(joined(in_tree[r]), minlength=capacity)
+        parts = rank.owners(r)
+        if r == rank.plane.state:
+            parts += [pages[r] for pages in held]
+        elif r < rank.num_components:
+            parts += [pages[r][of_tree[pages[r]] == 0] for pages in held]
+        owners = of_tree + np.bincount(joined(parts), minlength=capacity)
+        if (owners != 1).any():
+            lost, shared = np.flatnonzero(owners == 0), np.flatnonzero(owners > 1)
+            demand(False, "owners", rank.tier_of(r), "nobody's", lost, "shared", shared, "of", capacity)
 
 
 def joined(arrays: list[np.ndarray]) -> np.ndarray:

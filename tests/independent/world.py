@@ -17,7 +17,7 @@ from jaxcache.types import Outcome, TransferKind, Wait
 from tests.independent.adapter import Rank
 from tests.independent.consumer import Consumer
 from tests.independent.content import Runs, Text, Violation, demand
-from tests.independent.survey import Survey
+from tests.independent.survey import Survey, check_owners
 
 CLOCK_MODULUS = 1 << 31
 
@@ -81,8 +81,8 @@ class World:
         """What all ranks answered; their digests agree, too."""
         first = self.ranks[0].core
         for answer, rank in zip(answers[1:], self.ranks[1:], strict=True):
-            demand(answer == answers[0], "ranks", f"{answers} after {self.log[-1]}")
-            demand(rank.core.digest == first.digest, "ranks", f"digests differ after {self.log[-1]}")
+            demand(answer == answers[0], "ranks", answers, "after", self.log[-1])
+            demand(rank.core.digest == first.digest, "ranks", "digests differ after", self.log[-1])
         return answers[0]
 
     def all(self, name: str, call: Callable[[Rank], Any], *details: Any) -> Any:
@@ -202,7 +202,7 @@ class World:
                 pass
             else:
                 raise Violation("bad call", f"{name} was answered with {answer!r}")
-            demand(rank.state() == before, "bad call", f"{name} has changed something")
+            demand(rank.state() == before, "bad call", name, "has changed something")
 
     # ---- steps
 
@@ -214,7 +214,7 @@ class World:
             for id in ended:
                 work = rank.plane.work.pop(id, None)
                 early = work is not None and work.kind is not TransferKind.QUERY and not work.quiet
-                demand(not early, "quiet", f"transfer {id} ended while a rank still worked on it")
+                demand(not early, "quiet", "transfer", id, "ended while a rank still worked on it")
             for id in rank.core.unwanted_transfers():
                 rank.plane.stop(id)
         self.clock_ms = (self.clock_ms + self.rng.randrange(20)) % CLOCK_MODULUS
@@ -258,14 +258,14 @@ class World:
 
     def check_owners(self) -> None:
         for rank in self.ranks:
-            Survey(rank, self.runs).check_owners(list(rank.core.leases.values()))
+            check_owners(rank)
 
     def look(self) -> Survey:
         """Everything that can be seen of the tree, between an apply and the next insert."""
         surveys = []
         for rank, consumer in zip(self.ranks, self.consumers, strict=True):
+            check_owners(rank)
             survey = Survey(rank, self.runs)
-            survey.check_owners(list(rank.core.leases.values()))
             survey.check_content()
             if rank.stream is not None:
                 consumer.take(rank.take_events())

@@ -2,30 +2,31 @@
 
     step    begin_step -> requests come, are admitted or cancelled -> grow -> apply -> model steps -> insert, release
             every few calls: one owner for each page; every few steps: contents, longest match, events
-    finish  all ends, all is quiet, all is accounted for, all pages are free
+    end     all is quiet, all is accounted for, all pages are free (ending.py)
 
-A run is a function of its seed alone.
+A run is a function of its seed alone. To repeat one: python -m tests.independent.fuzzer SEED NUM_CALLS
 """
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from random import Random
 from typing import Any
 
-from jaxcache.types import PrefetchPolicy, Tier, WritePolicy
 from tests.independent.content import Text, demand
+from tests.independent.ending import finish
 from tests.independent.mistakes import make_mistake
 from tests.independent.pledges import Pledges
 from tests.independent.setting import Setting, draw
 from tests.independent.survey import Survey
+from tests.independent.upheavals import Upheavals
 from tests.independent.world import Request, World
 
 CALLS_PER_LOOK = 100
 CALLS_PER_OWNERS = 25
 MAX_HISTORY = 12
 MAX_WAITING = 6
-MAX_STEPS_TO_END = 5000
 
 
 class Fuzzer:
@@ -40,33 +41,24 @@ class Fuzzer:
         self.page = setting.config.page_tokens
         self.history: list[list[int]] = [self._words(setting.max_prompt) for _ in range(6 if setting.is_calm else 2)]
         self.waiting: list[Request] = []
-        self.version = 0
-        self.spaces = [self._new_space() for _ in range(rng.choice((1, 2, 3)))]
         self.pledges = Pledges()
         self.seen: Counter[str] = Counter()
         self._next_look = CALLS_PER_LOOK
         self._next_owners = CALLS_PER_OWNERS
-        self._storages: list[dict[tuple[str, bytes], int]] = []
         for rank in self.world.ranks:
             rank.plane.fault_rate = setting.fault_rate
-        if setting.has_storage and any(rank.core.tiers.has_host for rank in self.world.ranks):
-            self._attach()
+        self.upheavals = Upheavals(self.world, setting, self.pledges, rng, self.seen)
+        self.spaces = self.upheavals.spaces
 
     def run(self, num_calls: int) -> None:
         while self.world.num_calls < num_calls:
             self.step()
-        self.finish()
+        self.end()
 
-    # ---- texts and namespaces
+    # ---- texts
 
     def _words(self, count: int) -> list[int]:
         return [self.rng.randrange(self.setting.vocabulary) for _ in range(count)]
-
-    def _new_space(self) -> list[Any]:
-        self.version += 1
-        tenant = self.rng.choice(self.setting.tenants)
-        fields = {"weights_version": str(self.version), **({"tenant": tenant} if tenant else {})}
-        return self.world.namespaces(fields)
 
     def _prompt(self) -> list[int]:
         """The beginning of something that was there before, and something new, or part of something else."""
@@ -134,79 +126,14 @@ class Fuzzer:
         elif dice < 0.98:
             self.world.tick()
         elif rng.random() < (0.04 if self.setting.is_calm else 0.4):
-            self._rare()
+            self.upheavals.happen()
 
-    def _rare(self) -> None:
-        world, rng = self.world, self.rng
-        dice = rng.random()
-        if dice < 0.3:
-            self._retire()
-        elif dice < 0.4:
-            for request in list(world.running.values()):
-                world.release(request)
-            world.all("reset", lambda rank: rank.core.reset())
-            self.pledges.void()
-            self.seen["resets"] += 1
-        elif dice < 0.5:
-            world.forget_device()
-            self.pledges.void()
-            self.seen["lost devices"] += 1
-        elif dice < 0.7:
-            policies = tuple(PrefetchPolicy)
-            policy = rng.choice(policies)
-            world.all("change", lambda rank: rank.core.attachment.change(policy, None), policy)
-        elif dice < 0.75 and world.core.tiers.has_host and world.core.backups.policy is not WritePolicy.WRITE_BACK:
-            policy = rng.choice([policy for policy in WritePolicy if policy is not WritePolicy.WRITE_BACK])
-            world.all("change", lambda rank: rank.core.attachment.change(None, policy), policy)
-        elif self.core.attachment.attached:
-            self._detach_or_clear()
-        elif self.core.tiers.has_host and self.setting.has_storage:
-            self._attach()
-
-    def _retire(self) -> None:
-        """Old weights go; the same fields again are a new namespace, in which nothing can be found."""
-        place = self.rng.randrange(len(self.spaces))
-        old = self.spaces[place]
-        self.world.call("retire_namespace", old)
-        for rank, namespace in zip(self.world.ranks, old, strict=True):
-            rank.core.retire_namespace(namespace)
-        self.world.alike([None] * len(old))
-        self.pledges.void(old[0].digest)
-        self.seen["retirements"] += 1
-        self.spaces[place] = new = (
-            self.world.namespaces(old[0].fields) if self.rng.random() < 0.6 else self._new_space()
-        )
-        request = self.world.request(self.rng.choice(self.history), new, 0)
-        demand(self.world.match(request, None).num_tokens == 0, "match", "found what was retired")
-
-    # ---- storage
-
-    def _attach(self) -> None:
-        if not self._storages or self.rng.random() < 0.3:
-            self._storages = [{} for _ in self.world.ranks]
-        self.world.all("attach", lambda rank: rank.core.attachment.attach("dictionary"))
-        for rank, storage in zip(self.world.ranks, self._storages, strict=True):
-            rank.plane.storage = storage
-        self.seen["attached"] += 1
-
-    def _detach_or_clear(self) -> None:
-        if self.rng.random() < 0.5:
-            self.world.all("detach", lambda rank: rank.core.attachment.detach())
-            for rank in self.world.ranks:
-                rank.plane.storage = None
-            self.seen["detached"] += 1
-        else:
-            self.world.all("cleared", lambda rank: rank.core.attachment.cleared())
-            for storage in self._storages:
-                storage.clear()
-            self.seen["cleared"] += 1
+    # ---- requests
 
     def _prefetch(self) -> None:
         asking = [request for request in self.waiting if request.tickets is None]
         if asking:
             self.world.prefetch(self.rng.choice(asking))
-
-    # ---- requests
 
     def _submit(self) -> None:
         rng = self.rng
@@ -427,64 +354,26 @@ class Fuzzer:
 
     # ---- the end
 
-    def finish(self) -> None:
-        """Everything ends; then every token is accounted for, and every page is free."""
-        world = self.world
-        world.apply()
-        self._note_counters()
+    def end(self) -> None:
+        """Counts what has happened, gives up what is left, and looks at what remains."""
+        world, evicted = self.world, self.core.tiers.num_evicted_pages
+        half = len(evicted) // 2
+        self.seen.update(self.core.counters)
+        self.seen["evicted on device"] += sum(evicted[:half])
+        self.seen["evicted on host"] += sum(evicted[half:])
+        self.seen[f"{len(world.ranks)} ranks"] += 1
         for request in list(world.running.values()):
             self.pledges.released(request.lease.id)
             world.release(request)
         for request in list(self.waiting):
             self._give_up(request)
-        steps = 0
-        while self.core.live_transfers() or self.core.stores.is_waiting or self.core.is_busy():
-            world.begin_step()
-            world.apply()
-            for rank in world.ranks:
-                rank.plane.hurry()
-            steps += 1
-            demand(steps < MAX_STEPS_TO_END, "end", "these do not end:", self.core.live_transfers())
-        self._check_accounts()
-        world.look()
-        self._fill_device()
-        world.all("reset", lambda rank: rank.core.reset())
-        for _ in range(2):
-            world.apply()
-            world.begin_step()
-        world.look()
-        for rank in world.ranks:
-            sizes = rank.core.sizes()
-            demand(sizes[:2] == [0, 0] and sizes[2::3] == rank.capacities, "leak", rank.core.counts())
+        finish(world, self.spaces, self.rng)
 
-    def _check_accounts(self) -> None:
-        """Every token that ranks agreed to be in storage was used, or missing for one reason."""
-        counters = self.core.counters
-        unfulfilled = sum(count for name, count in counters.items() if name.startswith("unfulfilled_"))
-        agreed, used = counters["agreed_storage_tokens"], counters["storage_tokens_used"]
-        demand(agreed == used + unfulfilled, "accounts", f"{agreed=} {used=} {unfulfilled=}")
 
-    def _fill_device(self) -> None:
-        """One request as large as the device: everything unpinned has to leave for it."""
-        world = self.world
-        rank = world.first
-        run_pages = [rank.capacities[c] for c in range(rank.num_components) if c != rank.plane.state]
-        num_new = min(run_pages, default=4) * self.page
-        request = world.request(self._words(1), self.spaces[0], 0)
-        lease = world.admit(request, num_new, None)
-        if not lease:
-            demand(lease.reason == "floors" and bool(self.setting.config.tenants), "leak", f"{lease} in an empty cache")
-            return
-        world.apply()
-        world.look()
-        world.release(request)
-
-    def _note_counters(self) -> None:
-        for name, count in self.core.counters.items():
-            self.seen[name] += count
-        evicted = self.core.tiers.num_evicted_pages
-        half = len(evicted) // 2
-        self.seen["evicted on device"] += sum(evicted[:half])
-        self.seen["evicted on host"] += sum(evicted[half:])
-        self.seen[f"ranks {len(self.world.ranks)}"] += 1
-        self.seen[Tier.STORAGE.name] += bool(self._storages)
+if __name__ == "__main__":
+    fuzzer = Fuzzer(int(sys.argv[1]))
+    print(fuzzer.setting)
+    try:
+        fuzzer.run(int(sys.argv[2]))
+    finally:
+        print(*fuzzer.world.log, sep="\n")

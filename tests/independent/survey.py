@@ -157,6 +157,16 @@ def check_owners(rank: Rank) -> None:
         if (owners != 1).any():
             lost, shared = np.flatnonzero(owners == 0), np.flatnonzero(owners > 1)
             demand(False, "owners", rank.tier_of(r), "nobody's", lost, "shared", shared, "of", capacity)
+    _check_transit(rank)
+
+
+def _check_transit(rank: Rank) -> None:
+    """No host page is free that somebody of this rank still reads or writes."""
+    for id, work in rank.plane.work.items():
+        for move in () if work.quiet else work.moves:
+            page_ids = np.concatenate([move.src_page_ids, move.dst_page_ids])
+            free = rank.owners(rank.num_components + rank.plane.index[move.component])[0]
+            demand(not np.isin(page_ids, free).any(), "quiet", "pages of transfer", id, "are free:", page_ids)
 
 
 def joined(arrays: list[np.ndarray]) -> np.ndarray:

@@ -16,6 +16,7 @@ from typing import Any
 
 from tests.independent.content import Text, demand
 from tests.independent.ending import finish
+from tests.independent.floors import Floors
 from tests.independent.mistakes import make_mistake
 from tests.independent.pledges import Pledges
 from tests.independent.setting import Setting, draw
@@ -49,6 +50,8 @@ class Fuzzer:
             rank.plane.fault_rate = setting.fault_rate
         self.upheavals = Upheavals(self.world, setting, self.pledges, rng, self.seen)
         self.spaces = self.upheavals.spaces
+        self.floors = Floors(self.world)
+        self.cached_tokens = 0
 
     def run(self, num_calls: int) -> None:
         while self.world.num_calls < num_calls:
@@ -160,15 +163,12 @@ class Fuzzer:
         if not self.waiting:
             return
         request = self.rng.choice(self.waiting)
-        before = self.core.digest
+        before = self.first_state()
         if self.rng.random() < 0.7:
             self.world.match(request, self.rng.choice((None, 0, len(request.text) // 2)))
         else:
-            self.world.call("explain", request)
-            explanation = self.core.explain(request.sequences[0])
-            found, tokens = explanation.found_tokens, len(request.text)
-            demand(found <= tokens and explanation.usable_tokens <= tokens, "match", explanation)
-        demand(self.core.digest == before, "match", "looking has changed something")
+            self.world.explain(request)
+        demand(self.first_state() == before, "match", "looking has changed something")
 
     def _admit(self) -> None:
         world, rng = self.world, self.rng
@@ -184,7 +184,9 @@ class Fuzzer:
         match, was_busy = world.match(request, cap), bool(world.running)
         undecided = request.tickets is not None and not request.tickets[0].done
         before, is_idle = self.first_state(), not self.core.is_busy() and not self.core.live_transfers()
+        self.floors.before()
         answer = world.admit(request, num_new, cap)
+        self.floors.check(request)
         if not answer:
             self.seen[f"waits for {answer.reason}"] += 1
             demand(undecided or self.first_state() == before, "wait", answer, "has changed something")
@@ -192,6 +194,7 @@ class Fuzzer:
             demand(not fits, "wait", answer, "though nothing runs and this many tokens fit:", num_new)
             return
         self.waiting.remove(request)
+        self.cached_tokens += answer.num_cached_tokens
         self.seen["storage hits"] += answer.storage_tokens > 0
         if not undecided:
             self._check_hit(answer, match, was_busy)
@@ -273,7 +276,10 @@ class Fuzzer:
 
     def _grow_one(self, request: Request, wanted: int) -> None:
         before = self.first_state()
-        if self.world.grow(request, wanted):
+        self.floors.before()
+        has_grown = self.world.grow(request, wanted)
+        self.floors.check(request)
+        if has_grown:
             return
         self.seen["no room to grow"] += 1
         demand(self.core.digest == before[0], "room", "a grow that failed has changed something")
@@ -349,6 +355,11 @@ class Fuzzer:
         got = (match.num_tokens, match.device_tokens, match.num_tokens + match.unusable_tokens)
         demand(got == tuple(expected), "match", match, "but by brute force", expected, "up to", limit)
         demand(match.host_tokens == match.num_tokens - match.device_tokens, "match", match)
+        explanation = self.world.explain(request)
+        if not is_blind:
+            usable, whole = survey.longest(text, len(text) - 1), survey.longest(text, len(text))
+            told = (explanation.usable_tokens, explanation.found_tokens)
+            demand(told == (usable.num_tokens, whole.found_tokens), "match", explanation, "but", usable, whole)
         for branch in match.branch_points:
             demand(match.num_tokens < branch <= got[2] and branch % self.setting.grid == 0, "match", match)
 
@@ -359,6 +370,8 @@ class Fuzzer:
         world, evicted = self.world, self.core.tiers.num_evicted_pages
         half = len(evicted) // 2
         self.seen.update(self.core.counters)
+        hits = sum(self.core.counters[f"{tier}_hit_tokens"] for tier in ("device", "host", "storage"))
+        demand(hits == self.cached_tokens, "accounts", hits, "tokens hit, but leases had", self.cached_tokens)
         self.seen["evicted on device"] += sum(evicted[:half])
         self.seen["evicted on host"] += sum(evicted[half:])
         self.seen[f"{len(world.ranks)} ranks"] += 1

@@ -17,6 +17,8 @@ def make_mistake(world: World, rng: Random, waiting: list[Request], spaces: list
     """One that is possible now."""
     of_running, of_waiting = bool(world.running), bool(waiting)
     kinds = [lambda: _of_namespace(world, rng, spaces), lambda: _of_storage(world)]
+    if world.released is not None:
+        kinds.append(lambda: _of_released(world, world.released))
     if of_running:
         kinds += [lambda: _of_lease(world, rng, rng.choice(list(world.running.values())))] * 3
     if of_waiting:
@@ -47,6 +49,13 @@ def _of_storage(world: World) -> None:
         world.refused("attach", (RuntimeError, ValueError), lambda i, rank: rank.core.attachment.attach())
     else:
         world.refused("detach", RUNTIME, lambda i, rank: rank.core.attachment.detach())
+
+
+def _of_released(world: World, leases: Any) -> None:
+    n = leases[0].num_computed
+    world.refused("release twice", VALUE, lambda i, rank: rank.core.release(leases[i]))
+    world.refused("grow what was released", VALUE, lambda i, rank: rank.core.grow(leases[i], n, 1))
+    world.refused("insert what was released", VALUE, lambda i, rank: rank.core.insert(leases[i], n))
 
 
 def _of_lease(world: World, rng: Random, request: Request) -> None:

@@ -27,6 +27,7 @@ from jaxcache.core.radix_tree import RadixTree
 from jaxcache.core.residency import PrefixResidency
 from jaxcache.core.retention import Retentions
 from jaxcache.core.stores import Stores
+from jaxcache.core.tenants import Groups
 from jaxcache.core.tiers import Tiers
 
 ADMIT = 3  # the code of `Planner.note`
@@ -232,6 +233,18 @@ def one_page_early(original: Any, self: Publishing, lease: Any, num_computed: in
     original(self, lease, min(num_computed + self.tiers.page_tokens, lease.num_tokens, lease.sequence.num_tokens))
 
 
+def table_changed(original: Any, self: Any, lease: Any, c: int, fresh: Any, pages: slice, page_ids: np.ndarray) -> None:
+    table = lease._tables[c]
+    table.setflags(write=True)
+    table[pages] = page_ids
+    table.setflags(write=False)
+
+
+def no_floors(original: Any, self: Groups, *args: Any) -> None:
+    original(self, *args)
+    self.floors = [0] * len(self.floors)
+
+
 def leaf_unpinned(original: Any, self: Admission, *args: Any) -> Any:
     """The deepest node of a hit may leave while the lease uses it."""
     lease = original(self, *args)
@@ -276,5 +289,7 @@ MUTANTS = (
     Mutant("a parent leaves before its children", around(PrefixResidency, "victim", parent_first), is_rare=True),
     Mutant("a wait changes the digest", around(PrefixCache, "_wait", wait_noted)),
     Mutant("a retention ends too early", around(Retentions, "expire", two_steps_early)),
+    Mutant("insert changes a table that was handed out", around(Publishing, "_replace", table_changed)),
+    Mutant("a floor protects nothing", around(Groups, "__init__", no_floors), is_rare=True),
     Mutant("a hit may be longer than its cap", around(matching, "longest_prefix", cap_ignored)),
 )

@@ -62,6 +62,8 @@ class World:
         self.running: dict[int, Request] = {}  # by lease id
         self.agreed: tuple[Mapping[int, Outcome], int] | None = None
         self.clock_ms = rng.randrange(CLOCK_MODULUS)
+        self.released: list[Any] | None = None  # the last ones
+        self.handed_out: list[tuple[Any, bytes]] = []  # page tables that a running program may still read
         self.num_calls = 0
         self.log: deque[tuple[Any, ...]] = deque(maxlen=40)
         self.windows = [c.window_tokens for c in components if isinstance(c, SlidingWindow)]
@@ -105,6 +107,11 @@ class World:
         self.call("match", request, cap)
         pairs = zip(self.ranks, request.sequences, strict=True)
         return self.alike([rank.core.match(sequence, cap) for rank, sequence in pairs])
+
+    def explain(self, request: Request) -> Any:
+        self.call("explain", request)
+        pairs = zip(self.ranks, request.sequences, strict=True)
+        return self.alike([rank.core.explain(sequence) for rank, sequence in pairs])
 
     def prefetch(self, request: Request) -> None:
         self.call("prefetch", request)
@@ -182,7 +189,7 @@ class World:
         del self.running[request.lease.id]
         for rank, lease in zip(self.ranks, request.leases, strict=True):
             rank.core.release(lease)
-        request.leases = None
+        self.released, request.leases = request.leases, None
         self.alike([None] * len(self.ranks))
 
     def forget_device(self) -> None:
@@ -208,6 +215,9 @@ class World:
 
     def begin_step(self) -> None:
         """Commits what was agreed, and says what each rank has to say next."""
+        for table, before in self.handed_out:
+            demand(table.tobytes() == before and not table.flags.writeable, "tables", "a table has changed:", table)
+        self.handed_out.clear()
         outcomes, clock = ({}, None) if self.agreed is None else self.agreed
         ended = self.all("commit", lambda rank: rank.core.commit(outcomes, clock), outcomes)
         for rank in self.ranks:
@@ -244,7 +254,9 @@ class World:
         n = request.n
         assert request.leases is not None
         for rank, lease in zip(self.ranks, request.leases, strict=True):
-            rank.plane.step(lease.page_tables, rank.slots(lease, n, m), request.text, n, m)
+            tables = lease.page_tables
+            self.handed_out += [(table, table.tobytes()) for table in tables.values()]
+            rank.plane.step(tables, rank.slots(lease, n, m), request.text, n, m)
         if m in request.lease.checkpoints:
             request.written.add(m)
         request.n = m

@@ -17,6 +17,7 @@ from typing import Any
 from tests.independent.content import Text, demand
 from tests.independent.ending import finish
 from tests.independent.floors import Floors
+from tests.independent.library import Library
 from tests.independent.mistakes import make_mistake
 from tests.independent.pledges import Pledges
 from tests.independent.setting import Setting, draw
@@ -26,7 +27,6 @@ from tests.independent.world import Request, World
 
 CALLS_PER_LOOK = 100
 CALLS_PER_OWNERS = 25
-MAX_HISTORY = 12
 MAX_WAITING = 6
 
 
@@ -40,7 +40,7 @@ class Fuzzer:
         self.world = World(setting.components, setting.config, setting.num_ranks, rng)
         self.core = self.world.core
         self.page = setting.config.page_tokens
-        self.history: list[list[int]] = [self._words(setting.max_prompt) for _ in range(6 if setting.is_calm else 2)]
+        self.library = Library(setting, rng)
         self.waiting: list[Request] = []
         self.pledges = Pledges()
         self.seen: Counter[str] = Counter()
@@ -57,30 +57,6 @@ class Fuzzer:
         while self.world.num_calls < num_calls:
             self.step()
         self.end()
-
-    # ---- texts
-
-    def _words(self, count: int) -> list[int]:
-        return [self.rng.randrange(self.setting.vocabulary) for _ in range(count)]
-
-    def _prompt(self) -> list[int]:
-        """The beginning of something that was there before, and something new, or part of something else."""
-        rng, page = self.rng, self.page
-        old = rng.choice(self.history)
-        if rng.random() < (0.8 if self.setting.is_calm else 0.2):
-            return old + self._words(1)
-        cut = rng.randint(0, min(len(old), self.setting.max_prompt - 1))
-        if rng.random() < 0.6:
-            cut = cut // page * page
-        more = rng.randint(1, 3 * page)
-        tail = self._words(more) if rng.random() < 0.6 else rng.choice(self.history)[cut : cut + more]
-        return (old[:cut] + (tail or self._words(1)))[: self.setting.max_prompt]
-
-    def _remember(self, tokens: list[int]) -> None:
-        if len(self.history) < MAX_HISTORY:
-            self.history.append(tokens)
-        elif not self.setting.is_calm and self.rng.random() < 0.3:
-            self.history[self.rng.randrange(MAX_HISTORY)] = tokens
 
     # ---- one iteration
 
@@ -126,8 +102,10 @@ class Fuzzer:
             self._prefetch()
         elif dice < 0.94:
             make_mistake(self.world, rng, self.waiting, self.spaces)
-        elif dice < 0.98:
+        elif dice < 0.96:
             self.world.tick()
+        elif dice < 0.98:
+            self._fork()
         elif rng.random() < (0.04 if self.setting.is_calm else 0.4):
             self.upheavals.happen()
 
@@ -145,13 +123,20 @@ class Fuzzer:
                 self._give_up(rng.choice(self.waiting))
             return
         space = self.spaces[0] if self.setting.is_calm else rng.choice(self.spaces)
-        request = self.world.request(self._prompt(), space, rng.choice((0, 0, 1, 2 * self.page)))
+        request = self.world.request(self.library.prompt(), space, rng.choice((0, 0, 1, 2 * self.page)))
         self.waiting.append(request)
         if rng.random() < 0.4:
             self.world.match(request, None)
         if rng.random() < 0.6:
             self.world.prefetch(request)
             request.patience = rng.choice((0, 3, 20))
+
+    def _fork(self) -> None:
+        """The same sequence once more, while it runs: what the first has published is found by the second."""
+        if self.world.running and len(self.waiting) < MAX_WAITING:
+            request = self.rng.choice(list(self.world.running.values()))
+            self.waiting.append(Request(request.text, request.sequences, 0))
+            self.seen["forks"] += 1
 
     def _give_up(self, request: Request) -> None:
         if request.tickets is not None:
@@ -181,6 +166,8 @@ class Fuzzer:
             return
         cap = rng.choice((0, len(request.text) // 2)) if rng.random() < 0.1 else None
         num_new = rng.choice((1, rng.randint(1, 3 * self.page), len(request.text)))
+        if rng.random() < 0.01:
+            num_new = 10**5  # more than any device holds
         match, was_busy = world.match(request, cap), bool(world.running)
         undecided = request.tickets is not None and not request.tickets[0].done
         before, is_idle = self.first_state(), not self.core.is_busy() and not self.core.live_transfers()
@@ -226,7 +213,7 @@ class Fuzzer:
         self.pledges.released(request.lease.id)
         self.world.release(request)
         tokens = request.text.tokens[: self.setting.max_prompt]
-        self._remember(tokens)
+        self.library.remember(tokens)
         if rng.random() < 0.3 and len(self.waiting) < MAX_WAITING and not request.sequences[0].namespace.retired:
             again = request
             if rng.random() < 0.5:
@@ -340,7 +327,7 @@ class Fuzzer:
         self.seen["looks"] += 1
         for request in self.rng.sample(self.waiting, min(2, len(self.waiting))):
             self._check_match(survey, request)
-        tokens = self.rng.choice(self.history)
+        tokens = self.library.any()
         self._check_match(survey, self.world.request(tokens, self.rng.choice(self.spaces), 0))
 
     def _check_match(self, survey: Survey, request: Request) -> None:

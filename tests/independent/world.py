@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from random import Random
 from typing import Any
 
+import numpy as np
+
 from jaxcache.components import Component, RecurrentState, SlidingWindow
 from jaxcache.config import CacheConfig
 from jaxcache.types import Outcome, TransferKind, Wait
@@ -61,7 +63,7 @@ class World:
         self.runs = Runs(config.page_tokens)
         self.running: dict[int, Request] = {}  # by lease id
         self.agreed: tuple[Mapping[int, Outcome], int] | None = None
-        self.clock_ms = rng.randrange(CLOCK_MODULUS)
+        self.clock_ms = rng.choice((0, CLOCK_MODULUS - 500))
         self.released: list[Any] | None = None  # the last ones
         self.handed_out: list[tuple[Any, bytes]] = []  # page tables that a running program may still read
         self.num_calls = 0
@@ -100,7 +102,8 @@ class World:
     def request(self, tokens: list[int], namespaces: list[Any], num_to_decode: int) -> Request:
         self.call("sequence", len(tokens))
         pairs = zip(self.ranks, namespaces, strict=True)
-        sequences = [rank.core.sequence(tokens, namespace) for rank, namespace in pairs]
+        given = tokens if self.rng.random() < 0.5 else np.array(tokens, np.int32)
+        sequences = [rank.core.sequence(given, namespace) for rank, namespace in pairs]
         return Request(Text(namespaces[0].digest, tokens), sequences, num_to_decode)
 
     def match(self, request: Request, cap: int | None) -> Any:
@@ -152,13 +155,17 @@ class World:
                 slots = [slot for slot in lease.checkpoints.values() if slot not in known]
                 rank.plane.give(c, slots if known else [*slots, lease.write_slot])
 
+    def number(self, n: int) -> Any:
+        """Callers count with Python or with numpy."""
+        return n if self.rng.random() < 0.97 else np.int64(n)
+
     def grow(self, request: Request, num_new_tokens: int) -> bool:
         self.call("grow", request, num_new_tokens)
         assert request.leases is not None
         answers = []
         for rank, lease in zip(self.ranks, request.leases, strict=True):
             first, known = -(-lease.num_tokens // self.page), (lease.write_slot, *lease.checkpoints.values())
-            answers.append(rank.core.grow(lease, request.n, num_new_tokens))
+            answers.append(rank.core.grow(lease, self.number(request.n), num_new_tokens))
             self._give(rank, lease, first, known)
         return self.alike(answers)
 
@@ -179,7 +186,7 @@ class World:
         assert request.leases is not None
         states = tuple(position for position in sorted(request.written) if position <= n)
         for rank, lease in zip(self.ranks, request.leases, strict=True):
-            rank.insert(lease, n, states, wishes)
+            rank.insert(lease, self.number(n), states, wishes)
         request.written -= set(states)
         self.alike([None] * len(self.ranks))
 

@@ -26,7 +26,7 @@ class Floors:
         if not self.is_needed:
             return
         assert self._full is not None
-        served, after = request.sequences[0].namespace.fields.get("tenant", ""), self._count()
+        served, after = self.world.tenant_of[request.text.namespace], self._count()
         for tenant, share in self.world.config.tenants.items():
             floor = int(share.floor * self.world.first.capacities[self._full] + 1e-9)
             least = min(self._before.get(tenant, 0), floor)
@@ -37,7 +37,7 @@ class Floors:
         for root, digest, is_live in self.world.first.roots():
             if not is_live:
                 continue
-            tenant = self.world.first.core.tiers.tree.namespaces[digest].fields.get("tenant", "")
+            tenant = self.world.tenant_of[digest]
             nodes = list(root.children.values())
             while nodes:
                 node = nodes.pop()

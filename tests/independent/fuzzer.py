@@ -90,7 +90,9 @@ class Fuzzer:
     def _something(self) -> None:
         rng = self.rng
         dice = rng.random()
-        if dice < 0.25:
+        if self.world.first.plane.is_fetching and rng.random() < 0.01:
+            self.upheavals.strike()
+        elif dice < 0.25:
             self._submit()
         elif dice < 0.75:
             self._admit()
@@ -106,7 +108,7 @@ class Fuzzer:
             self.world.tick()
         elif dice < 0.98:
             self._fork()
-        elif rng.random() < (0.04 if self.setting.is_calm else 0.4):
+        elif rng.random() < (0.05 if self.setting.is_calm else 0.4):
             self.upheavals.happen()
 
     # ---- requests

@@ -191,6 +191,10 @@ class Plane:
         for move in work.moves:
             self.host[self.index[move.component]][move.dst_page_ids[work.good[move.component] :]] = GARBAGE
 
+    @property
+    def is_fetching(self) -> bool:
+        return any(work.kind is TransferKind.FETCH and not work.quiet for work in self.work.values())
+
     def stop(self, id: int) -> None:
         """Nothing more of it is wanted; it ends when it likes."""
         work = self.work.get(id)

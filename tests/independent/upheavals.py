@@ -35,20 +35,27 @@ class Upheavals:
         """One of them."""
         rng = self.rng
         dice = rng.random()
-        if dice < 0.3:
+        if dice < 0.25:
             self._retire()
         elif dice < 0.4:
             self._reset()
-        elif dice < 0.5:
+        elif dice < 0.55:
             self.world.forget_device()
             self.pledges.void()
             self.seen["lost devices"] += 1
-        elif dice < 0.75:
+        elif dice < 0.7:
             self._change_policies()
         elif self.world.core.attachment.attached:
             self._detach_or_clear()
         elif self.world.core.tiers.has_host and self.setting.has_storage:
             self._attach()
+
+    def strike(self) -> None:
+        """What must wait for quiet, while something is being read from storage."""
+        if self.rng.random() < 0.6 or not self.world.core.attachment.attached:
+            self._reset()
+        else:
+            self._detach_or_clear()
 
     def _reset(self) -> None:
         for request in list(self.world.running.values()):

@@ -62,6 +62,7 @@ class World:
         self.consumers = [Consumer() for _ in self.ranks]
         self.runs = Runs(config.page_tokens)
         self.running: dict[int, Request] = {}  # by lease id
+        self.tenant_of: dict[bytes, str] = {}  # by namespace digest
         self.agreed: tuple[Mapping[int, Outcome], int] | None = None
         self.clock_ms = rng.choice((0, CLOCK_MODULUS - 500))
         self.released: list[Any] | None = None  # the last ones
@@ -96,7 +97,8 @@ class World:
     def namespaces(self, fields: Mapping[str, str]) -> list[Any]:
         self.call("new_namespace", fields)
         made = [rank.core.new_namespace(**fields) for rank in self.ranks]
-        self.alike([namespace.digest for namespace in made])
+        digest = self.alike([namespace.digest for namespace in made])
+        self.tenant_of[digest] = fields.get("tenant", "")
         return made
 
     def request(self, tokens: list[int], namespaces: list[Any], num_to_decode: int) -> Request:

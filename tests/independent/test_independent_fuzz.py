@@ -15,47 +15,40 @@ import pytest
 from tests.independent.fuzzer import Fuzzer
 
 CALLS_PER_RUN = 4000
-NUM_QUICK_RUNS = 20
+NUM_QUICK_RUNS = 14
 NUM_CALLS = 10**6
-MUST_HAPPEN = (
+OFTEN = (
+    "hits",
+    "host hits",
     "evicted on device",
     "evicted on host",
     "backup_pages",
-    "skipped_backup_pages",
     "load_back_pages",
     "duplicate_pages",
     "stored_pages",
-    "failed_store_pages",
-    "agreed_fetches",
-    "joined_prefetches",
     "prefetch_misses",
-    "storage hits",
-    "host hits",
-    "hits",
     "waits for no room",
-    "waits for prefetch",
-    "waits for over quota",
     "no room to grow",
     "retracted",
+    "forks",
     "retentions",
     "retentions_refused",
     "retirements",
-    "resets",
-    "lost devices",
-    "attached",
-    "detached",
-    "cleared",
     "looks",
-    "event_overflows",
-    "1 ranks",
-    "2 ranks",
-    "3 ranks",
 )
-IN_MANY_RUNS = (
-    "waits for floors",
-    "prefetch_timeouts",
-    "quota_pages",
+SOMETIMES = (
+    "storage hits",
+    "agreed_fetches",
+    "joined_prefetches",
     "fetches_cancelled_in_flight",
+    "failed_store_pages",
+    "dropped_stores",
+    "skipped_backup_pages",
+    "waits for prefetch",
+    "waits for over quota",
+    "waits for floors",
+    "quota_pages",
+    "prefetch_timeouts",
     "rejected_windows_and_states",
     "unfulfilled_aborted",
     "unfulfilled_already_present",
@@ -63,6 +56,15 @@ IN_MANY_RUNS = (
     "unfulfilled_host_capacity",
     "unfulfilled_not_taken",
     "unfulfilled_transfer",
+    "event_overflows",
+    "resets",
+    "lost devices",
+    "attached",
+    "detached",
+    "cleared",
+    "1 ranks",
+    "2 ranks",
+    "3 ranks",
 )
 
 
@@ -88,7 +90,7 @@ def test_few_runs(seed):
     seen: Counter[str] = Counter()
     for i in range(NUM_QUICK_RUNS):
         seen.update(run(seed * NUM_QUICK_RUNS + i).seen)
-    check_that_it_happened(seen, MUST_HAPPEN if not seed else ("hits", "evicted on device", "looks"))
+    check_that_it_happened(seen, OFTEN)
 
 
 @pytest.mark.slow
@@ -107,7 +109,7 @@ def test_a_million_calls(request, seed):
     seconds = time.monotonic() - start
     print(f"{num_calls} calls in {num_runs} runs from seed {first} on, {num_calls / seconds:.0f} a second")
     assert num_calls >= NUM_CALLS
-    check_that_it_happened(seen, MUST_HAPPEN + IN_MANY_RUNS)
+    check_that_it_happened(seen, OFTEN + SOMETIMES)
 
 
 def test_a_run_depends_on_its_seed_alone():

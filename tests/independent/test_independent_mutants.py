@@ -7,7 +7,7 @@ import pytest
 from tests.independent.fuzzer import Fuzzer
 from tests.independent.mutants import MUTANTS, Mutant
 
-CALLS_PER_RUN = 4000
+CALLS_PER_RUN = 2500
 
 
 def runs_until_found(num_runs: int) -> int | None:

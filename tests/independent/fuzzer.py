@@ -202,6 +202,8 @@ class Fuzzer:
         demand(cached <= match.num_tokens, "hit", lease, "beyond", match)
         parts = lease.device_tokens + lease.host_tokens + lease.storage_tokens
         demand(parts == cached, "hit", lease, "but so many came from somewhere:", parts)
+        loaded = cached - lease.device_tokens
+        demand(not loaded or loaded >= self.setting.config.load_back_min_tokens, "hit", lease, "loads only", loaded)
         must = was_busy and self.setting.config.load_back_min_tokens == 1
         demand(not must or cached == match.num_tokens, "hit", lease, "instead of", match)
         self.seen["hits"] += cached > 0

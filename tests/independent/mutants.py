@@ -240,6 +240,12 @@ def table_changed(original: Any, self: Any, lease: Any, c: int, fresh: Any, page
     table.setflags(write=False)
 
 
+def pin_left(original: Any, self: Publishing, lease: Any) -> None:
+    original(self, lease)
+    if lease._node.parent is not None:
+        self.tiers.device[0].pin_up(lease._node, lease._node.end - 1)
+
+
 def no_floors(original: Any, self: Groups, *args: Any) -> None:
     original(self, *args)
     self.floors = [0] * len(self.floors)
@@ -289,6 +295,9 @@ MUTANTS = (
     Mutant("a parent leaves before its children", around(PrefixResidency, "victim", parent_first), is_rare=True),
     Mutant("a wait changes the digest", around(PrefixCache, "_wait", wait_noted)),
     Mutant("a retention ends too early", around(Retentions, "expire", two_steps_early)),
+    Mutant("nodes that hold nothing stay", around(Tiers, "prune", nothing)),
+    Mutant("a release leaves a pin behind", around(Publishing, "release", pin_left)),
+    Mutant("every load-back is worth it", around(Admission, "_worth_loading", lambda f, self, prefix: True)),
     Mutant("insert changes a table that was handed out", around(Publishing, "_replace", table_changed)),
     Mutant("a floor protects nothing", around(Groups, "__init__", no_floors), is_rare=True),
     Mutant("a hit may be longer than its cap", around(matching, "longest_prefix", cap_ignored)),

@@ -37,7 +37,7 @@ class Survey:
         self.keys: set[tuple[int, bytes]] = set()
         self.h: list[dict[bytes, list[np.ndarray]]] = [{} for _ in range(self.num)]
         self.known: dict[bytes, list[np.ndarray]] = {}
-        self.num_nodes = 0
+        self.num_nodes = self.num_empty_leaves = 0
         self._is_state = [isinstance(c, RecurrentState) for c in rank.components] * 2
         self._full = next((i for i, c in enumerate(rank.components) if isinstance(c, FullAttention)), None)
         self._writes_back = rank.core.config.write_policy is WritePolicy.WRITE_BACK
@@ -62,6 +62,7 @@ class Survey:
             if live is not None:
                 self.keys.update((r, key) for key in run.keys[first:])
                 self.h[r].setdefault(live, []).append(run.h[first:])
+        self.num_empty_leaves += not node.children and all(page_ids is None for page_ids in node.pages)
         if self._full is not None:
             self._check_closure(node, parent)
         h, key = run.h.item(-1), run.keys[-1]
@@ -92,6 +93,12 @@ class Survey:
             wrong = content[page_ids] != joined(self.wanted[r]) ^ secret
             if wrong.any():
                 demand(False, "content", f"{self.rank.tier_of(r)}: pages {page_ids[wrong]} are not what they should be")
+
+    def check_sizes(self) -> None:
+        """The core's own running sums: nodes, and resident pages."""
+        sizes = self.rank.core.sizes()
+        resident = [sum(map(len, pages)) for pages in self.pages]
+        demand(sizes[0] == self.num_nodes and sizes[3::3] == resident, "sizes", self.num_nodes, resident, sizes)
 
     def check_events(self, consumer: set[tuple[Any, str, bytes]]) -> None:
         """What a replay of the events holds is what requests can find."""

@@ -288,6 +288,7 @@ class World:
             check_owners(rank)
             survey = Survey(rank, self.runs)
             survey.check_content()
+            survey.check_sizes()
             if rank.stream is not None:
                 consumer.take(rank.take_events())
                 survey.check_events(consumer.there)

@@ -91,8 +91,8 @@ def _of_request(world: World, rng: Random, request: Request) -> None:
         world.refused("cap", VALUE, lambda i, rank: rank.core.admit(sequences[i], 1, None, -1))
     elif choice == 3:
         world.refused("no lease", TYPE, lambda i, rank: rank.core.release(sequences[i]))
-    elif choice == 4 and tickets is not None and world.running:
-        others = next(iter(world.running.values())).sequences
+    elif choice == 4 and tickets is not None and any(r.sequences is not sequences for r in world.running.values()):
+        others = next(r.sequences for r in world.running.values() if r.sequences is not sequences)
         world.refused("ticket of another", VALUE, lambda i, rank: rank.core.admit(others[i], 1, tickets[i]))
     else:
         world.refused("no ticket", TYPE, lambda i, rank: rank.core.cancel(sequences[i]))

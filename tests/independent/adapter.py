@@ -1,6 +1,7 @@
 """One rank's core, and all that these tests know of its calls and its insides. A change of the core is met here.
 
-`stay` says what a lease refers to, `owners` who else may hold a page; everything else of the core is its public calls.
+`stay` says what a lease refers to, `owners` who else may hold a page. Other files of these tests use the public calls,
+the counters, and the nodes that `roots` leads to.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from jaxcache.components import Component
 from jaxcache.config import CacheConfig
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.runtime.events import EventStream
-from jaxcache.types import Event, Outcome, Tier, TransferKind
+from jaxcache.types import Event, Outcome, Tier, TransferKind, WritePolicy
 from tests.independent.plane import Plane
 
 
@@ -26,6 +27,7 @@ class Rank:
         self.core = PrefixCache(components, config)
         self.components = components
         self.num_components = len(components)
+        self.has_host = self.core.tiers.has_host
         self.capacities = [r.allocator.num_pages for r in self.core.tiers.residencies]  # device, then host
         split = self.num_components
         self.plane = Plane(components, self.capacities[:split], self.capacities[split:], config.page_tokens, rng)
@@ -63,6 +65,26 @@ class Rank:
     def state(self) -> tuple[int, list[int]]:
         """Equal before and after a call that has changed nothing."""
         return self.core.digest, self.core.sizes()
+
+    @property
+    def plans_load_back(self) -> bool:
+        """Whether `commit` has to refuse."""
+        return any(transfer.kind is TransferKind.LOAD_BACK for transfer in self.core.planner.transfers)
+
+    @property
+    def is_settled(self) -> bool:
+        """Nothing runs, is retained, or has to do with storage."""
+        core = self.core
+        return not (core.live_transfers() or core.stores.is_waiting or core.is_busy())
+
+    @property
+    def write_policy(self) -> WritePolicy:
+        return self.core.backups.policy
+
+    def num_evicted(self) -> tuple[int, int]:
+        """Pages that have left the device, and host memory."""
+        evicted = self.core.tiers.num_evicted_pages
+        return sum(evicted[: self.num_components]), sum(evicted[self.num_components :])
 
     # ---- what leases hold
 

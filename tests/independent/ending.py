@@ -35,7 +35,7 @@ def _settle(world: World) -> None:
     """Steps until no transfer is live and nothing is retained."""
     core = world.core
     for _ in range(MAX_STEPS):
-        if not (core.live_transfers() or core.stores.is_waiting or core.is_busy()):
+        if world.first.is_settled:
             return
         world.begin_step()
         world.apply()

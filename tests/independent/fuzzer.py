@@ -80,8 +80,7 @@ class Fuzzer:
 
     def _may_commit_unapplied(self) -> bool:
         """A planned load-back must be applied first: `commit` says so, and changes nothing."""
-        plans = [rank.core.planner.transfers for rank in self.world.ranks]
-        if any(transfer.kind.name == "LOAD_BACK" for transfer in plans[0]):
+        if self.world.first.plans_load_back:
             if self.rng.random() < 0.5:
                 self.world.refused("commit", (RuntimeError,), lambda _, rank: rank.core.commit({}))
             return False
@@ -358,13 +357,13 @@ class Fuzzer:
 
     def end(self) -> None:
         """Counts what has happened, gives up what is left, and looks at what remains."""
-        world, evicted = self.world, self.core.tiers.num_evicted_pages
-        half = len(evicted) // 2
+        world = self.world
+        on_device, on_host = world.first.num_evicted()
         self.seen.update(self.core.counters)
         hits = sum(self.core.counters[f"{tier}_hit_tokens"] for tier in ("device", "host", "storage"))
         demand(hits == self.cached_tokens, "accounts", hits, "tokens hit, but leases had", self.cached_tokens)
-        self.seen["evicted on device"] += sum(evicted[:half])
-        self.seen["evicted on host"] += sum(evicted[half:])
+        self.seen["evicted on device"] += on_device
+        self.seen["evicted on host"] += on_host
         self.seen[f"{len(world.ranks)} ranks"] += 1
         for request in list(world.running.values()):
             self.pledges.released(request.lease.id)

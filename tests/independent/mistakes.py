@@ -45,7 +45,7 @@ def _of_namespace(world: World, rng: Random, spaces: list[list[Any]]) -> None:
 
 
 def _of_storage(world: World) -> None:
-    if world.core.attachment.attached or not world.core.tiers.has_host:
+    if world.core.attachment.attached or not world.first.has_host:
         world.refused("attach", (RuntimeError, ValueError), lambda i, rank: rank.core.attachment.attach())
     else:
         world.refused("detach", RUNTIME, lambda i, rank: rank.core.attachment.detach())

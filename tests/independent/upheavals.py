@@ -28,7 +28,7 @@ class Upheavals:
         self.storages: list[Storage] = []
         self._version = 0
         self.spaces = [self._new_space() for _ in range(rng.choice((1, 2, 3)))]
-        if setting.has_storage and world.core.tiers.has_host:
+        if setting.has_storage and world.first.has_host:
             self._attach()
 
     def happen(self) -> None:
@@ -47,7 +47,7 @@ class Upheavals:
             self._change_policies()
         elif self.world.core.attachment.attached:
             self._detach_or_clear()
-        elif self.world.core.tiers.has_host and self.setting.has_storage:
+        elif self.world.first.has_host and self.setting.has_storage:
             self._attach()
 
     def strike(self) -> None:
@@ -65,11 +65,11 @@ class Upheavals:
         self.seen["resets"] += 1
 
     def _change_policies(self) -> None:
-        core, rng = self.world.core, self.rng
+        first, rng = self.world.first, self.rng
         if rng.random() < 0.7:
             policy = rng.choice(tuple(PrefetchPolicy))
             self.world.all("change", lambda rank: rank.core.attachment.change(policy, None), policy)
-        elif core.tiers.has_host and core.backups.policy is not WritePolicy.WRITE_BACK:
+        elif first.has_host and first.write_policy is not WritePolicy.WRITE_BACK:
             policy = rng.choice(AT_RUN_TIME)
             self.world.all("change", lambda rank: rank.core.attachment.change(None, policy), policy)
 

@@ -281,7 +281,7 @@ MUTANTS = (
     Mutant("insert publishes a page that is not computed", around(Publishing, "insert", one_page_early)),
     Mutant("a state is published on the node above", around(Tiers, "put", state_on_parent)),
     Mutant("namespaces share a root", around(RadixTree, "root", one_root)),
-    Mutant("a retired namespace is found again", around(RadixTree, "retire", still_findable)),
+    Mutant("a retired namespace is found again", around(RadixTree, "retire", still_findable), is_rare=True),
     Mutant("page keys are not chained", unchain),
     Mutant("a prefetch accepts a page more than agreed", around(Arrivals, "accept", one_page_more), is_rare=True),
     Mutant("a prefetch frees its pages when done", around(Prefetches, "commit", done_is_quiet), is_rare=True),
@@ -297,7 +297,9 @@ MUTANTS = (
     Mutant("a retention ends too early", around(Retentions, "expire", two_steps_early)),
     Mutant("nodes that hold nothing stay", around(Tiers, "prune", nothing)),
     Mutant("a release leaves a pin behind", around(Publishing, "release", pin_left)),
-    Mutant("every load-back is worth it", around(Admission, "_worth_loading", lambda f, self, prefix: True)),
+    Mutant(
+        "every load-back is worth it", around(Admission, "_worth_loading", lambda f, self, prefix: True), is_rare=True
+    ),
     Mutant("insert changes a table that was handed out", around(Publishing, "_replace", table_changed)),
     Mutant("a floor protects nothing", around(Groups, "__init__", no_floors), is_rare=True),
     Mutant("a hit may be longer than its cap", around(matching, "longest_prefix", cap_ignored)),

@@ -186,10 +186,10 @@ class World:
         """THE place where something is published."""
         self.call("insert", request, n, wishes)
         assert request.leases is not None
-        states = tuple(position for position in sorted(request.written) if position <= n)
+        states = tuple(p for p in sorted(request.written) if p <= n and p in request.lease.checkpoints)
         for rank, lease in zip(self.ranks, request.leases, strict=True):
             rank.insert(lease, self.number(n), states, wishes)
-        request.written -= set(states)
+        request.written = {position for position in request.written if position > n}
         self.alike([None] * len(self.ranks))
 
     def release(self, request: Request) -> None:

@@ -1,0 +1,306 @@
+"""Defects, planted one at a time into the core: what the fuzzer must find.
+
+A mutant wraps one function of the core, so that it stays a mutant when other lines of that function change.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from jaxcache.core import backups, matching, page_hash, radix_tree
+from jaxcache.core.admission import Admission
+from jaxcache.core.arrivals import Arrivals
+from jaxcache.core.clearing import Clearing
+from jaxcache.core.page_allocator import PageAllocator
+from jaxcache.core.planner import Planner
+from jaxcache.core.prefetches import Prefetches
+from jaxcache.core.prefix_cache import PrefixCache
+from jaxcache.core.publishing import Publishing
+from jaxcache.core.radix_tree import RadixTree
+from jaxcache.core.residency import PrefixResidency
+from jaxcache.core.retention import Retentions
+from jaxcache.core.stores import Stores
+from jaxcache.core.tenants import Groups
+from jaxcache.core.tiers import Tiers
+
+ADMIT = 3  # the code of `Planner.note`
+
+
+class Mutant(NamedTuple):
+    """name: what is wrong. plant: does it. is_rare: it takes more than a second or two until it shows."""
+
+    name: str
+    plant: Callable[[pytest.MonkeyPatch], None]
+    is_rare: bool = False
+
+    @property
+    def num_runs(self) -> int:
+        """In how many runs of the fuzzer it must be found, at most."""
+        return 200 if self.is_rare else 40
+
+
+@contextmanager
+def swapped(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def during(owner: Any, method: str, inner: Any, name: str, value: Any) -> Callable[[pytest.MonkeyPatch], None]:
+    """While `owner.method` runs, `inner.name` is something else."""
+
+    def plant(patch: pytest.MonkeyPatch) -> None:
+        original = getattr(owner, method)
+
+        def mutant(*args: Any, **kwargs: Any) -> Any:
+            with swapped(inner, name, value):
+                return original(*args, **kwargs)
+
+        patch.setattr(owner, method, mutant)
+
+    return plant
+
+
+def around(owner: Any, method: str, mutant: Callable[..., Any]) -> Callable[[pytest.MonkeyPatch], None]:
+    """`mutant(original, *args)` takes the place of `owner.method`."""
+
+    def plant(patch: pytest.MonkeyPatch) -> None:
+        original = getattr(owner, method)
+        patch.setattr(owner, method, lambda *args, **kwargs: mutant(original, *args, **kwargs))
+
+    return plant
+
+
+FREE = PageAllocator.free
+
+
+def nothing(*args: Any) -> None:
+    pass
+
+
+def twice(allocator: PageAllocator, page_ids: np.ndarray) -> None:
+    FREE(allocator, page_ids)
+    FREE(allocator, page_ids)
+
+
+def match_without(attribute: str, value: Any) -> Callable[[pytest.MonkeyPatch], None]:
+    """Matching does not see some components."""
+
+    def mutant(original: Any, tiers: Tiers, path: Any) -> Any:
+        with swapped(tiers, attribute, value):
+            return original(tiers, path)
+
+    return around(matching, "resumable_ends", mutant)
+
+
+def next_host_page(original: Any, self: Admission, c: int, nodes: Any) -> Any:
+    move = original(self, c, nodes)
+    return move._replace(src_page_ids=(move.src_page_ids + 1) % self.tiers.host[c].allocator.num_pages)
+
+
+def backwards(original: Any, copy: Any) -> np.ndarray:
+    return original(copy)[::-1]
+
+
+def pins_of_prefix_lost(original: Any, self: PrefixResidency, node: Any, prefix: Any, num_pages: int) -> None:
+    original(self, node, prefix, num_pages)
+    prefix.pins[self.index] = 0
+
+
+def checkpoints_forgotten(original: Any, self: Publishing, lease: Any) -> None:
+    lease.checkpoints = {}
+    original(self, lease)
+
+
+def one_root(original: Any, self: RadixTree, namespace: Any) -> Any:
+    for root in self.roots.values():
+        self.roots[namespace.digest] = root
+        self.namespaces[namespace.digest] = namespace
+        return root
+    return original(self, namespace)
+
+
+def one_page_more(original: Any, self: Arrivals, prefetch: Any, reason: str) -> None:
+    name = self.tiers.components[self.tiers.full].name
+    most = (prefetch.agreed_end - prefetch.start) // self.tiers.page_tokens
+    come = prefetch.progress.get(name, 0)
+    prefetch.progress = {**prefetch.progress, name: max(come, min(come + 1, most))}
+    original(self, prefetch, reason)
+
+
+def admits_unnoted(patch: pytest.MonkeyPatch) -> None:
+    """Every other cache keeps its admits to itself."""
+    numbers, note, init = itertools.count(), Planner.note, Planner.__init__
+    silent: set[int] = set()
+
+    def made(self: Planner) -> None:
+        init(self)
+        silent.discard(id(self))
+        if next(numbers) % 2:
+            silent.add(id(self))
+
+    def noted(self: Planner, what: str, code: int, *numbers: int) -> None:
+        if code != ADMIT or id(self) not in silent:
+            note(self, what, code, *numbers)
+
+    patch.setattr(Planner, "__init__", made)
+    patch.setattr(Planner, "note", noted)
+
+
+def without_log(original: Any, self: RadixTree, *args: Any) -> Any:
+    with swapped(self, "log", None):
+        return original(self, *args)
+
+
+def parent_first(original: Any, self: PrefixResidency, num_pages: int) -> Any:
+    node = original(self, num_pages)
+    above = None if node is None else node.parent
+    return node if above is None or above.parent is None or above.pins[self.index] else above
+
+
+def state_on_parent(original: Any, self: Tiers, residency: Any, node: Any, page_ids: Any) -> None:
+    index, above = residency.index, node.parent
+    if index == self.point and above.parent is not None and above.pages[index] is None:
+        node = above
+    original(self, residency, node, page_ids)
+
+
+def done_is_quiet(original: Any, self: Any, transfer: Any, outcome: Any) -> None:
+    original(self, transfer, outcome._replace(quiet=outcome.done))
+
+
+def ready_at_once(original: Any, self: PrefixCache, *args: Any) -> Any:
+    lease = original(self, *args)
+    lease.first_step = self.step_number
+    return lease
+
+
+def still_findable(original: Any, self: RadixTree, namespace: Any) -> None:
+    root = self.roots[namespace.digest]
+    original(self, namespace)
+    self.roots[namespace.digest] = root
+    self.retired_roots.remove(root)
+
+
+def one_page_less(original: Any, self: Tiers, c: int, n: int) -> int:
+    start = original(self, c, n)
+    return min(n, start + self.page_tokens) if c in self.suffixes and start else start
+
+
+def transit_free(original: Any, self: Clearing, *args: Any) -> None:
+    original(self, *args)
+    for limbo in self.limbo:
+        for residency, page_ids in limbo.pages:
+            residency.allocator.free(page_ids)
+    self.limbo.clear()
+
+
+def wait_noted(original: Any, self: PrefixCache, reason: str) -> Any:
+    self.planner.note("wait", 99, 0)
+    return original(self, reason)
+
+
+def two_steps_early(original: Any, self: Retentions) -> None:
+    with swapped(self.tiers, "step", self.tiers.step + 2):
+        original(self)
+
+
+def keys_unchained(parent_key: bytes, token_bytes: Any, page_bytes: int) -> list[bytes]:
+    data = bytes(token_bytes)
+    return [sha256(data[at : at + page_bytes]).digest() for at in range(0, len(data) - page_bytes + 1, page_bytes)]
+
+
+def unchain(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(page_hash, "chain", keys_unchained)
+    patch.setattr(radix_tree, "chain", keys_unchained)
+
+
+def cap_ignored(original: Any, tiers: Tiers, sequence: Any, max_tokens: int | None) -> Any:
+    return original(tiers, sequence, None)
+
+
+def one_page_early(original: Any, self: Publishing, lease: Any, num_computed: int) -> None:
+    original(self, lease, min(num_computed + self.tiers.page_tokens, lease.num_tokens, lease.sequence.num_tokens))
+
+
+def table_changed(original: Any, self: Any, lease: Any, c: int, fresh: Any, pages: slice, page_ids: np.ndarray) -> None:
+    table = lease._tables[c]
+    table.setflags(write=True)
+    table[pages] = page_ids
+    table.setflags(write=False)
+
+
+def pin_left(original: Any, self: Publishing, lease: Any) -> None:
+    original(self, lease)
+    if lease._node.parent is not None:
+        self.tiers.device[0].pin_up(lease._node, lease._node.end - 1)
+
+
+def no_floors(original: Any, self: Groups, *args: Any) -> None:
+    original(self, *args)
+    self.floors = [0] * len(self.floors)
+
+
+def leaf_unpinned(original: Any, self: Admission, *args: Any) -> Any:
+    """The deepest node of a hit may leave while the lease uses it."""
+    lease = original(self, *args)
+    node, full = lease._node, self.tiers.full
+    if full is not None and node.parent is not None and node.pins[full] == 1:
+        self.tiers.device[full].order.add(node)
+    return lease
+
+
+MUTANTS = (
+    Mutant("insert keeps duplicates", during(Publishing, "_publish_full", PageAllocator, "free", nothing)),
+    Mutant("insert frees duplicates twice", during(Publishing, "_publish_full", PageAllocator, "free", twice)),
+    Mutant("tables keep the ids of freed duplicates", around(Publishing, "_replace", nothing)),
+    Mutant(
+        "a window is given back a page too early",
+        around(Publishing, "live_start", lambda f, self, c, n: min(f(self, c, n) + self.tiers.page_tokens, n)),
+    ),
+    Mutant("windows left behind are not freed", during(Publishing, "_leave_behind", PageAllocator, "free", nothing)),
+    Mutant("match ignores a missing state", match_without("point", None)),
+    Mutant("match ignores a missing window", match_without("suffixes", ())),
+    Mutant("a window may lack its first page", around(Tiers, "required_start", one_page_less)),
+    Mutant("a page that is in use may leave", around(Admission, "admit", leaf_unpinned)),
+    Mutant("load-back reads the next host page", around(Admission, "_load", next_host_page)),
+    Mutant("load-back is ready at once", around(PrefixCache, "_admit", ready_at_once)),
+    Mutant("backup takes pages in the wrong order", around(backups, "device_pages", backwards)),
+    Mutant("a split loses pins", around(PrefixResidency, "split", pins_of_prefix_lost)),
+    Mutant("release forgets checkpoint slots", around(Publishing, "release", checkpoints_forgotten)),
+    Mutant("insert publishes a page that is not computed", around(Publishing, "insert", one_page_early)),
+    Mutant("a state is published on the node above", around(Tiers, "put", state_on_parent)),
+    Mutant("namespaces share a root", around(RadixTree, "root", one_root)),
+    Mutant("a retired namespace is found again", around(RadixTree, "retire", still_findable), is_rare=True),
+    Mutant("page keys are not chained", unchain),
+    Mutant("a prefetch accepts a page more than agreed", around(Arrivals, "accept", one_page_more), is_rare=True),
+    Mutant("a prefetch frees its pages when done", around(Prefetches, "commit", done_is_quiet), is_rare=True),
+    Mutant("a store lets its pages go when done", around(Stores, "commit", done_is_quiet)),
+    Mutant("a store does not hold its pages", around(Stores, "_hold", lambda f, self, nodes: [])),
+    Mutant("a fetch keeps what it does not need", during(Prefetches, "_fetches", PageAllocator, "free", nothing)),
+    Mutant("reset frees pages in transit", around(Clearing, "_keep", transit_free), is_rare=True),
+    Mutant("one rank does not note its admits", admits_unnoted),
+    Mutant("events miss removed nodes", around(RadixTree, "remove", without_log), is_rare=True),
+    Mutant("events miss shortened nodes", around(RadixTree, "shorten", without_log)),
+    Mutant("a parent leaves before its children", around(PrefixResidency, "victim", parent_first), is_rare=True),
+    Mutant("a wait changes the digest", around(PrefixCache, "_wait", wait_noted)),
+    Mutant("a retention ends too early", around(Retentions, "expire", two_steps_early)),
+    Mutant("nodes that hold nothing stay", around(Tiers, "prune", nothing)),
+    Mutant("a release leaves a pin behind", around(Publishing, "release", pin_left)),
+    Mutant(
+        "every load-back is worth it", around(Admission, "_worth_loading", lambda f, self, prefix: True), is_rare=True
+    ),
+    Mutant("insert changes a table that was handed out", around(Publishing, "_replace", table_changed)),
+    Mutant("a floor protects nothing", around(Groups, "__init__", no_floors), is_rare=True),
+    Mutant("a hit may be longer than its cap", around(matching, "longest_prefix", cap_ignored)),
+)

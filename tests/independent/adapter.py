@@ -17,6 +17,7 @@ from jaxcache.config import CacheConfig
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.runtime.events import EventStream
 from jaxcache.types import Event, Outcome, Tier, TransferKind, WritePolicy
+from tests.independent.content import demand
 from tests.independent.plane import Plane
 
 
@@ -27,6 +28,7 @@ class Rank:
         self.core = PrefixCache(components, config)
         self.components = components
         self.num_components = len(components)
+        self.names = {component.name: c for c, component in enumerate(components)}
         self.has_host = self.core.tiers.has_host
         self.capacities = [r.allocator.num_pages for r in self.core.tiers.residencies]  # device, then host
         split = self.num_components
@@ -36,15 +38,31 @@ class Rank:
     # ---- calls whose form may change
 
     def insert(self, lease: Any, num_computed: int, states: tuple[int, ...], wishes: Mapping[str, int]) -> None:
-        """states: positions whose checkpoint slot holds the state; the core takes those that are reported as such."""
-        self.core.insert(lease, num_computed, **wishes)
+        """states: positions whose checkpoint slot holds the state."""
+        self.core.insert(lease, num_computed, states=states, **wishes)
 
     def forget_device(self) -> None:
         """The device is lost, and running requests with it."""
-        for lease in list(self.core.leases.values()):
-            self.core.release(lease)
-        self.core.drop_device()
+        self.core.forget_device()
         self.plane.lose_device()
+
+    def tables(self, lease: Any, kept: dict[str, np.ndarray], reads: bool) -> dict[str, np.ndarray]:
+        """What a loop uses whose tables only grow, unless it `reads` them anew: those that it has, and what is new.
+
+        With stable tables it never needs to.
+        """
+        now = lease.page_tables
+        if reads:
+            self.core.tables_were_read([lease])
+            if not self.core.config.stable_tables:
+                kept.clear()
+        for name, table in now.items():
+            have = kept.get(name, NOTHING)
+            if self.core.config.stable_tables:  # but for what a window has left behind
+                same = (table[: len(have)] == have) | (table[: len(have)] == self.capacities[self.names[name]])
+                demand(bool(same.all()), "tables", "a stable table has changed:", have, table)
+            kept[name] = np.concatenate([have, table[len(have) :]])
+        return dict(now) if reads and not self.core.config.stable_tables else dict(kept)
 
     def apply(self) -> None:
         self.plane.apply(self.core.take_plan(), self.core.step_number)
@@ -95,7 +113,8 @@ class Rank:
             if table is None:
                 pages.append(np.array([lease.write_slot, *lease.checkpoints.values()], np.int32))
             else:
-                pages.append(table[table < self.capacities[c]])
+                duplicates = [page_ids for owner, page_ids in lease._duplicates or () if owner == c]
+                pages.append(np.unique(np.concatenate([table[table < self.capacities[c]], *duplicates])))
         return pages
 
     def fresh(self, lease: Any, first: int) -> list[np.ndarray]:
@@ -133,8 +152,8 @@ class Rank:
         pages = [core.tiers.residencies[residency].allocator.free_ids()]
         if residency >= self.num_components:
             pages += [prefetch.pages[residency - self.num_components] for prefetch in core.prefetches.live.values()]
-        for limbo in core.clearing.limbo:
-            pages += [page_ids for owner, page_ids in limbo.pages if owner.index == residency]
+        for later in core.clearing.deferred:
+            pages += [page_ids for owner, page_ids in later.pages if owner.index == residency]
         return pages
 
     def tier_of(self, residency: int) -> tuple[Tier, str]:

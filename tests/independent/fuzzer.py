@@ -241,6 +241,10 @@ class Fuzzer:
                 if request.n + wanted > request.lease.num_tokens or rng.random() < 0.1:
                     self._grow_one(request, wanted)
             elif len(request.text) < request.end:
+                if sum(other.sequences is request.sequences for other in world.running.values()) > 1:
+                    sequences = request.sequences  # each of the two would append its own tokens
+                    world.refused("extend for two", (ValueError,), lambda i, rank, of=sequences: of[i].extend([0]))
+                    continue
                 self._decode(request)
                 deciders.append(request)
         deciders = [request for request in deciders if request.leases is not None]

@@ -240,6 +240,26 @@ def table_changed(original: Any, self: Any, lease: Any, c: int, fresh: Any, page
     table.setflags(write=False)
 
 
+def freed_at_once(original: Any, self: Any, lease: Any, c: int, page_ids: np.ndarray) -> None:
+    lease._tiers.device[c].allocator.free(page_ids)
+
+
+def replaced_though_stable(original: Any, self: Any, *args: Any) -> None:
+    self.stable_tables = False
+    original(self, *args)
+
+
+def given_back_though_stable(original: Any, self: PrefixCache, leases: list[Any]) -> None:
+    for lease in leases:
+        self.publishing.free_duplicates(lease)
+
+
+def all_states(original: Any, self: Any, lease: Any, num_computed: int, **options: Any) -> None:
+    """Whether or not a chunk ended there."""
+    options["states"] = tuple(p for p in getattr(lease, "checkpoints", ()) if p <= num_computed)
+    original(self, lease, num_computed, **options)
+
+
 def pin_left(original: Any, self: Publishing, lease: Any) -> None:
     original(self, lease)
     if lease._node.parent is not None:
@@ -261,8 +281,12 @@ def leaf_unpinned(original: Any, self: Admission, *args: Any) -> Any:
 
 
 MUTANTS = (
-    Mutant("insert keeps duplicates", during(Publishing, "_publish_full", PageAllocator, "free", nothing)),
-    Mutant("insert frees duplicates twice", during(Publishing, "_publish_full", PageAllocator, "free", twice)),
+    Mutant("duplicates are never given back", during(Publishing, "free_duplicates", PageAllocator, "free", nothing)),
+    Mutant("duplicates are given back twice", during(Publishing, "free_duplicates", PageAllocator, "free", twice)),
+    Mutant("duplicates are given back while a table has them", around(Publishing, "_keep_duplicates", freed_at_once)),
+    Mutant("stable tables are replaced", around(Publishing, "_replace", replaced_though_stable)),
+    Mutant("stable tables lose their pages", around(PrefixCache, "tables_were_read", given_back_though_stable)),
+    Mutant("states are taken for written", around(PrefixCache, "insert", all_states)),
     Mutant("tables keep the ids of freed duplicates", around(Publishing, "_replace", nothing)),
     Mutant(
         "a window is given back a page too early",

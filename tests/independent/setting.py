@@ -90,6 +90,7 @@ def draw(rng: Random) -> Setting:
         max_retain_steps=60,
         max_retained_share=rng.choice((0.1, 0.25, 0.5)),
         evict_output_first=rng.random() < 0.7,
+        stable_tables=rng.random() < 0.3,
         load_back_min_tokens=rng.choice((1, 1, 1, 2 * page)),
         max_states_per_path=rng.choice((1, 2, 4)),
         prefetch_policy=rng.choice(tuple(PrefetchPolicy)),

@@ -82,7 +82,7 @@ class Upheavals:
         return self.world.namespaces(fields)
 
     def _retire(self) -> None:
-        """Old weights go; the same fields again are a new namespace, in which nothing can be found."""
+        """Old weights go: the same fields are refused from now on, and in the next version nothing can be found."""
         world, place = self.world, self.rng.randrange(len(self.spaces))
         old = self.spaces[place]
         world.call("retire_namespace", old)
@@ -91,7 +91,9 @@ class Upheavals:
         world.alike([None] * len(old))
         self.pledges.void(old[0].digest)
         self.seen["retirements"] += 1
-        self.spaces[place] = new = world.namespaces(old[0].fields) if self.rng.random() < 0.6 else self._new_space()
+        fields = old[0].fields
+        world.refused("retired fields", (ValueError,), lambda i, rank: rank.core.new_namespace(**fields))
+        self.spaces[place] = new = self._new_space()
         survey = world.first.roots()
         children = [root.children for root, digest, is_live in survey if is_live and digest == new[0].digest]
         demand(children == [{}], "match", "a new namespace has what was retired:", children)

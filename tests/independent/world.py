@@ -28,6 +28,7 @@ class Request:
     """A text that somebody wants computed. One sequence, ticket and lease for each rank.
 
     n: how far the model has computed it; written: checkpoints of states that the model has filled
+    kept: the page tables that the loop uses, on each rank
     """
 
     def __init__(self, text: Text, sequences: list[Any], num_to_decode: int):
@@ -37,6 +38,7 @@ class Request:
         self.leases: list[Any] | None = None
         self.n = 0
         self.written: set[int] = set()
+        self.kept: list[dict[str, np.ndarray]] = []
         self.end = len(text) + num_to_decode
         self.patience = 0
 
@@ -144,6 +146,7 @@ class World:
         request.leases, request.tickets = got, None
         request.n = got[0].num_cached_tokens
         request.written.clear()
+        request.kept = [{} for _ in got]
         self.running[got[0].id] = request
         for rank, lease in zip(self.ranks, got, strict=True):
             self._give(rank, lease, request.n // self.page, ())
@@ -262,9 +265,10 @@ class World:
         """Computes [n, m) of a request whose first step has come."""
         n = request.n
         assert request.leases is not None
-        for rank, lease in zip(self.ranks, request.leases, strict=True):
-            tables = lease.page_tables
-            self.handed_out += [(table, table.tobytes()) for table in tables.values()]
+        reads = self.rng.random() < 0.4
+        for rank, lease, kept in zip(self.ranks, request.leases, request.kept, strict=True):
+            tables = rank.tables(lease, kept, reads)
+            self.handed_out += [(table, table.tobytes()) for table in lease.page_tables.values()]
             rank.plane.step(tables, rank.slots(lease, n, m), request.text, n, m)
         if m in request.lease.checkpoints:
             request.written.add(m)

@@ -195,7 +195,7 @@ class Backbone:
         lease.num_computed = num_computed
         if tiers.profile is not None:
             tiers.profile.inserted(sequence, node, at)
-        self.planner.note("insert", lease.id, lease._published, node.id, sequence.checksum(old_end, lease._published))
+        self.planner.note("insert", lease.id, lease._published, node.id, lease._published_checksum(old_end))
         return True
 
     def release(self, lease: Lease) -> bool:

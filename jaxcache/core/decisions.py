@@ -21,7 +21,7 @@ NUMBERS: dict[str, tuple[str, ...]] = {
     "admit": ("lease", "cached tokens", "namespace checksum", "prompt checksum"),
     "grow": ("lease", "computed tokens", "new tokens"),
     "extend": ("lease", "tokens", "checksum of the new tokens"),
-    "insert": ("lease", "published tokens", "node", "checksum of the published tokens"),
+    "insert": ("lease", "published tokens", "node", "checksum of published tokens that came after the admission"),
     "state": ("lease", "position"),
     "options": ("lease", "priority", "retained steps"),
     "duplicates": ("lease", "pages given back"),

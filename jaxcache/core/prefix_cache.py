@@ -345,7 +345,7 @@ class PrefixCache:
         self.publishing.insert(lease, num_computed)
         if lease._published > old_end and lease._computed_in > self.tiers.pools_version:
             self._uncomputed = Uncomputed(lease._computed_in, lease.id, lease._published)
-        content = sequence.checksum(old_end, lease._published)
+        content = lease._published_checksum(old_end)
         self.planner.note("insert", lease.id, lease._published, lease._node.id, content)
         if has_options:
             self._set_options(lease, priority, retain_steps)

@@ -90,10 +90,6 @@ class Sequence:
             self.namespace.owner.serving.end(error, "extend")
             raise
 
-    def checksum(self, start: int, stop: int) -> int:
-        """Of the tokens [start, stop)."""
-        return checksum(memoryview(self.data)[start * 4 : stop * 4])
-
     def edge(self, start: int, stop: int) -> bytes | memoryview:
         """Token bytes of [start, stop) for a node to keep: a view of the prompt where that wastes no memory, or a copy.
 

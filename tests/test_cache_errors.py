@@ -429,6 +429,51 @@ def test_transfers_need_no_power_of_two(rig, max_transfer_pages):
     check_equal(got, reference(rig.mesh, tuple(PROMPT.tolist())))
 
 
+# ---- interrupted
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, ValueError])
+def test_a_call_that_is_interrupted_ends_serving(rig, monkeypatch, error):
+    """The tree may be half changed, and would give wrong pages: every later call says why there are none."""
+    with rig.cache(jaxcache.MemoryStorage()) as cache:
+        driver = Driver(rig, cache)
+        sequence = driver.sequence(PROMPT)
+        lease = driver.admit(sequence)
+
+        def fails(*_):
+            raise error("in the middle")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(cache.core.tiers.tree, "split", fails)
+            patched.setattr(cache.core.tiers.tree, "add", fails)
+            with pytest.raises(error, match="in the middle"):
+                cache.insert(lease, 16)
+        calls: list[Callable] = [
+            lambda: cache.step(driver.pools),
+            lambda: cache.apply(driver.pools),
+            lambda: cache.wait(driver.pools),
+            lambda: cache.tables([lease], 32),
+            lambda: cache.admit(sequence, 16),
+            lambda: cache.grow(lease, 0, 1),
+            lambda: cache.grow_all([lease], [0]),
+            lambda: cache.insert(lease, 0),
+            lambda: cache.release(lease),
+            lambda: cache.prefetch(sequence),
+            lambda: cache.new_namespace(model="other"),
+            lambda: cache.retire_namespace(driver.namespace),
+            lambda: cache.set_policies(),
+            lambda: cache.detach_storage(),
+            lambda: cache.clear_storage(),
+            lambda: cache.reset(),
+            lambda: cache.forget_device(),
+            lambda: cache.drain(driver.pools),
+        ]
+        for call in calls:
+            with pytest.raises(jaxcache.ServingEnded, match="insert was interrupted by") as ended:
+                call()
+            assert type(ended.value.__cause__) is error
+
+
 # ---- closed
 
 

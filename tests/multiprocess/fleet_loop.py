@@ -1,6 +1,6 @@
 """A serving loop of several processes, in which one goes wrong; run by test_fleet_failures.py.
 
-argv: {"steps", "model": whether there is one, "halts", "corrupts" or "faults": a process, "at": a step,
+argv: {"steps", "model": whether there is one, "halts", "corrupts", "faults" or "breaks": a process, "at": a step,
        "early": whether it faults before the exchange, "timeout_s": the bound, "hangs": whether storage never answers,
        "drains": a process whose storage never answers; at the end all drain for "drain_s"}
 {"content": a process that is given other content than the others, in one cache after the other}
@@ -78,11 +78,17 @@ def serve(cache: jaxcache.Cache, index: int, plan: dict) -> None:
             cache.wait(run())
         pools = write_pages(pools)
         cache.grow(lease, lease.num_cached_tokens, len(PROMPT) + 1 - lease.num_cached_tokens)
+        if step == plan["at"] and index == plan.get("breaks"):
+            cache.core.publishing.insert = out_of_memory
         cache.insert(lease, len(PROMPT) + 1)
         cache.release(lease)
         print(f"finished step {step}", flush=True)
     if "drains" in plan:
         drain(cache, pools, plan["drain_s"])
+
+
+def out_of_memory(*_) -> None:
+    raise MemoryError("in the middle of a call")
 
 
 def drain(cache: jaxcache.Cache, pools: DevicePools, timeout_s: float) -> None:
@@ -158,7 +164,7 @@ def main() -> None:
     try:
         with jaxcache.Cache([jaxcache.FullAttention("full", (KV,))], mesh_of_all(), config, storage) as cache:
             serve(cache, index, plan)
-    except (jaxcache.RankUnresponsive, jaxcache.RanksDiverged, jaxcache.TransferFault) as error:
+    except (jaxcache.ServingEnded, MemoryError) as error:
         jaxcache.end_process(error)
 
 

@@ -103,6 +103,17 @@ def test_a_copy_that_fails_in_one_process_is_a_fault_in_all(model, early):
         assert "a copy that failed" in exit.stderr
 
 
+def test_a_call_that_breaks_off_in_one_process_is_told_to_all():
+    """Its tree may be half changed, so it ends, and the others need not wait for it."""
+    with fleet(2, steps=50, model=True, breaks=1, at=AT) as processes:
+        exits = processes.wait(START_S)
+    for exit in exits:
+        assert (exit.code, exit.was_ended) == (1, False), exit.stderr
+    said = "serving has ended: insert was interrupted by MemoryError"
+    assert "MemoryError: in the middle of a call" in exits[1].stderr and f"process 1: {said}" in exits[1].stderr
+    assert f"jaxcache.types.TransferFault: process 1: {said}" in exits[0].stderr
+
+
 @pytest.mark.parametrize("hangs", [False, True])
 def test_a_tree_that_was_damaged_in_one_process_ends_all_within_two_steps(hangs):
     """Also while a thread waits for a storage that never answers."""

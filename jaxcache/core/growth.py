@@ -32,10 +32,14 @@ class Growth:
         num_new_tokens = bad_input.count("num_new_tokens", num_new_tokens, 1)
         bad_input.check_lease(core, lease, num_computed)
         end = num_computed + num_new_tokens
+        lease._asked_in = tiers.pools_version
+        if end <= lease._quiet_end:  # numpy's integers decide as Python's do in PrefixCache.grow
+            lease.num_computed = num_computed
+            lease.num_tokens = max(lease.num_tokens, end)
+            return True
         if core.backbone is not None:
             return core.backbone.grow(lease, num_computed, end)
         core.publishing.report(lease, num_computed)
-        lease._asked_in = tiers.pools_version
         if core.quotas is not None:
             core.quotas.serve_lease(lease)
         wanted = -(-end // tiers.page_tokens)

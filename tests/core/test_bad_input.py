@@ -47,6 +47,22 @@ def test_integers_of_numpy_are_taken(server):
     assert type(lease.num_tokens) is type(lease.num_computed) is int
 
 
+def test_integers_of_numpy_decide_as_those_of_python_do():
+    """Within a page nothing but numbers changes, though what another request has split could be given back."""
+    cores = []
+    for kind in (int, np.int64):
+        server = Server(FULL, window(6))
+        lease = server.admit(prompt(43))
+        for end in (36, 42):
+            server.compute(lease, end)
+            server.insert(lease, end)
+        assert server.core.grow(lease, 42, 1)
+        server.prefill([*prompt(32), *prompt(8, 1000)])  # splits what the lease has pinned of the window
+        assert server.core.grow(lease, kind(42), 1)
+        cores.append(server.core)
+    assert cores[0].sizes() == cores[1].sizes()
+
+
 @pytest.mark.parametrize(
     "wish", [{"priority": -1}, {"priority": 0.0}, {"priority": True}, {"retain_steps": False}, {"retain_steps": 1.5}]
 )

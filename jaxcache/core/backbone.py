@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jaxcache.core.change_log import PUT
-from jaxcache.core.decisions import checksum
 from jaxcache.core.lease import Lease, read_only
 from jaxcache.core.residency import Residency
 from jaxcache.core.sequence import Sequence
@@ -84,7 +83,7 @@ class Backbone:
         if tiers.profile is not None:
             tiers.profile.admitted(sequence, lease._node)
         self._count(sequence, end)
-        self.planner.note("admit", id, end, sequence.namespace.checksum, checksum(sequence.data))
+        self.planner.note("admit", id, end, sequence.namespace.checksum, sequence.checksum(end, lease._node.id))
         return lease
 
     def _count(self, sequence: Sequence, num_found_tokens: int) -> None:
@@ -167,7 +166,7 @@ class Backbone:
         if sequence.namespace.retired:
             return False
         page, node = self.page_tokens, lease._node
-        at = old_end = lease._published
+        at = lease._published
         end = num_computed // page * page
         if at < end:
             first_page = bytes(sequence.data[at * 4 : (at + page) * 4])
@@ -195,7 +194,7 @@ class Backbone:
         lease.num_computed = num_computed
         if tiers.profile is not None:
             tiers.profile.inserted(sequence, node, at)
-        self.planner.note("insert", lease.id, lease._published, node.id, lease._published_checksum(old_end))
+        self.planner.note("insert", lease.id, lease._published, node.id)
         return True
 
     def release(self, lease: Lease) -> bool:

@@ -1,17 +1,17 @@
 """The kinds of decisions that enter the digest, and what their numbers say: for the report when ranks differ.
 
-Every call that changes the core notes one: who, how much, and a checksum of the content (tokens, namespace), so that
-ranks which were given different content differ in the digest of the same step.
+Every call that changes the core notes one: who, how much, and, where content comes in (a namespace, a prompt, generated
+tokens), a checksum of it, so that ranks which were given different content differ in the digest of the same step. What
+is published later has been noted before.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from xxhash import xxh3_64_intdigest
 
-checksum: Callable[[Any], int] = xxh3_64_intdigest  # of bytes; against accidents, not against attackers
+checksum: Callable[..., int] = xxh3_64_intdigest  # of bytes; against accidents, not against attackers
 
 _TRANSFER = ("transfer", "pages", "moves")
 # name: what its numbers say, at most four. The place in this table is what enters the digest.
@@ -21,7 +21,7 @@ NUMBERS: dict[str, tuple[str, ...]] = {
     "admit": ("lease", "cached tokens", "namespace checksum", "prompt checksum"),
     "grow": ("lease", "computed tokens", "new tokens"),
     "extend": ("lease", "tokens", "checksum of the new tokens"),
-    "insert": ("lease", "published tokens", "node", "checksum of published tokens that came after the admission"),
+    "insert": ("lease", "published tokens", "node"),
     "state": ("lease", "position"),
     "options": ("lease", "priority", "retained steps"),
     "duplicates": ("lease", "pages given back"),

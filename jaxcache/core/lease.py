@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxcache.core.decisions import checksum
 from jaxcache.core.radix_tree import Node
 from jaxcache.core.sequence import Sequence
 from jaxcache.types import PageIds
@@ -38,9 +37,7 @@ class Lease:
     """
 
     __slots__ = (
-        "_admitted_tokens",
         "_asked_in",
-        "_computed_in",
         "_duplicates",
         "_last_grid_point",
         "_node",
@@ -91,9 +88,7 @@ class Lease:
         self.read_slot: int | None = None
         self.write_slot: int | None = None
         self.checkpoints: dict[int, int] = {} if tiers.point is not None else NO_CHECKPOINTS
-        self._admitted_tokens = sequence.num_tokens  # what the digest knows of its content since then
         self._asked_in = tiers.pools_version  # when it last asked for room
-        self._computed_in = 0  # the version of the pools in which all is computed that `insert` was told of
         self._tiers = tiers
         self._duplicates: list[tuple[int, PageIds]] | None = None  # (component, own pages that the tree has, too)
         self._plan_is_applied = plan_is_applied
@@ -140,13 +135,6 @@ class Lease:
             return None
         grid = self._tiers.grid_tokens
         return (computed // grid + 1) * grid
-
-    def _published_checksum(self, start: int) -> int:
-        """Of the tokens from `start` to what is published, as far as they came after the admission; 0: none did."""
-        first = max(start, self._admitted_tokens)
-        if first >= self._published:
-            return 0
-        return checksum(memoryview(self.sequence.data)[first * 4 : self._published * 4])
 
     def _be_quiet(self, num_computed: int) -> None:
         """Notes up to where it may grow without anything but numbers changing, from `num_computed` on.

@@ -17,7 +17,6 @@ from jaxcache.config import pages_of_share
 from jaxcache.core import matching
 from jaxcache.core.arrivals import Arrivals
 from jaxcache.core.backups import Backups
-from jaxcache.core.decisions import checksum
 from jaxcache.core.page_hash import Namespace
 from jaxcache.core.planner import Counters, Planner
 from jaxcache.core.prefetch import Prefetch, PrefetchState
@@ -76,7 +75,7 @@ class Prefetches:
 
     def _ticket(self, sequence: Sequence, prefetch: Prefetch) -> Ticket:
         prefetch.num_wanting += 1
-        content = checksum(sequence.data)
+        content = sequence.checksum(0, 0)
         self.planner.note("prefetch", prefetch.id, prefetch.end, sequence.namespace.checksum, content)
         return Ticket(sequence, prefetch)
 

@@ -23,7 +23,6 @@ from jaxcache.core.attachment import Attachment
 from jaxcache.core.backbone import Backbone
 from jaxcache.core.backups import Backups
 from jaxcache.core.clearing import Clearing
-from jaxcache.core.decisions import checksum
 from jaxcache.core.explain import Explanation, explain
 from jaxcache.core.growth import Growth
 from jaxcache.core.lease import Lease
@@ -46,7 +45,7 @@ TokenPositions = list[int] | tuple[int, ...]
 
 
 class Uncomputed(NamedTuple):
-    """What a lease has published up to `end` is computed in this version of the pools, or a later one."""
+    """What a lease has reported as computed up to `end` can only be so in a later version of the pools than this."""
 
     version: int
     lease: int
@@ -266,7 +265,7 @@ class PrefixCache:
         counters["admits"] += 1
         counters["prompt_tokens"] += sequence.num_tokens
         counters["device_hit_tokens"] += lease.device_tokens
-        content = checksum(sequence.data)
+        content = sequence.checksum(lease.num_cached_tokens, lease._node.id)
         self.planner.note("admit", lease.id, lease.num_cached_tokens, sequence.namespace.checksum, content)
         return lease
 
@@ -331,7 +330,8 @@ class PrefixCache:
             bad_input.check_states(lease, states, num_computed)
         if num_computed > lease.num_computed:
             bad_input.check_may_run(self, lease)
-            lease._computed_in = lease._asked_in + 1
+            if lease._asked_in == self.tiers.pools_version:
+                self._uncomputed = Uncomputed(lease._asked_in, lease.id, num_computed)
         self.publishing.report(lease, num_computed)
         for position in states:
             lease._written[position] = None
@@ -343,10 +343,7 @@ class PrefixCache:
         old_end = lease._published
         self.tiers.lease_id = lease.id
         self.publishing.insert(lease, num_computed)
-        if lease._published > old_end and lease._computed_in > self.tiers.pools_version:
-            self._uncomputed = Uncomputed(lease._computed_in, lease.id, lease._published)
-        content = lease._published_checksum(old_end)
-        self.planner.note("insert", lease.id, lease._published, lease._node.id, content)
+        self.planner.note("insert", lease.id, lease._published, lease._node.id)
         if has_options:
             self._set_options(lease, priority, retain_steps)
         if self.backups.on_insert:
@@ -432,7 +429,7 @@ class PrefixCache:
     def check_computed(self) -> None:
         """Raises RuntimeError if a BACKUP is planned before the pools have come in which its pages are computed."""
         missing = self._uncomputed
-        if missing is None or missing.version <= self.tiers.pools_version:
+        if missing is None or missing.version < self.tiers.pools_version:
             return
         if any(transfer.kind is TransferKind.BACKUP for transfer in self.planner.transfers):
             raise RefusedCall(

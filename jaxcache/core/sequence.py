@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 INT32 = np.dtype(np.int32)
 INT32_MAX = 2**31 - 1
+MANY_TOKENS = 4096  # a view takes longer than the sum of fewer
 
 
 class Sequence:
@@ -89,6 +90,13 @@ class Sequence:
         except BaseException as error:  # tokens without their number, or in one process's digest only
             self.namespace.owner.serving.end(error, "extend")
             raise
+
+    def checksum(self, start: int, node_id: int) -> int:
+        """Of all tokens: of those from `start` on, and of the node that ends there, which stands for those before.
+
+        Ranks whose decisions are the same have the same tokens up to the node of an id.
+        """
+        return checksum(self.data if start < MANY_TOKENS else memoryview(self.data)[start * 4 :], node_id)
 
     def edge(self, start: int, stop: int) -> bytes | memoryview:
         """Token bytes of [start, stop) for a node to keep: a view of the prompt where that wastes no memory, or a copy.

@@ -50,17 +50,19 @@ def test_a_generated_token_before_it_fills_a_page(components):
     assert digest(*components, extend=7) == digest(*components, extend=7)
 
 
-@pytest.mark.parametrize("components", [(FULL,), (FULL, window(8), state())], ids=["full", "every kind"])
-def test_published_tokens(components):
-    """Of a sequence that was damaged after its tokens came: what was there at the admission has been noted then."""
-    loop, other = Loop(*components), Loop(*components)
-    for each in (loop, other):
-        each.lease.sequence.extend([5, 6, 7, 8])
-    other.lease.sequence.data[32:36] = bytes(4)
-    assert loop.core.digest == other.core.digest
-    for core, lease in ((loop.core, loop.lease), (other.core, other.lease)):
-        core.insert(lease, 12)
-    assert loop.core.digest != other.core.digest
+def test_a_prompt_of_which_much_is_found():
+    """The node at which a hit ends stands for the tokens before it; where trees are the same, so are those."""
+    digests = []
+    for place in (0, LENGTH - 1):
+        loop = Loop()
+        for tokens in (prompt(LENGTH), [1, *prompt(LENGTH - 1, 1)]):  # two prompts of one length are there
+            lease = loop.core.admit(loop.core.sequence(tokens, loop.namespace), LENGTH)
+            loop.core.insert(lease, LENGTH)
+            loop.core.release(lease)
+        again = prompt(LENGTH) if place else [1, *prompt(LENGTH - 1, 1)]
+        loop.core.admit(loop.core.sequence([*again, 5], loop.namespace), 1)
+        digests.append(loop.core.digest)
+    assert digests[0] != digests[1]
 
 
 def test_which_namespace_a_request_is_in_and_which_is_retired():

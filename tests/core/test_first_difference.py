@@ -51,8 +51,8 @@ def test_only_what_every_log_reaches_back_to_counts():
 def test_text():
     assert (
         str(Difference(3, 1, {1: None, 0: INSERT}))
-        == "decision 1 of step 3: process 0: insert(lease 1, published tokens 32, node 2, "
-        "checksum of published tokens that came after the admission 0x9); process 1: none"
+        == "decision 1 of step 3: process 0: insert(lease 1, published tokens 32, node 2); "
+        "process 1: none"
     )
     other = (3, "admit", 1, 16, 7, 8)
     assert str(Difference(3, 0, {0: ADMIT, 1: other})).startswith(

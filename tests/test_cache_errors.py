@@ -107,7 +107,7 @@ def test_namespace_of_another_cache(driver, other):
 
 
 def test_something_that_is_no_namespace(driver):
-    with pytest.raises(TypeError, match="a Namespace of this cache is needed, not 'tiny'"):
+    with pytest.raises(TypeError, match="a Namespace of this cache is needed, not str"):
         driver.cache.sequence(PROMPT, "tiny")
 
 

@@ -26,7 +26,7 @@ def count(name: str, value: Any, at_least: int | None = None) -> int:
 
 def check_namespace(core: PrefixCache, namespace: Any) -> None:
     if not isinstance(namespace, Namespace):
-        raise TypeError(f"a Namespace of this cache is needed, not {namespace!r}")
+        raise TypeError(f"a Namespace of this cache is needed, not {type(namespace).__name__}")
     if namespace.owner is not core:
         raise ValueError(f"{namespace!r} belongs to another cache")
     if namespace.retired:

@@ -94,7 +94,7 @@ class PrefixCache:
         """A namespace from fields such as model, weights_version, tenant_salt; equal fields are the same one."""
         for name, value in fields.items():
             if not isinstance(value, str):
-                raise TypeError(f"namespace field {name!r} must be a str, not {value!r}")
+                raise TypeError(f"namespace field {name!r} must be a str, not {type(value).__name__}")
         namespace = Namespace(self, fields)
         known = self.tiers.tree.namespaces.get(namespace.digest)
         if known is not None:
@@ -128,7 +128,7 @@ class PrefixCache:
     def explain(self, sequence: Sequence) -> Explanation:
         """Why a prompt is a hit or a miss; changes nothing."""
         bad_input.check_sequence(self, sequence)
-        return explain(self.tiers, sequence)
+        return explain(self.tiers, sequence, self.leases)
 
     # ---- requests
 

@@ -41,6 +41,10 @@ class TenantResidency(Residency):
     def leaving(self, victim: Node, num_pages: int) -> int:
         return self.groups.leaving(victim, num_pages)
 
+    def why(self, reason: str) -> str:
+        """A quota is a reason only where its own tenant has to give: others lose host pages just for the room."""
+        return "quota" if self.groups.own_only else reason
+
     def put(self, node: Node, page_ids: PageIds) -> None:
         if not node.last_used:  # what has just come was not used long ago
             node.last_used = next(self.clock)

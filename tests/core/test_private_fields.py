@@ -13,6 +13,7 @@ from jaxcache.core.lease import Lease
 from jaxcache.core.page_hash import PUBLIC_FIELDS, Namespace
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.runtime.events import EventStream
+from jaxcache.types import Tier, WritePolicy
 from tests.core.helpers import FULL, NEXT, PAGE, make_core, prompt, state, window
 from tests.core.serving import flood, serve, start
 
@@ -127,6 +128,22 @@ def test_explain_does_not_name_leases_that_took_windows_and_states():
     lost = core.explain(core.sequence([*prompt(16), NEXT], mine)).lost
     assert {(eviction.component, eviction.lease) for _, eviction in lost} == {("window", 0)}
     core.release(lease)
+
+
+def test_the_quota_of_one_is_no_reason_that_another_is_told():
+    """Under write_back what leaves the device for its tenant's quota takes room in host memory, which is just room."""
+    core = make_core(
+        tenants={TENANT: TenantShare(quota=0.25)}, device_pages=40, host_pages=12, write_policy=WritePolicy.WRITE_BACK
+    )
+    other, mine = (core.new_namespace(model="m", tenant=name) for name in (TENANT, "b"))
+    serve(core, prompt(32), mine)
+    core.release(start(core, prompt(160, 7000), mine))  # pushes it to host memory, and leaves the device empty
+    for i in range(2):
+        serve(core, prompt(40, 10_000 + 1000 * i), other)
+    assert core.counters["quota_pages"] == 10 + 7  # on the device and in host memory
+    eviction = core.explain(core.sequence(prompt(32), mine)).eviction
+    assert eviction is not None
+    assert (eviction.tier, eviction.reason) == (Tier.HOST, "room")
 
 
 # ---- every text

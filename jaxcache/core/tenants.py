@@ -22,7 +22,10 @@ RETIRED, OVER_QUOTA, ABOVE_FLOOR = 0, 1, 2  # in this order they leave
 
 
 class Tenants:
-    """Who is who. tenant_of, retired: by account, which is the `group` of every node of a namespace."""
+    """Who is who. tenant_of, retired: by account, which is the `group` of every node of a namespace.
+
+    perhaps_unused: retired accounts that have changed since they were last seen in use
+    """
 
     def __init__(self, shares: Mapping[str, TenantShare]):
         self.names = ("", *sorted(shares))
@@ -31,20 +34,16 @@ class Tenants:
         self.tenant_of = [0]
         self.retired = [False]
         self.roots: list[Node | None] = [None]
+        self.perhaps_unused: dict[int, None] = {}
         self.groups: list[Groups] = []
 
     def open(self, namespace: Namespace, root: Node) -> int:
-        """The account of a new namespace. One that was retired, and has lost its last page, is used again."""
+        """The account of a new namespace: a retired one to which nothing can be charged any more, or one more."""
         tenant = self.numbers.get(namespace.fields.get("tenant", ""), 0)
         if not tenant:
             return 0
-        for account, retired in enumerate(self.retired):
-            if retired and not any(groups.num_resident[account] + groups.num_owned[account] for groups in self.groups):
-                before = self.roots[account]
-                assert before is not None
-                before.group = 0  # a request of the retired namespace may still come
-                break
-        else:
+        account = self._unused()
+        if account is None:
             account = len(self.tenant_of)
             self.tenant_of.append(0)
             self.retired.append(False)
@@ -55,6 +54,27 @@ class Tenants:
             groups.open(account, tenant)
         return account
 
+    def _unused(self) -> int | None:
+        """A retired account of which nothing is left, if there is one.
+
+        What is charged is charged by a node: by its pages, or by a lease that ends there. So all is over when nothing
+        hangs below the root, and nothing ends at it. A lease may have no page at all and still grow.
+        """
+        while self.perhaps_unused:
+            account, _ = self.perhaps_unused.popitem()
+            root = self.roots[account]
+            assert root is not None, f"I15: {account=} has no root"
+            if not root.children and not root.ends_here:
+                assert not any(groups.num_resident[account] + groups.num_owned[account] for groups in self.groups)
+                root.group = 0  # a request of the retired namespace may still come
+                return account
+        return None
+
+    def changed(self, account: int) -> None:
+        """Something that is charged to an account came, went, or ended."""
+        if self.retired[account]:
+            self.perhaps_unused[account] = None
+
     def retire(self, account: int) -> None:
         """What can never be found again is on nobody's account; it leaves first, and no floor protects it."""
         if account:
@@ -62,6 +82,7 @@ class Tenants:
                 groups.move(account, 0)
             self.tenant_of[account] = 0
             self.retired[account] = True
+            self.perhaps_unused[account] = None
 
 
 class Groups(EvictionOrder):
@@ -114,6 +135,7 @@ class Groups(EvictionOrder):
 
     def count(self, account: int, resident: int, pinned: int) -> None:
         """So many pages more are there, and pinned."""
+        self.tenants.changed(account)
         tenant = self.tenants.tenant_of[account]
         self.num_resident[account] += resident
         self.num_pinned[account] += pinned
@@ -122,6 +144,7 @@ class Groups(EvictionOrder):
 
     def own(self, account: int, num_pages: int) -> None:
         """Leases own so many pages more."""
+        self.tenants.changed(account)
         self.num_owned[account] += num_pages
         self.owned[self.tenants.tenant_of[account]] += num_pages
 

@@ -30,6 +30,7 @@ AT_MOST = {
     "admit_64_nodes": 8.0,
     "release_64_nodes": 3.0,
     "evict_one": 3.0,
+    "evict_one_4000_namespaces": 2.0,
     "evict_share": 3.5,
     "evict_share_3_components": 11.0,
     "bytes_per_token": 1.3,

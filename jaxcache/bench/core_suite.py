@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from jaxcache.bench.evictions import evict_one, evict_share
+from jaxcache.bench.evictions import evict_one, evict_one_beside_namespaces, evict_share
 from jaxcache.bench.figure import Figure
 from jaxcache.bench.matches import match, rematch
 from jaxcache.bench.measure import undisturbed
@@ -34,6 +34,7 @@ def groups(workload: Workload, only: Sequence[str] | None = None) -> dict[str, M
         "insert": insert,
         "path": path,
         "evict_one": evict_one,
+        "evict_one_namespaces": evict_one_beside_namespaces,
         "evict_share": evict_share,
         "bytes": memory,
         "step": steps,

@@ -1,5 +1,7 @@
 """Making room: one node of many, and a share of everything. Every victim is the oldest, so nothing of it is warm.
 
+With tenants the floor is the same eviction where the other tenant has few namespaces: their number is to cost nothing.
+
 Caches are filled by requests. The cache of which a share leaves holds conversations: every turn is a node below the
 turn before; the first turns of all come before the second ones. With several components every conversation has the
 windows and states of two of its turns: the pools are sized so that it can be resumed, and evicts where it must.
@@ -16,12 +18,15 @@ from jaxcache.bench.figure import Figure, Goal, figure
 from jaxcache.bench.loaded_core import EVERY_KIND, FULL, LoadedCore, random_tokens
 from jaxcache.bench.measure import CPU, take_turns
 from jaxcache.bench.reference_tree import ReferenceTree
-from jaxcache.bench.workload import Workload
+from jaxcache.bench.workload import Workload, short
+from jaxcache.config import TenantShare
 from jaxcache.testing.replay import WINDOW_TOKENS
 
 ONE_GOAL = Goal("value", "<=", 10)
 SHARE_GOAL = Goal("value", "<=", 15)
 SHARE_OF_ALL_KINDS_GOAL = Goal("value", "<=", 25)
+NAMESPACES_GOAL = Goal("ratio", "<=", 1.5)
+FEW_NAMESPACES = 10
 RESUMABLE_TURNS = 2
 
 
@@ -46,6 +51,33 @@ def evict_one(workload: Workload) -> list[Figure]:
     assert core.tiers.tree.num_nodes == num_nodes - workload.num_evictions
     meaning = f"evict one of {num_nodes:,} nodes, {num_pages:,} pages resident / stripped tree"
     return [figure("evict_one", meaning, *turns, goal=ONE_GOAL)]
+
+
+def evict_one_beside_namespaces(workload: Workload) -> list[Figure]:
+    many, num_turns = workload.namespaces, min(workload.num_evictions, workload.namespaces // 2)
+    both = [served_in(workload, num_namespaces) for num_namespaces in (many, FEW_NAMESPACES)]
+
+    def evicting_one(loaded: LoadedCore):
+        free = loaded.core.tiers.device[0].allocator
+        return lambda: partial(loaded.core.backups.make_room_on_device, 0, free.num_free + workload.victim_pages)
+
+    turns = take_turns(evicting_one(both[0]), evicting_one(both[1]), num_turns)
+    assert [loaded.core.tiers.tree.num_nodes for loaded in both] == [many - num_turns] * 2
+    name = f"evict_one_{short(many)}_namespaces"
+    meaning = f"evict one of {many:,} nodes of another tenant, in as many namespaces / in {FEW_NAMESPACES}"
+    return [figure(name, meaning, *turns, goal=NAMESPACES_GOAL)]
+
+
+def served_in(workload: Workload, num_namespaces: int) -> LoadedCore:
+    """A full device: `workload.namespaces` nodes of one tenant in so many namespaces; another tenant is served."""
+    page, num_nodes, node_pages = workload.page_tokens[0], workload.namespaces, workload.victim_pages
+    loaded = LoadedCore(page, num_nodes * node_pages, FULL, {"other": TenantShare(), "served": TenantShare()})
+    core = loaded.core
+    spaces = [core.new_namespace(model="bench", tenant="other", salt=str(i)) for i in range(num_namespaces)]
+    for i, tokens in enumerate(random_tokens(num_nodes, node_pages * page)):
+        loaded.serve(tokens, spaces[i % num_namespaces])
+    core.tiers.device[0].serve(core.tiers.tree.root(core.new_namespace(model="bench", tenant="served")))
+    return loaded
 
 
 def evict_share(workload: Workload) -> list[Figure]:

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from jaxcache.config import CacheConfig
+from jaxcache.config import CacheConfig, TenantShare
 from jaxcache.core.lease import Lease
+from jaxcache.core.page_hash import Namespace
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.core.radix_tree import Node
 from jaxcache.core.sequence import Sequence
@@ -24,19 +25,26 @@ def written(lease: Lease, end: int) -> tuple[int, ...]:
 
 
 class LoadedCore:
-    """A core with one namespace. kinds: its components, by name in `KINDS`."""
+    """A core and a namespace. kinds: its components, by name in `KINDS`; tenants: who has limits."""
 
-    def __init__(self, page_tokens: int, device_pages: int | Mapping[str, int], kinds: tuple[str, ...] = FULL):
+    def __init__(
+        self,
+        page_tokens: int,
+        device_pages: int | Mapping[str, int],
+        kinds: tuple[str, ...] = FULL,
+        tenants: Mapping[str, TenantShare] | None = None,
+    ):
         components = tuple(KINDS[kind](page_tokens) for kind in kinds)
-        self.core = PrefixCache(components, CacheConfig(page_tokens=page_tokens, device_pages=device_pages))
+        config = CacheConfig(page_tokens=page_tokens, device_pages=device_pages, tenants=tenants or {})
+        self.core = PrefixCache(components, config)
         self.namespace = self.core.new_namespace(model="bench")
 
-    def sequence(self, tokens: np.ndarray) -> Sequence:
-        return self.core.sequence(tokens, self.namespace)
+    def sequence(self, tokens: np.ndarray, namespace: Namespace | None = None) -> Sequence:
+        return self.core.sequence(tokens, namespace or self.namespace)
 
-    def serve(self, tokens: np.ndarray) -> None:
+    def serve(self, tokens: np.ndarray, namespace: Namespace | None = None) -> None:
         """One request, prompt only. Prefill stops where a state is to be kept."""
-        core, sequence = self.core, self.sequence(tokens)
+        core, sequence = self.core, self.sequence(tokens, namespace)
         lease = core.admit(sequence, len(tokens) - core.match(sequence).num_tokens)
         assert not isinstance(lease, Wait), f"{lease} {len(tokens)=}"
         for stop in sorted(lease.checkpoints):

@@ -17,6 +17,7 @@ class Workload:
     path_nodes:           nodes that a long prompt is spread over
     num_turns:            samples of what takes microseconds
     victims:              nodes of `victim_pages` pages in the cache that evicts one at a time
+    namespaces:           of one tenant, with as many nodes, in the cache in which another tenant evicts one at a time
     conversations:        of `conversation_turns` turns of `turn_pages` pages each, in the cache that evicts a share
     capacities:           device tokens of the replays; host memory, where there is any, has `host_factor` times as many
     rounds:               passes through the trace
@@ -36,6 +37,7 @@ class Workload:
     victims: int = 100_000
     victim_pages: int = 10
     num_evictions: int = 2000
+    namespaces: int = 4000
     conversations: int = 2500
     conversation_turns: int = 4
     turn_pages: int = 100

@@ -27,7 +27,7 @@ def count(name: str, value: Any, at_least: int | None = None) -> int:
 
 def check_namespace(core: PrefixCache, namespace: Any) -> None:
     if not isinstance(namespace, Namespace):
-        raise RefusedType(f"a Namespace of this cache is needed, not {namespace!r}")
+        raise RefusedType(f"a Namespace of this cache is needed, not {type(namespace).__name__}")
     if namespace.owner is not core:
         raise RefusedValue(f"{namespace!r} belongs to another cache")
     if namespace.retired:

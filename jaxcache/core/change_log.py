@@ -64,7 +64,7 @@ class ChangeLog:
     def restart(self, tree: RadixTree) -> None:
         """Forgets what nobody took and logs what is there now, as one change; between two calls of the core only."""
         changes: list[tuple[Any, ...]] = []
-        for roots, retired in ((tree.roots.values(), False), (tree.retired_roots, True)):
+        for roots, retired in ((tree.roots.values(), False), (tree.retired_roots.values(), True)):
             for root in roots:
                 assert root.keys is not None, f"{root=} has its namespace's digest as its key"
                 changes.append((ROOT, root.id, root.keys[0], retired))
@@ -75,7 +75,7 @@ class ChangeLog:
             changes.append((ADDED, node.id, node.parent.id, node.edge))
             changes += [(PUT, node.id, index) for index, pages in enumerate(node.pages) if pages is not None]
             stack += node.children.values()
-        changes += [(RETIRED, root.id) for root in tree.retired_roots]
+        changes += [(RETIRED, root.id) for root in tree.retired_roots.values()]
         self._changes.clear()
         self._logged_bytes = self._taken_bytes
         self.append((RESTARTED, changes))

@@ -1,9 +1,15 @@
-"""Why a prompt missed: what of it is where, where it first differs, and who evicted what is missing."""
+"""Why a prompt missed: what of it is where, where it first differs, and when and why what is missing left.
+
+The answer is for those who may see the prompt. So it says nothing of namespaces whose private fields differ from those
+of the prompt's: neither their fields, nor whether they hold a page, nor what their leases did.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from jaxcache.core.lease import Lease
 from jaxcache.core.matching import longest_prefix
 from jaxcache.core.radix_tree import Node
 from jaxcache.core.sequence import Sequence
@@ -20,9 +26,11 @@ class Explanation:
     found_tokens:    leading tokens of which the cache holds at least full attention
     first_miss_page: the first page that is not there, or None if all whole pages are
     tiers:           (component, tier, span): where the found pages are
-    eviction:        who evicted the first missing page, when and why; None if it was never there, or long ago
+    eviction:        when and why the first missing page left; None if it was never there, or left long ago. Its lease
+                     is named while it runs, if its namespace has the private fields of the prompt's; else it is 0
     lost:            the same for windows and states that are missing within the found tokens
-    other_namespace: fields that differ from a namespace in which the prompt's first page is cached: (name, here, there)
+    other_namespace: public fields that differ from a namespace with the same private fields in which the prompt's first
+                     page is cached: (name, here, there)
     """
 
     num_tokens: int
@@ -60,8 +68,9 @@ def _sentence(eviction: Eviction) -> str:
     )
 
 
-def explain(tiers: Tiers, sequence: Sequence) -> Explanation:
-    """Looks without touching anything."""
+def explain(tiers: Tiers, sequence: Sequence, leases: Mapping[int, Lease]) -> Explanation:
+    """Looks without touching anything. leases: those that run."""
+    known = _Evictions(tiers, sequence, leases)
     prefix = longest_prefix(tiers, sequence, sequence.num_tokens)
     path = tiers.tree.walk(sequence, sequence.num_tokens)
     found = path[-1][1] if path else 0
@@ -75,10 +84,28 @@ def explain(tiers: Tiers, sequence: Sequence) -> Explanation:
         found,
         found // page if missing else None,
         tuple(_tiers(tiers, path)),
-        tiers.eviction((node.id, first_page)) if missing else None,
-        tuple(_lost(tiers, path)),
+        known.find(node.id, first_page) if missing else None,
+        tuple(_lost(tiers, path, known)),
         _other_namespace(tiers, sequence) if missing and not found else (),
     )
+
+
+class _Evictions:
+    """What may be said of evictions to those who may see a sequence."""
+
+    def __init__(self, tiers: Tiers, sequence: Sequence, leases: Mapping[int, Lease]):
+        self.tiers = tiers
+        self.private = sequence.namespace.private
+        self.leases = leases
+
+    def find(self, node_id: int, what: int | bytes) -> Eviction | None:
+        """A lease that is not named says no more than the step does: the prompt's owner knows which leases it has."""
+        eviction = self.tiers.eviction((node_id, what))
+        if eviction is None:
+            return None
+        lease = self.leases.get(eviction.lease)
+        is_visible = lease is not None and lease.sequence.namespace.private == self.private
+        return eviction if is_visible else eviction._replace(lease=0)
 
 
 def _whole_node(root: Node, path: list[tuple[Node, int]]) -> Node:
@@ -94,21 +121,22 @@ def _tiers(tiers: Tiers, path: list[tuple[Node, int]]):
                 yield residency.component.name, residency.tier.name, Span(node.start, end)
 
 
-def _lost(tiers: Tiers, path: list[tuple[Node, int]]):
+def _lost(tiers: Tiers, path: list[tuple[Node, int]], known: _Evictions):
     for node, end in path:
         for residency in tiers.residencies:
             missing = node.pages[residency.index] is None
-            eviction = tiers.eviction((node.id, residency.index)) if missing else None
+            eviction = known.find(node.id, residency.index) if missing else None
             if eviction is not None:
                 yield Span(node.start, end), eviction
 
 
 def _other_namespace(tiers: Tiers, sequence: Sequence) -> tuple[tuple[str, str | None, str | None], ...]:
-    here = sequence.namespace.fields
+    here, private = sequence.namespace.fields, sequence.namespace.private
     first_page = bytes(sequence.data[: sequence.page_bytes])
     for digest, root in tiers.tree.roots.items():
-        if first_page in root.children and root is not sequence.root:
-            there = tiers.tree.namespaces[digest].fields
+        other = tiers.tree.namespaces[digest]
+        if other.private == private and root is not sequence.root and first_page in root.children:
+            there = other.fields
             names = sorted({**here, **there})
             return tuple((n, here.get(n), there.get(n)) for n in names if here.get(n) != there.get(n))
     return ()

@@ -51,7 +51,8 @@ def describe(decision: Decision | None) -> str:
 
 
 def _text(name: str, number: int) -> str:
-    return f"{number:#x}" if "checksum" in name else str(number)
+    """Of a checksum only the end, which shows that it differs: the whole would confirm a guessed salt or prompt."""
+    return f"..{number & 0xFFFF:04x}" if "checksum" in name else str(number)
 
 
 def first_difference(logs: Mapping[int, DecisionLog]) -> Difference | None:

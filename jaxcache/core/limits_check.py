@@ -39,7 +39,12 @@ def check_tenants(core: PrefixCache, nodes: list[Node]) -> None:
         return
     for root in core.tiers.tree.roots.values():
         name = core.tiers.tree.namespaces[root.keys[0]].fields.get("tenant", "")  # pyright: ignore[reportOptionalSubscript]
-        assert tenants.tenant_of[root.group] == tenants.numbers.get(name, 0), f"I15: {root=} is not {name!r}"
+        tenant = tenants.numbers.get(name, 0)
+        assert tenants.tenant_of[root.group] == tenant, f"I15: {root=} {root.group=} is not of {tenant=}"
+    for lease in core.leases.values():
+        namespace, group = lease.sequence.namespace, lease._node.group
+        tenant = 0 if namespace.retired else tenants.numbers.get(namespace.fields.get("tenant", ""), 0)
+        assert tenants.tenant_of[group] == tenant, f"I15: {lease=} is charged to {group=}, which is not of {tenant=}"
     for residency, groups in zip(core.tiers.residencies, tenants.groups, strict=True):
         resident, pinned = [0] * len(tenants.tenant_of), [0] * len(tenants.tenant_of)
         for node in nodes:

@@ -14,24 +14,35 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from jaxcache.core.prefix_cache import PrefixCache
 
+PUBLIC_FIELDS = ("adapter", "model", "page_layout", "weights_version")
+
 
 class Namespace:
     """What a token sequence means: model, weights version, dtype and page layout, adapter, tenant salt, extra keys.
 
     Two namespaces never share a page on any tier. Made by `new_namespace`, valid only in the cache that made it.
+
+    private: the fields that are not in PUBLIC_FIELDS: who may know that a page is there (tenant, tenant_salt, any key
+             that was invented). Their values are never printed, and two namespaces that differ in one of them learn
+             nothing of each other.
     """
 
-    __slots__ = ("checksum", "digest", "fields", "owner", "retired")
+    __slots__ = ("checksum", "digest", "fields", "owner", "private", "retired")
 
     def __init__(self, owner: PrefixCache, fields: Mapping[str, str]):
         self.owner = owner
         self.fields = dict(sorted(fields.items()))
         self.digest = namespace_digest(self.fields)
         self.checksum = int.from_bytes(self.digest[:8], "little")  # for the digest of decisions
+        self.private = {name: value for name, value in self.fields.items() if name not in PUBLIC_FIELDS}
         self.retired = False
 
     def __repr__(self) -> str:
-        return f"Namespace({self.digest.hex()[:12]}, {self.fields})"
+        """Of private fields only the names. Nothing of the digest either, which tells whether a guessed salt is right:
+        12 hex digits are enough to try out a dictionary of salts far from the cache.
+        """
+        parts = [f"{name}=..." if name in self.private else f"{name}={value!r}" for name, value in self.fields.items()]
+        return f"Namespace({', '.join(parts)})"
 
 
 def namespace_digest(fields: Mapping[str, str]) -> bytes:

@@ -35,7 +35,7 @@ from jaxcache.core.publishing import Publishing
 from jaxcache.core.quotas import Quotas
 from jaxcache.core.retention import Retentions
 from jaxcache.core.sequence import Sequence
-from jaxcache.core.serving import Refusal, RefusedCall, RefusedType, RefusedValue, Serving, changes
+from jaxcache.core.serving import RefusedCall, RefusedType, RefusedValue, Serving, changes
 from jaxcache.core.stores import Stores
 from jaxcache.core.ticket import Ticket
 from jaxcache.core.tiers import Tiers
@@ -124,7 +124,7 @@ class PrefixCache:
         """
         for name, value in fields.items():
             if not isinstance(value, str):
-                raise RefusedType(f"namespace field {name!r} must be a str, not {value!r}")
+                raise RefusedType(f"namespace field {name!r} must be a str, not {type(value).__name__}")
         try:
             namespace = Namespace(self, fields)
         except UnicodeEncodeError:
@@ -168,11 +168,10 @@ class PrefixCache:
     def explain(self, sequence: Sequence) -> Explanation:
         """Why a prompt is a hit or a miss; changes nothing."""
         bad_input.check_sequence(self, sequence)
-        return explain(self.tiers, sequence)
+        return explain(self.tiers, sequence, self.leases)
 
     # ---- requests
 
-    @changes
     def admit(
         self,
         sequence: Sequence,
@@ -190,10 +189,21 @@ class PrefixCache:
         taken, so only a chunk larger than the device waits for ever; or, with the reason "floors", one larger than
         what the floors of other tenants leave of it.
         """
-        if self.backbone is not None and ticket is None and max_cached_tokens is None:
-            lease = self.backbone.admit(sequence, num_new_tokens)
-            if lease is not None:
-                return lease
+        try:  # as @changes
+            if self.serving.ended is not None:
+                self.serving.check()
+            if self.backbone is not None and ticket is None and max_cached_tokens is None:
+                lease = self.backbone.admit(sequence, num_new_tokens)
+                if lease is not None:
+                    return lease
+            return self._admit_any(sequence, num_new_tokens, ticket, max_cached_tokens)
+        except BaseException as error:
+            self.serving.interrupted(error, "admit")
+            raise
+
+    def _admit_any(
+        self, sequence: Sequence, num_new_tokens: int, ticket: Ticket | None, max_cached_tokens: int | None
+    ) -> Lease | Wait:
         bad_input.check_sequence(self, sequence)
         num_new_tokens = bad_input.count("num_new_tokens", num_new_tokens, 1)
         if max_cached_tokens is not None:
@@ -271,7 +281,7 @@ class PrefixCache:
 
     def grow(self, lease: Lease, num_computed: int, num_new_tokens: int) -> bool:
         """Room for the next `num_new_tokens` after `num_computed`; False: nothing has changed, retract somebody."""
-        try:  # as @changes, which would take as long as the rest: this is called for every request in every step
+        try:  # as @changes
             if (
                 type(lease) is Lease
                 and type(num_computed) is type(num_new_tokens) is int
@@ -287,10 +297,8 @@ class PrefixCache:
                 return True
             self.serving.check()
             return self.growth.grow(lease, num_computed, num_new_tokens)
-        except Refusal:
-            raise
         except BaseException as error:
-            self.serving.end(error, "grow")
+            self.serving.interrupted(error, "grow")
             raise
 
     @changes
@@ -298,7 +306,6 @@ class PrefixCache:
         """`grow` for many at once; returns how many of them, from the first on, have their room."""
         return self.growth.grow_all(leases, num_computed, num_new_tokens)
 
-    @changes
     def insert(
         self,
         lease: Lease,
@@ -314,9 +321,27 @@ class PrefixCache:
         priority: at least this, for all that the lease has published; only eviction_policy="priority" looks at it
         retain_steps: what resuming at the published end needs stays on the device until so many steps have begun
         """
-        has_options = type(priority) is not int or type(retain_steps) is not int or priority != 0 or retain_steps != 0
-        if self.backbone is not None and not has_options and not states and self.backbone.insert(lease, num_computed):
-            return
+        try:  # as @changes
+            if self.serving.ended is not None:
+                self.serving.check()
+            ints = type(priority) is type(retain_steps) is int
+            has_options = not ints or priority != 0 or retain_steps != 0
+            is_plain = self.backbone is not None and not has_options and not states
+            if not (is_plain and self.backbone.insert(lease, num_computed)):  # pyright: ignore[reportOptionalMemberAccess]
+                self._insert(lease, num_computed, states, priority, retain_steps, has_options)
+        except BaseException as error:
+            self.serving.interrupted(error, "insert")
+            raise
+
+    def _insert(
+        self,
+        lease: Lease,
+        num_computed: int,
+        states: TokenPositions,
+        priority: int,
+        retain_steps: int,
+        has_options: bool,
+    ) -> None:
         num_computed = bad_input.count("num_computed", num_computed)
         bad_input.check_lease(self, lease, num_computed)
         sequence = lease.sequence
@@ -369,11 +394,18 @@ class PrefixCache:
             self.retentions.retain(lease, retain_steps)
         self.planner.note("options", lease.id, priority, retain_steps)
 
-    @changes
     def release(self, lease: Lease) -> None:
         """Gives back what the lease holds. Raises ValueError the second time."""
-        if self.backbone is not None and self.backbone.release(lease):
-            return
+        try:  # as @changes
+            if self.serving.ended is not None:
+                self.serving.check()
+            if self.backbone is None or not self.backbone.release(lease):
+                self._release(lease)
+        except BaseException as error:
+            self.serving.interrupted(error, "release")
+            raise
+
+    def _release(self, lease: Lease) -> None:
         bad_input.check_lease(self, lease, None)
         lease._released = True
         lease._quiet_end = -1

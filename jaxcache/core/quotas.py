@@ -114,7 +114,6 @@ class Quotas:
         tenant = self.tenants.tenant_of[lease._node.group]
         if not tenant:
             return
-        self.tiers.reason = "quota"
         for residency in self.tiers.residencies:
             groups = self.tenants.groups[residency.index]
             groups.served, groups.wanted = tenant, 0
@@ -125,7 +124,6 @@ class Quotas:
                 self._give(residency, residency.allocator.num_free + excess)
                 groups.own_only = False
                 self.counters["quota_pages"] += before - groups.resident[tenant]
-        self.tiers.reason = "room"
 
     def _give(self, residency: Residency, num_free: int) -> None:
         if residency.tier is Tier.DEVICE:

@@ -99,6 +99,7 @@ class RadixTree:
 
     version: changes with whatever could change the answer to a match
     log:     where every change is noted, if events are on
+    retired_roots: by id, as long as anything hangs below them
     """
 
     def __init__(self, page_tokens: int, num_residencies: int, log: ChangeLog | None):
@@ -108,7 +109,7 @@ class RadixTree:
         self.log = log
         self.roots: dict[bytes, Node] = {}
         self.namespaces: dict[bytes, Namespace] = {}
-        self.retired_roots: list[Node] = []
+        self.retired_roots: dict[int, Node] = {}
         self.retired: dict[bytes, None] = {}  # digests of namespaces that must not come back
         self.version = 0
         self.num_nodes = 0
@@ -134,15 +135,15 @@ class RadixTree:
         self.retired[namespace.digest] = None
         root = self.roots.pop(namespace.digest, None)
         self.namespaces.pop(namespace.digest, None)
-        self.retired_roots = [r for r in self.retired_roots if r.children]
         if root is not None:
-            self.retired_roots.append(root)
+            if root.children:
+                self.retired_roots[root.id] = root
             if self.log is not None:
                 self.log.append((RETIRED, root.id))
         self.version += 1
 
     def all_roots(self) -> list[Node]:
-        return [*self.roots.values(), *self.retired_roots]
+        return [*self.roots.values(), *self.retired_roots.values()]
 
     def find(self, sequence: Sequence, limit: int) -> tuple[Node, int]:
         """(deepest node that agrees with a sequence's whole pages in [0, limit), end of what agrees), or (root, 0).
@@ -276,6 +277,8 @@ class RadixTree:
         assert parent is not None and not node.children and not node.ends_here, f"{node=} has children or a lease"
         del parent.children[node.first_page]
         node.parent = None
+        if parent.parent is None and not parent.children:
+            self.retired_roots.pop(parent.id, None)
         self.version += 1
         self.num_nodes -= 1
         if self.log is not None:

@@ -60,6 +60,10 @@ class Residency(ABC):
         """How many pages the best victim has to give when `num_pages` are missing, if it can be trimmed."""
         return num_pages
 
+    def why(self, reason: str) -> str:
+        """Why an entry leaves while room is made, on all tiers together, for `reason`."""
+        return reason
+
     @abstractmethod
     def evictable(self, node: Node) -> bool:
         """Whether the entry on a node is in the order of eviction."""

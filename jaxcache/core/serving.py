@@ -54,8 +54,13 @@ class Serving:
         if self.ended is not None:
             raise self.ended.with_traceback(None)  # or it would get longer with every call
 
+    def interrupted(self, error: BaseException, call: str) -> None:
+        """`error` comes out of a call: unless that refused, it had perhaps begun to change something."""
+        if not isinstance(error, Refusal):
+            self.end(error, call)
+
     def end(self, error: BaseException, call: str) -> None:
-        """`error` came out of a call that had perhaps begun to change something. What ended it first counts."""
+        """For good. What ended it first counts."""
         if self.ended is None:
             self.ended = error if isinstance(error, ServingEnded) else _interrupted(error, call)
         for lease in self.leases.values():
@@ -72,7 +77,10 @@ def _interrupted(error: BaseException, call: str) -> ServingEnded:
 
 
 def changes(call: Callable[P, T]) -> Callable[P, T]:
-    """For every method that changes the cache, of an object with a `serving`: ends it unless it returns or refuses."""
+    """For every method that changes the cache, of an object with a `serving`: ends it unless it returns or refuses.
+
+    What is called for every request has the same four lines by hand: `guarded` takes as long as some of these calls.
+    """
 
     @wraps(call)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -81,10 +89,8 @@ def changes(call: Callable[P, T]) -> Callable[P, T]:
             serving.check()
         try:
             return call(*args, **kwargs)
-        except Refusal:
-            raise
         except BaseException as error:
-            serving.end(error, call.__name__)
+            serving.interrupted(error, call.__name__)
             raise
 
     guarded.changes = True  # pyright: ignore[reportAttributeAccessIssue]  for the test that counts them

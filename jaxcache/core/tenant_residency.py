@@ -1,4 +1,9 @@
-"""Residencies that keep the accounts of tenants. Every change is within one namespace, so its sum is one account's."""
+"""Residencies that keep the accounts of tenants. Every change is within one namespace, so its sum is one account's.
+
+Every call notes its account, whose victim may be another one then. Hits, priorities and what counts as generated text
+matter as well, and change without a call; but only in an operation of the same account, which makes a call before the
+next victim is chosen.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +35,7 @@ class TenantResidency(Residency):
 
     def serve(self, node: Node) -> None:
         self.groups.served = self.groups.tenants.tenant_of[node.group]
+        self.groups.note(node.group)
 
     def available(self) -> int:
         return self.allocator.num_free + self.groups.promised()
@@ -41,12 +47,28 @@ class TenantResidency(Residency):
     def leaving(self, victim: Node, num_pages: int) -> int:
         return self.groups.leaving(victim, num_pages)
 
+    def why(self, reason: str) -> str:
+        """A quota is a reason only where its own tenant has to give: others lose host pages just for the room."""
+        return "quota" if self.groups.own_only else reason
+
     def put(self, node: Node, page_ids: PageIds) -> None:
         if not node.last_used:  # what has just come was not used long ago
             node.last_used = next(self.clock)
         before = self.num_pinned
         super().put(node, page_ids)
         self.groups.count(node.group, len(page_ids), self.num_pinned - before)
+
+    def split(self, node: Node, prefix: Node, num_pages: int) -> None:
+        super().split(node, prefix, num_pages)
+        self.groups.note(node.group)
+
+    def touch(self, node: Node) -> None:
+        super().touch(node)
+        self.groups.note(node.group)
+
+    def file_again(self, node: Node) -> None:
+        super().file_again(node)
+        self.groups.note(node.group)
 
     def take(self, node: Node) -> PageIds:
         page_ids = super().take(node)

@@ -17,12 +17,17 @@ from jaxcache.config import TenantShare, pages_of_share
 from jaxcache.core.eviction.order import EvictionOrder, Place
 from jaxcache.core.page_hash import Namespace
 from jaxcache.core.radix_tree import Node
+from jaxcache.core.victims import Victims
 
 RETIRED, OVER_QUOTA, ABOVE_FLOOR = 0, 1, 2  # in this order they leave
 
 
 class Tenants:
-    """Who is who. tenant_of, retired: by account, which is the `group` of every node of a namespace."""
+    """Who is who. tenant_of, retired: by account, which is the `group` of every node of a namespace.
+
+    changed:        accounts whose nodes or leases have changed, of which the orders have not been told yet
+    perhaps_unused: retired accounts that have changed since they were last seen in use
+    """
 
     def __init__(self, shares: Mapping[str, TenantShare]):
         self.names = ("", *sorted(shares))
@@ -31,20 +36,17 @@ class Tenants:
         self.tenant_of = [0]
         self.retired = [False]
         self.roots: list[Node | None] = [None]
+        self.changed: dict[int, None] = {}
+        self.perhaps_unused: dict[int, None] = {}
         self.groups: list[Groups] = []
 
     def open(self, namespace: Namespace, root: Node) -> int:
-        """The account of a new namespace. One that was retired, and has lost its last page, is used again."""
+        """The account of a new namespace: a retired one to which nothing can be charged any more, or one more."""
         tenant = self.numbers.get(namespace.fields.get("tenant", ""), 0)
         if not tenant:
             return 0
-        for account, retired in enumerate(self.retired):
-            if retired and not any(groups.num_resident[account] + groups.num_owned[account] for groups in self.groups):
-                before = self.roots[account]
-                assert before is not None
-                before.group = 0  # a request of the retired namespace may still come
-                break
-        else:
+        account = self._unused()
+        if account is None:
             account = len(self.tenant_of)
             self.tenant_of.append(0)
             self.retired.append(False)
@@ -55,6 +57,36 @@ class Tenants:
             groups.open(account, tenant)
         return account
 
+    def _unused(self) -> int | None:
+        """A retired account of which nothing is left, if there is one.
+
+        What is charged is charged by a node: by its pages, or by a lease that ends there. So all is over when nothing
+        hangs below the root, and nothing ends at it. A lease may have no page at all and still grow.
+        """
+        self.tell()
+        while self.perhaps_unused:
+            account, _ = self.perhaps_unused.popitem()
+            root = self.roots[account]
+            assert root is not None, f"I15: {account=} has no root"
+            if not root.children and not root.ends_here:
+                assert not any(groups.num_resident[account] + groups.num_owned[account] for groups in self.groups)
+                root.group = 0  # a request of the retired namespace may still come
+                return account
+        return None
+
+    def queue_of(self, account: int) -> int:
+        """Which accounts leave as readily: those of the same tenant, or (len(shares)) all that are retired."""
+        return len(self.shares) if self.retired[account] else self.tenant_of[account]
+
+    def tell(self) -> None:
+        """Every order hears of the accounts that have changed: a use on the device counts in host memory too."""
+        for account in self.changed:
+            if self.retired[account]:
+                self.perhaps_unused[account] = None
+            for groups in self.groups:
+                groups.victims.changed(account)
+        self.changed.clear()
+
     def retire(self, account: int) -> None:
         """What can never be found again is on nobody's account; it leaves first, and no floor protects it."""
         if account:
@@ -62,6 +94,9 @@ class Tenants:
                 groups.move(account, 0)
             self.tenant_of[account] = 0
             self.retired[account] = True
+            self.changed[account] = None
+            for groups in self.groups:
+                groups.victims.move(account, self.queue_of(account))
 
 
 class Groups(EvictionOrder):
@@ -69,6 +104,7 @@ class Groups(EvictionOrder):
 
     num_resident, num_pinned, num_owned: pages by account: of the tree, pinned ones of these, and what leases own
     resident, pinned, owned: the same by tenant; retained: pages that retentions keep; floors, quotas: in pages
+    victims:  what each account would lose first
     served:   the tenant on whose behalf room is made; wanted: pages that it is about to allocate
     own_only: nobody else has to give any
     """
@@ -84,6 +120,8 @@ class Groups(EvictionOrder):
         self.owned = self.resident.copy()
         self.retained = self.resident.copy()
         self.orders: list[EvictionOrder] = []
+        self.victims = Victims(len(tenants.shares) + 1, self.orders)
+        self._moment = make.moment(place)
         self.num_resident: list[int] = []
         self.num_pinned: list[int] = []
         self.num_owned: list[int] = []
@@ -97,9 +135,13 @@ class Groups(EvictionOrder):
     def open(self, account: int, tenant: int) -> None:
         """A new account, or an empty one that is used again. Policies see its quota as the size of the cache."""
         order = self.make(self.place._replace(num_pages=self.quotas[tenant]))
-        self.orders[account:] = [order, *self.orders[account + 1 :]]
-        for counts in (self.num_resident, self.num_pinned, self.num_owned):
-            counts[account:] = [0, *counts[account + 1 :]]
+        if account == len(self.orders):
+            self.orders.append(order)
+            for counts in (self.num_resident, self.num_pinned, self.num_owned):
+                counts.append(0)
+        else:
+            self.orders[account] = order
+        self.victims.open(account, tenant)
 
     def move(self, account: int, tenant: int) -> None:
         """An account goes to another tenant."""
@@ -112,8 +154,13 @@ class Groups(EvictionOrder):
             sums[before] -= counts[account]
             sums[tenant] += counts[account]
 
+    def note(self, account: int) -> None:
+        """Something has happened, or is about to, to nodes or leases of an account."""
+        self.tenants.changed[account] = None
+
     def count(self, account: int, resident: int, pinned: int) -> None:
         """So many pages more are there, and pinned."""
+        self.note(account)
         tenant = self.tenants.tenant_of[account]
         self.num_resident[account] += resident
         self.num_pinned[account] += pinned
@@ -122,6 +169,7 @@ class Groups(EvictionOrder):
 
     def own(self, account: int, num_pages: int) -> None:
         """Leases own so many pages more."""
+        self.note(account)
         self.num_owned[account] += num_pages
         self.owned[self.tenants.tenant_of[account]] += num_pages
 
@@ -159,16 +207,18 @@ class Groups(EvictionOrder):
         """How many of the pages of `first` may leave when `num_pages` are needed."""
         account = victim.group
         tenant = self.tenants.tenant_of[account]
-        rank = self._rank(account, tenant)
+        rank = self._rank(self.tenants.queue_of(account))
         if rank == OVER_QUOTA:
             return min(self._leaving(tenant, num_pages), self.excess(tenant))
         return num_pages if rank == RETIRED else self._leaving(tenant, num_pages)
 
-    def _rank(self, account: int, tenant: int) -> int | None:
-        """How readily the pages of an account leave; None: not at all."""
+    def _rank(self, queue: int) -> int | None:
+        """How readily the pages of a queue's accounts leave; None: not at all."""
+        is_retired = queue == len(self.floors)
+        tenant = 0 if is_retired else queue
         if self.own_only and tenant != self.served:
             return None
-        if self.tenants.retired[account]:
+        if is_retired:
             return RETIRED
         if tenant != self.served and self.resident[tenant] <= self.floors[tenant]:
             return None
@@ -176,10 +226,15 @@ class Groups(EvictionOrder):
 
     def first(self) -> Node | None:
         """Retired ones, then those over their quota, then what was used longest ago; in an account the policy says."""
+        self.tenants.tell()
+        moment = self.make.moment(self.place)
+        if moment != self._moment:
+            self._moment = moment
+            self.victims.all_changed()
         best, best_key = None, None
-        for account, tenant in enumerate(self.tenants.tenant_of):
-            rank = self._rank(account, tenant)
-            victim = None if rank is None else self.orders[account].first()
+        for queue in range(len(self.floors) + 1):
+            rank = self._rank(queue)
+            victim = None if rank is None else self.victims.first(queue)
             if victim is not None:
                 key = (rank, victim.last_used, victim.id)
                 if best_key is None or key < best_key:

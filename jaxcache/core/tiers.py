@@ -29,13 +29,13 @@ MAX_EVICTIONS_REMEMBERED = 4096
 
 
 class Eviction(NamedTuple):
-    """Why something is not there any more (see `explain`)."""
+    """Why something is not there any more. For the operator: what `explain` says of it is less."""
 
     component: str
     tier: Tier
     step: int
     reason: str
-    lease: int  # for whom room was made; 0: nobody
+    lease: int  # for which room was made; 0: for none
 
 
 class Hold(NamedTuple):
@@ -181,7 +181,7 @@ class Tiers:
             self.tree.remove(node)
         else:
             self.tree.version += 1
-        self.evictions.append((id, what, residency, self.step, self.reason, self.lease_id))
+        self.evictions.append((id, what, residency, self.step, residency.why(self.reason), self.lease_id))
         if full is None:
             self.prune(node)
 
@@ -256,7 +256,7 @@ class Tiers:
                 is_point = other.component.reach is Reach.POINT
                 other.allocator.free(other.take(node) if is_point else other.shorten(node, num_pages))
         lost = self.tree.shorten(node, num_pages)
-        self.evictions.append((node.id, lost, residency, self.step, self.reason, self.lease_id))
+        self.evictions.append((node.id, lost, residency, self.step, residency.why(self.reason), self.lease_id))
 
     def trim(self, residency: Residency, victim: Node, num_pages: int) -> Node:
         """The part of a victim that has to leave: full attention from the end, only as many pages as needed."""

@@ -35,6 +35,7 @@ RUNS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "no full": (("window", "state"), {}),
 }
 ERRORS: tuple[type[BaseException], ...] = (KeyboardInterrupt, MemoryError, ValueError, AssertionError)
+BY_HAND = ("admit", "grow", "insert", "release")  # guarded as `changes` does
 SECOND_LOOKS = 40  # one of so many lines that have been seen before is tried again
 
 
@@ -54,7 +55,7 @@ class Interrupter:
         self.call = ""
         self.is_child = False
         for owner, names in (
-            (core, [*mutating(PrefixCache), "grow"]),
+            (core, [*mutating(PrefixCache), *BY_HAND]),
             (core.attachment, mutating(Attachment)),
         ):
             for name in names:

@@ -13,7 +13,7 @@ from jaxcache.core.attachment import Attachment
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.types import ServingEnded
 from tests.core.helpers import make_core, prompt
-from tests.core.interrupted import RUNS
+from tests.core.interrupted import BY_HAND, RUNS
 
 ROOT = Path(__file__).parents[2]
 READS = {  # what changes nothing
@@ -44,10 +44,10 @@ def test_some_places(name, one_of):
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", RUNS)
 def test_every_line_of_every_call_that_changes_the_cache(name):
-    """Outside of what `changes` and `grow` guard are only their own first lines, where nothing has changed."""
+    """Outside of what is guarded are only the first lines, where nothing has changed."""
     said = interrupt(name, 1)
     assert set(said["calls"]) >= (ALL_CALLS if name == "full" else ALL_CALLS | WITH_STORAGE)
-    assert set(said["unended"]) <= {"serving.py:guarded", "prefix_cache.py:grow"}
+    assert set(said["unended"]) <= {"serving.py:guarded", *(f"prefix_cache.py:{name}" for name in BY_HAND)}
     assert said["places"] > 1000
 
 
@@ -55,7 +55,7 @@ def test_every_line_of_every_call_that_changes_the_cache(name):
 def test_every_public_method_is_guarded_or_changes_nothing(kind):
     public = {name: method for name, method in vars(kind).items() if not name.startswith("_")}
     unguarded = {name for name, method in public.items() if not getattr(method, "changes", False)}
-    assert unguarded - READS <= {"grow"}  # guarded by hand
+    assert unguarded - READS <= set(BY_HAND)
 
 
 def test_refusals_do_not_end_serving():

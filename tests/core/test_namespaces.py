@@ -119,6 +119,23 @@ def test_pages_of_a_retired_namespace_are_reclaimed_as_room_is_needed():
     server.check_empty()
 
 
+def test_a_retired_namespace_is_forgotten_with_its_last_page():
+    """K5: and at once if it has none; so retiring one does not look at those that were retired before."""
+    server = Server(device_pages=8)
+    tree = server.core.tiers.tree
+    retired = [server.core.new_namespace(model="m", weights_version=str(i)) for i in range(3)]
+    for i, namespace in enumerate(retired[:2]):
+        server.prefill(server.sequence(prompt(12, 1000 * i), namespace))
+    for namespace in retired:
+        server.core.retire_namespace(namespace)
+    assert [root.keys for root in tree.retired_roots.values()] == [[namespace.digest] for namespace in retired[:2]]
+    server.prefill(prompt(20))
+    assert [root.keys for root in tree.retired_roots.values()] == [[retired[1].digest]]
+    server.prefill(prompt(32))
+    assert not tree.retired_roots
+    server.check_empty()
+
+
 def test_a_request_goes_on_in_a_retired_namespace():
     """K5: it finishes with what it holds, and publishes nothing more."""
     server = Server(FULL, window(6), state(), host_pages=32)

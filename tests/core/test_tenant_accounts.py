@@ -13,7 +13,7 @@ from jaxcache.config import TenantShare
 from jaxcache.core import invariants
 from jaxcache.core.lease import Lease
 from tests.core.helpers import FULL, NEXT, PAGE, make_core, prompt, state, window
-from tests.core.serving import flood, found, serve, start
+from tests.core.serving import compute, flood, found, serve, start
 from tests.core.test_tenants import core_of, resident, spaces
 
 ROOT = Path(__file__).parent.parent.parent
@@ -185,3 +185,70 @@ def test_a_request_of_a_retired_namespace_is_nobody_elses():
     serve(core, prompt(12 * PAGE, 9000), other)
     assert found(core, kept, new).num_tokens == 8 * PAGE
     invariants.check(core)
+
+
+PAGELESS = (window(1),)  # a lease whose pages are all published pins none of them, and owns none
+
+
+def test_a_lease_without_pages_keeps_its_account():
+    """E7, I15: it may still grow, which must not be charged to the next namespace that gets an account."""
+    core = core_of(*PAGELESS, a=TenantShare(floor=0.2), b=TenantShare(floor=0.2))
+    (old,) = spaces(core, "a")
+    lease = start(core, prompt(2 * PAGE), old)
+    compute(core, lease)
+    assert core.tiers.tenants is not None
+    groups = core.tiers.tenants.groups[0]
+    assert groups.num_owned == groups.num_resident == [0, 0]
+    core.retire_namespace(old)
+    spaces(core, "b")
+    assert core.grow(lease, 2 * PAGE, 5 * PAGE)
+    assert groups.owned == [5, 0, 0]
+    invariants.check(core)
+    core.release(lease)
+    invariants.check(core)
+    accounts = len(core.tiers.tenants.tenant_of)
+    core.new_namespace(model="next", tenant="b")
+    assert len(core.tiers.tenants.tenant_of) == accounts  # the old one is used again
+    invariants.check_empty(core)
+
+
+def test_a_lease_of_a_late_request_keeps_its_account():
+    """E7, I15: admitted after its namespace was retired, when nothing of it was left; it ends at the root."""
+    core = core_of(*PAGELESS, a=TenantShare(floor=0.2), b=TenantShare(floor=0.2))
+    (old,) = spaces(core, "a")
+    late = core.sequence(prompt(3 * PAGE), old)
+    core.retire_namespace(old)
+    lease = core.admit(late, 3 * PAGE)
+    assert isinstance(lease, Lease)
+    core.insert(lease, 2 * PAGE)
+    for version in "123":
+        serve(core, prompt(PAGE, 3000), core.new_namespace(model=version, tenant="b"))
+        invariants.check(core)
+    assert core.grow(lease, 2 * PAGE, 5 * PAGE)
+    assert core.tiers.tenants is not None
+    assert core.tiers.tenants.groups[0].owned[1:] == [0, 0]
+    invariants.check(core)
+
+
+def test_accounts_are_used_again_although_the_oldest_is_in_use():
+    """E7: a request that runs for hours must not keep all accounts that were retired after its own."""
+    core = core_of(a=TenantShare(floor=0.5))
+    first = core.new_namespace(model="first", tenant="a")
+    lease = start(core, prompt(8), first)
+    core.retire_namespace(first)
+    for version in range(100):
+        namespace = core.new_namespace(model="test", weights_version=str(version), tenant="a")
+        serve(core, prompt(20), namespace)
+        core.retire_namespace(namespace)
+    assert core.tiers.tenants is not None
+    assert len(core.tiers.tenants.tenant_of) < 20
+    core.release(lease)
+    invariants.check(core)
+
+
+def test_accounts_of_namespaces_that_never_had_a_page_are_used_again():
+    core = core_of(a=TenantShare(floor=0.5))
+    for version in range(20):
+        core.retire_namespace(core.new_namespace(model="test", weights_version=str(version), tenant="a"))
+    assert core.tiers.tenants is not None
+    assert len(core.tiers.tenants.tenant_of) == 2

@@ -143,7 +143,7 @@ class Rank:
         tree = self.core.tiers.tree
         for digest, root in tree.roots.items():
             yield root, digest, True
-        for root in tree.retired_roots:
+        for root in tree.retired_roots.values():
             yield root, root.keys[0], False
 
     def owners(self, residency: int) -> list[np.ndarray]:

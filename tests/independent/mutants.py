@@ -189,7 +189,7 @@ def still_findable(original: Any, self: RadixTree, namespace: Any) -> None:
     root = self.roots[namespace.digest]
     original(self, namespace)
     self.roots[namespace.digest] = root
-    self.retired_roots.remove(root)
+    del self.retired_roots[root.id]
 
 
 def one_page_less(original: Any, self: Tiers, c: int, n: int) -> int:

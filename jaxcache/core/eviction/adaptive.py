@@ -40,6 +40,12 @@ class Adaptive(EvictionOrder):
         self.duel = place.profile.duels[place.tier]
         self._lru = Lru(place)
 
+    @staticmethod
+    def moment(place: Place) -> int:
+        """0 while lru decides; else what was learned by then."""
+        assert place.profile is not None, "the policy remembers"
+        return place.profile.version if place.profile.duels[place.tier].learned_leads else 0
+
     def add(self, node: Node) -> None:
         self._put(node, self._cell(node))
         self._lru.add(node)

@@ -41,6 +41,11 @@ class EvictionOrder(ABC):
     def __init__(self, place: Place):
         self.place = place
 
+    @staticmethod
+    def moment(place: Place) -> int:
+        """Changes whenever `first` of an order here may answer otherwise although nothing happened to its entries."""
+        return 0
+
     @abstractmethod
     def add(self, node: Node) -> None:
         """A candidate that has just been used."""

@@ -108,7 +108,7 @@ class Cache:
 
     def _check_pools(self, pools: DevicePools) -> None:
         self._pools_check.check(pools)
-        self.core.pools_version = self._pools_check.version
+        self.core.tiers.pools_version = self._pools_check.version
 
     def _check_open(self) -> None:
         if self._closed:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -11,9 +11,18 @@ from jaxcache.core.page_hash import Namespace
 from jaxcache.core.sequence import Sequence
 from jaxcache.core.serving import RefusedCall, RefusedType, RefusedValue
 from jaxcache.core.ticket import Ticket
+from jaxcache.types import TransferKind
 
 if TYPE_CHECKING:
     from jaxcache.core.prefix_cache import PrefixCache
+
+
+class Uncomputed(NamedTuple):
+    """What a lease has reported as computed up to `end` can only be so in a later version of the pools than this."""
+
+    version: int
+    lease: int
+    end: int
 
 
 def count(name: str, value: Any, at_least: int | None = None) -> int:
@@ -59,10 +68,35 @@ def check_lease(core: PrefixCache, lease: Any, num_computed: int | None) -> None
         )
 
 
+def check_known(lease: Lease, num_computed: int) -> None:
+    """What is published is named by its tokens."""
+    num_tokens = lease.sequence.num_tokens
+    if num_computed > num_tokens:
+        raise RefusedValue(f"{num_computed=} but the sequence has {num_tokens} tokens: call sequence.extend first")
+
+
 def check_may_run(core: PrefixCache, lease: Lease) -> None:
     """Nothing can be computed before what was loaded back is there."""
     if lease.first_step > core.step_number:
         raise RefusedCall(f"{lease!r} may run from step {lease.first_step} on; this is {core.step_number}")
+
+
+def check_applied(core: PrefixCache) -> None:
+    """A planned load-back must be on its way before its first step begins."""
+    if any(transfer.kind is TransferKind.LOAD_BACK for transfer in core.planner.transfers):
+        raise RefusedCall("a load-back was planned but not applied: call pools = cache.apply(pools) before cache.step")
+
+
+def check_computed(core: PrefixCache) -> None:
+    """No BACKUP is planned before the pools have come in which its pages are computed."""
+    missing = core.uncomputed
+    if missing is None or missing.version < core.tiers.pools_version:
+        return
+    if any(transfer.kind is TransferKind.BACKUP for transfer in core.planner.transfers):
+        raise RefusedCall(
+            f"lease {missing.lease} was published up to {missing.end} tokens by insert, but since it got room for "
+            "them no model step has run on the pools: insert after the model step, and pass on what it returned"
+        )
 
 
 def check_lists(leases: Any, num_computed: Any) -> None:

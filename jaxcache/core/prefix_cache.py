@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from jaxcache.components.base import Component
 from jaxcache.config import CacheConfig
@@ -39,17 +39,9 @@ from jaxcache.core.serving import RefusedCall, RefusedType, RefusedValue, Servin
 from jaxcache.core.stores import Stores
 from jaxcache.core.ticket import Ticket
 from jaxcache.core.tiers import Tiers
-from jaxcache.types import Match, Outcome, Plan, PrefetchPolicy, Tier, TransferKind, Wait
+from jaxcache.types import Match, Outcome, Plan, PrefetchPolicy, Tier, Wait
 
 TokenPositions = list[int] | tuple[int, ...]
-
-
-class Uncomputed(NamedTuple):
-    """What a lease has reported as computed up to `end` can only be so in a later version of the pools than this."""
-
-    version: int
-    lease: int
-    end: int
 
 
 class PrefixCache:
@@ -79,19 +71,7 @@ class PrefixCache:
         self.clearing = Clearing(self)
         self.attachment = Attachment(self)
         self._scatter_is_due = False
-        self._uncomputed: Uncomputed | None = None
-
-    @property
-    def pools_version(self) -> int:
-        """How many values of the pools the loop has handed over: more than before, and a model step was dispatched.
-
-        Whoever looks at pools sets it; without, nothing is known of the order of `insert` and model steps.
-        """
-        return self.tiers.pools_version
-
-    @pools_version.setter
-    def pools_version(self, version: int) -> None:
-        self.tiers.pools_version = version
+        self.uncomputed: bad_input.Uncomputed | None = None  # what `insert` was told of last before its pools had come
 
     @property
     def digest(self) -> int:
@@ -345,10 +325,7 @@ class PrefixCache:
         num_computed = bad_input.count("num_computed", num_computed)
         bad_input.check_lease(self, lease, num_computed)
         sequence = lease.sequence
-        if num_computed > sequence.num_tokens:
-            raise RefusedValue(
-                f"{num_computed=} but the sequence has {sequence.num_tokens} tokens: call sequence.extend first"
-            )
+        bad_input.check_known(lease, num_computed)
         if has_options:
             bad_input.check_options(self, priority, retain_steps)
         if states != ():
@@ -356,7 +333,7 @@ class PrefixCache:
         if num_computed > lease.num_computed:
             bad_input.check_may_run(self, lease)
             if lease._asked_in == self.tiers.pools_version:
-                self._uncomputed = Uncomputed(lease._asked_in, lease.id, num_computed)
+                self.uncomputed = bad_input.Uncomputed(lease._asked_in, lease.id, num_computed)
         self.publishing.report(lease, num_computed)
         for position in states:
             lease._written[position] = None
@@ -450,34 +427,15 @@ class PrefixCache:
 
     # ---- steps
 
-    def check_applied(self) -> None:
-        """Raises RuntimeError while a planned load-back is unapplied: it must be on its way before its first step."""
-        planned = self.planner.transfers
-        if planned and any(transfer.kind is TransferKind.LOAD_BACK for transfer in planned):
-            raise RefusedCall(
-                "a load-back was planned but not applied: call pools = cache.apply(pools) before cache.step"
-            )
-
-    def check_computed(self) -> None:
-        """Raises RuntimeError if a BACKUP is planned before the pools have come in which its pages are computed."""
-        missing = self._uncomputed
-        if missing is None or missing.version < self.tiers.pools_version:
-            return
-        if any(transfer.kind is TransferKind.BACKUP for transfer in self.planner.transfers):
-            raise RefusedCall(
-                f"lease {missing.lease} was published up to {missing.end} tokens by insert, but since it got room for "
-                "them no model step has run on the pools: insert after the model step, and pass on what it returned"
-            )
-
     @changes
     def commit(self, agreed: Mapping[int, Outcome], clock_ms: int | None = None) -> list[int]:
         """Begins a step: takes the outcomes that all ranks agreed on, in the order of their ids.
 
         clock_ms: stage 0's clock as agreed with them, modulo CLOCK_MODULUS; None: nothing was exchanged
         returns:  the ids of the transfers that have ended
-        Raises RuntimeError as `check_applied` does.
+        Raises RuntimeError while a planned load-back is unapplied.
         """
-        self.check_applied()
+        bad_input.check_applied(self)
         self.tiers.step += 1
         self.planner.step = self.tiers.step
         if self.admission.loading:
@@ -537,5 +495,5 @@ class PrefixCache:
             self.release(lease)
         self.retentions.release_all()
         self.clearing.keep_host()
-        self._uncomputed = None
+        self.uncomputed = None
         self.planner.note("forget_device")

@@ -81,7 +81,7 @@ class Tiers:
         self.lookbacks = [lookback_tokens(component) for component in components]
         self.grid_tokens = lcm(config.page_tokens, *[component.grid_tokens for component in components])
         self.step = 0
-        self.pools_version = 0  # how many values of the pools the loop has handed over
+        self.pools_version = 0  # how many values of the pools the loop is known to have made by model steps
         self.reason = "room"  # why, and for which lease, evictions happen now
         self.lease_id = 0
         # node id; residency index or first page; and what `Eviction` says: flat, since one is made for every eviction

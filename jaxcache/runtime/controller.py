@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import jax
 
+from jaxcache.core import bad_input
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.core.serving import changes
 from jaxcache.pools.device_pool import DevicePools
@@ -48,7 +49,7 @@ class Controller:
 
     @changes
     def _step(self) -> None:
-        self.core.check_applied()  # before the agreement is taken
+        bad_input.check_applied(self.core)  # before the agreement is taken
         agreed = self._read()
         ended = self.core.commit({}) if agreed is None else self.core.commit(agreed.outcomes, agreed.clock_ms)
         for id in ended:
@@ -135,7 +136,7 @@ class Controller:
         Whatever goes wrong in between ends serving: TransferFault, or RankUnresponsive.
         """
         self._check()
-        self.core.check_computed()
+        bad_input.check_computed(self.core)
         try:
             plan = self.core.take_plan()
             return self.engine.apply(pools, plan.transfers, self.core.step_number)

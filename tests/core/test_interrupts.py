@@ -18,8 +18,7 @@ from tests.core.interrupted import BY_HAND, RUNS
 ROOT = Path(__file__).parents[2]
 READS = {  # what changes nothing
     *("digest", "sizes", "counts", "step_number", "sequence", "match", "explain", "is_busy", "live_transfers"),
-    *("needs_exchange", "unwanted_transfers", "largest_end", "plan_is_applied", "check_applied"),
-    *("check_computed", "pools_version"),
+    *("needs_exchange", "unwanted_transfers", "largest_end", "plan_is_applied"),
     *("attached", "is_readable"),
 }
 ALL_CALLS = {"admit", "commit", "forget_device", "grow", "grow_all", "insert", "new_namespace", "prefetch", "release"}

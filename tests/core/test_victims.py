@@ -175,7 +175,8 @@ class Operations:
             options = (
                 {"priority": rng.randrange(3), "retain_steps": rng.choice([0, 0, 3])} if rng.random() < 0.3 else {}
             )
-            core.insert(lease, end, **options)
+            states = [position for position in lease.checkpoints if position <= end]
+            core.insert(lease, end, states=states, **options)
         if not core.grow(lease, end, rng.choice([1, PAGE])):
             self.end(lease)
 

@@ -80,8 +80,11 @@ class Sequence:
             raise ValueError(
                 f"{self.num_leases} leases run on this sequence: each needs a sequence of its own to be extended"
             )
-        new = token_bytes(tokens)
-        if isinstance(self.data, bytes):
+        if type(tokens) is list and len(tokens) == 1 and type(tokens[0]) is int and 0 <= tokens[0] <= INT32_MAX:
+            new = tokens[0].to_bytes(4, BYTE_ORDER)  # what every request gets in every step
+        else:
+            new = token_bytes(tokens)
+        if type(self.data) is bytes:
             self.data = bytearray(self.data)
         try:
             self.data += new
@@ -126,8 +129,6 @@ class Sequence:
 def token_bytes(tokens: Any) -> bytes:
     """Token ids as int32 bytes. TypeError for what is not a flat row of ints, ValueError for an id out of range."""
     if isinstance(tokens, (list, tuple)):
-        if len(tokens) == 1 and type(tokens[0]) is int and 0 <= tokens[0] <= INT32_MAX:
-            return tokens[0].to_bytes(4, BYTE_ORDER)  # what every request gets in every step
         try:
             ids = array("i", tokens)
         except OverflowError:

@@ -18,7 +18,7 @@ _TRANSFER = ("transfer", "pages", "moves")
 NUMBERS: dict[str, tuple[str, ...]] = {
     "namespace": ("namespace checksum", "node"),
     "retire": ("namespace checksum", "namespaces left"),
-    "admit": ("lease", "cached tokens", "namespace checksum", "prompt checksum"),
+    "admit": ("lease", "cached tokens", "namespace checksum", "content checksum"),
     "grow": ("lease", "computed tokens", "new tokens"),
     "extend": ("lease", "tokens", "checksum of the new tokens"),
     "insert": ("lease", "published tokens", "node"),
@@ -26,7 +26,7 @@ NUMBERS: dict[str, tuple[str, ...]] = {
     "options": ("lease", "priority", "retained steps"),
     "duplicates": ("lease", "pages given back"),
     "release": ("lease",),
-    "prefetch": ("transfer", "end", "namespace checksum", "prompt checksum"),
+    "prefetch": ("transfer", "end", "namespace checksum", "content checksum"),
     "stored": ("transfer",),
     "fetched": ("transfer", "agreed end", "pages left"),
     "cancel": ("transfer",),

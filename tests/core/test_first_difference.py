@@ -56,7 +56,7 @@ def test_text():
     )
     other = (3, "admit", 1, 16, 7, 8)
     assert str(Difference(3, 0, {0: ADMIT, 1: other})).startswith(
-        "decision 0 of step 3 (admit: other cached tokens and prompt checksum): process 0: admit(lease 1, cached "
+        "decision 0 of step 3 (admit: other cached tokens and content checksum): process 0: admit(lease 1, cached "
     )
 
 

@@ -124,7 +124,8 @@ def test_a_tree_that_was_damaged_in_one_process_ends_all_within_two_steps(hangs)
         assert "jaxcache.types.RanksDiverged" in exit.stderr
         assert f"finished step {AT + 1}\n" in exit.stdout
         assert f"finished step {AT + 2}\n" not in exit.stdout
-        assert f"first difference: decision 0 of step {AT + 1} (admit: other cached tokens): process 0: " in exit.stderr
+        what = "(admit: other cached tokens and content checksum)"
+        assert f"first difference: decision 0 of step {AT + 1} {what}: process 0: " in exit.stderr
         assert "admit(lease 4, cached tokens 32, " in exit.stderr
         assert "; process 1: admit(lease 4, cached tokens 0, " in exit.stderr
 
@@ -132,7 +133,7 @@ def test_a_tree_that_was_damaged_in_one_process_ends_all_within_two_steps(hangs)
 def test_other_content_in_one_process_ends_all_within_two_steps():
     """A prompt, a generated token, a namespace, a retirement: nothing else differs, not even a length."""
     names = {
-        "prompt": "(admit: other prompt checksum)",
+        "prompt": "(admit: other content checksum)",
         "generated": "(extend: other checksum of the new tokens)",
         "namespace": "(namespace: other namespace checksum)",
         "retired": "(retire: other namespace checksum)",

@@ -158,6 +158,29 @@ def test_device_pages_wait_for_nothing_but_the_device(how):
     assert isinstance(server.try_admit(prompt(32, 2000)), Lease)
 
 
+def test_pages_of_a_load_back_are_free_after_its_scatter_whatever_storage_does():
+    """Else the reference loop, which waits for nothing that a storage holds up, raises MemoryError."""
+    server = server_with_storage(device_pages=8)
+    server.prefill(prompt(16))
+    server.settle()
+    server.flush_device()
+    server.settle()
+    server.prefill(prompt(8, 7000))
+    server.step(0)
+    server.core.commit({})
+    server.plane.apply()
+    assert server.core.live_transfers()  # and they hang
+    server.release(server.admit(prompt(17)))
+    server.plane.apply()
+    server.core.reset()
+    assert server.free() < 8 and server.core.is_busy()
+    server.core.commit({})
+    server.plane.apply()
+    server.check()
+    assert server.free() == 8 and not server.core.is_busy()
+    assert isinstance(server.try_admit(prompt(32, 1000)), Lease)
+
+
 def test_pages_on_their_way_back_make_the_cache_busy():
     """Else the reference loop takes a request that waits for them for one that never fits."""
     server = Server(device_pages=8, host_pages=32)

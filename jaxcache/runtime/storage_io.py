@@ -9,6 +9,7 @@ that the contract does not allow.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -160,10 +161,19 @@ class StorageIO:
         del self._live[transfer_id]
 
     def close(self) -> None:
-        for operation in self._live.values():
-            operation.stop()
+        """Stops all operations; waits for the calls that are under way."""
+        self._stop()
         for connection in self._connections:
             connection.jobs.close()
+
+    def end(self) -> list[threading.Thread]:
+        """Stops all operations; returns the threads, each of which ends with the call that it makes."""
+        self._stop()
+        return [thread for connection in self._connections for thread in connection.jobs.end()]
+
+    def _stop(self) -> None:
+        for operation in self._live.values():
+            operation.stop()
 
     def close_idle(self) -> None:
         """Ends the threads of old storages that none of them calls any more."""

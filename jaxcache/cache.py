@@ -407,7 +407,8 @@ class Cache:
     def close(self) -> None:
         """Stops the workers; what is stored stays stored. Afterwards whatever would move pages raises RuntimeError.
 
-        Waits for calls of a storage that are under way; a storage that hangs must be ended first.
+        Waits for calls of a storage that are under way; a storage that hangs must be ended first. At the end of the
+        interpreter, where a cache that is open is closed too, it waits for 5 s at most.
         After an error that has ended serving they are left alone: they may wait for ever for what others owe.
         """
         if not self._closed:

@@ -6,26 +6,39 @@
 
 A dependency may be any future, of this graph or another. If one failed, the job fails with the same exception and is
 not run. A graph starts nothing on its own and never looks into its jobs.
+
+The threads are daemons, and not of an executor: Python joins an executor's before `atexit` handlers run, however long
+their jobs take, and from then on the executor takes no job, although other threads may still serve.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
+from queue import SimpleQueue
 from typing import Any
 
 Job = Future
+_Ready = SimpleQueue[Callable[[], None] | None]  # jobs whose dependencies are done; None ends a thread
 
 
 class JobGraph:
-    """Runs jobs on `num_threads` threads, each after its dependencies."""
+    """Runs jobs on `num_threads` threads, each after its dependencies. A graph that is dropped ends its threads."""
 
     def __init__(self, num_threads: int, name: str):
-        self._executor = ThreadPoolExecutor(num_threads, thread_name_prefix=name)
+        self._ready: _Ready = SimpleQueue()
+        self._is_over = threading.Event()
         self._idle = threading.Condition()
         self._num_open = 0
+        self._dismiss = weakref.finalize(self, _dismiss, self._ready, num_threads)
+        work = partial(_work, self._ready, self._is_over)  # holds no graph
+        self._threads = [threading.Thread(target=work, name=f"{name}-{i}", daemon=True) for i in range(num_threads)]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def num_open(self) -> int:
@@ -33,11 +46,14 @@ class JobGraph:
         return self._num_open
 
     def submit(self, work: Callable[[], Any], after: Iterable[Job] = ()) -> Job:
-        """Runs `work` once every job in `after` is done; its result or exception is the returned job's."""
+        """Runs `work` once every job in `after` is done; its result or exception is the returned job's.
+
+        After `end` it never runs, and its job is never done.
+        """
         job, needs = Job(), tuple(after)
         with self._idle:
             self._num_open += 1
-        remaining = _Countdown(len(needs) + 1, lambda: self._executor.submit(self._run, job, work, needs))
+        remaining = _Countdown(len(needs) + 1, lambda: self._ready.put(partial(self._run, job, work, needs)))
         for need in needs:
             need.add_done_callback(lambda _: remaining.step())
         remaining.step()
@@ -57,7 +73,14 @@ class JobGraph:
     def close(self) -> None:
         """Waits for open jobs and joins the threads."""
         self.drain()
-        self._executor.shutdown(wait=True)
+        for thread in self.end():
+            thread.join()
+
+    def end(self) -> list[threading.Thread]:
+        """Begins no further job. Returns the threads, each of which ends with the job that it runs."""
+        self._is_over.set()
+        self._dismiss()
+        return self._threads
 
     def _run(self, job: Job, work: Callable[[], Any], needs: tuple[Job, ...]) -> None:
         try:
@@ -76,6 +99,18 @@ class JobGraph:
             self._num_open -= 1
             if not self._num_open:
                 self._idle.notify_all()
+
+
+def _work(ready: _Ready, is_over: threading.Event) -> None:
+    """A thread's outermost frame."""
+    while (run := ready.get()) is not None and not is_over.is_set():
+        run()
+        del run  # while it waits for the next, it keeps nothing of this one alive
+
+
+def _dismiss(ready: _Ready, num_threads: int) -> None:
+    for _ in range(num_threads):
+        ready.put(None)
 
 
 class _Countdown:

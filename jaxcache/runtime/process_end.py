@@ -1,9 +1,10 @@
-"""Ending a process that other ranks have left: nothing of a normal exit may be waited for."""
+"""How a process ends: one that other ranks have left must wait for nothing, and any other for nothing for ever."""
 
 from __future__ import annotations
 
 import os
 import sys
+import threading
 import traceback
 from typing import NoReturn
 
@@ -12,6 +13,14 @@ import jax
 from jaxcache.runtime import bulletin
 
 LEAVE_S, SAY_S = 1.0, 0.1  # process 0 waits for the others; these only say that they leave
+EXIT_S = 5.0  # at a normal exit, for the calls and copies that are under way
+
+
+def is_exiting() -> bool:
+    """Whether this runs at the end of the interpreter, in an `atexit` handler: Python counts the main thread as ended,
+    and it is the one that asks. A thread that outlives the main thread goes on as before."""
+    main = threading.main_thread()
+    return threading.get_ident() == main.ident and not main.is_alive()
 
 
 def end_process(error: BaseException) -> NoReturn:

@@ -3,10 +3,13 @@
     start --> one job per batch of pages, after whoever fills or reads its host pages --> StorageOperation --> poll
 
 Nothing here raises for what storage does: a failure, a deadline or an open breaker makes misses, and is counted.
+A failure is anything that a storage raises, BaseException included (a library's panic, a SystemExit), and any answer
+that the contract does not allow.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -70,7 +73,7 @@ class _Pages:
             job.set_result(None)
 
     def job_ended(self, ended: Job) -> None:
-        """Lets go of the pages that `run` did not come to."""
+        """Lets go of the pages that `run` did not come to. A job fails only with the copy that it waited for."""
         for job in self.jobs:
             if not job.done() and ended.exception() is not None:
                 job.set_exception(ended.exception())
@@ -158,10 +161,19 @@ class StorageIO:
         del self._live[transfer_id]
 
     def close(self) -> None:
-        for operation in self._live.values():
-            operation.stop()
+        """Stops all operations; waits for the calls that are under way."""
+        self._stop()
         for connection in self._connections:
             connection.jobs.close()
+
+    def end(self) -> list[threading.Thread]:
+        """Stops all operations; returns the threads, each of which ends with the call that it makes."""
+        self._stop()
+        return [thread for connection in self._connections for thread in connection.jobs.end()]
+
+    def _stop(self) -> None:
+        for operation in self._live.values():
+            operation.stop()
 
     def close_idle(self) -> None:
         """Ends the threads of old storages that none of them calls any more."""
@@ -211,13 +223,13 @@ class StorageIO:
         return job
 
     def _guarded(self, connection: StorageConnection, operation: StorageOperation, work: Callable[[], None]) -> None:
-        """A worker's outermost frame: what storage raises becomes a miss."""
+        """A worker's outermost frame: whatever storage raises becomes a miss, and no user of its host pages sees it."""
         if not operation.keep_going():
             return
         try:
             with self._counters.busy(operation.transfer.kind.name.lower()):
                 work()
-        except Exception:
+        except BaseException:
             operation.stop()
             self._failed(connection, storage_failures=1)
         else:
@@ -230,7 +242,7 @@ class StorageIO:
             for cell in share.cells:
                 if cell.is_writer:
                     value = cell.value(share.rows[page_id])
-                    good &= storage.put(ObjectKey(page_key, component, cell.name), memoryview(value))
+                    good &= _answer(storage.put(ObjectKey(page_key, component, cell.name), memoryview(value)))
                     self._counters.add(store_bytes=value.nbytes)
         self._counters.add(store_pages=1, store_misses=not good)
         return good
@@ -241,7 +253,7 @@ class StorageIO:
             row = share.rows[page_id]
             for cell in share.cells:
                 value = cell.room(row)
-                if not storage.get(ObjectKey(page_key, component, cell.name), memoryview(value)):
+                if not _answer(storage.get(ObjectKey(page_key, component, cell.name), memoryview(value))):
                     self._counters.add(fetch_misses=1)
                     return False
                 cell.put_back(value, row)
@@ -253,6 +265,14 @@ class StorageIO:
         names = list(dict.fromkeys(cell.name for share in self._shares[move.component] for cell in share.cells))
         page_keys = move.page_keys[batch]
         keys = [ObjectKey(key, move.component, name) for key in page_keys for name in names]
-        found = np.array(storage.exists(keys), bool).reshape(len(page_keys), len(names)).all(axis=1)
+        answers = [_answer(answer) for answer in storage.exists(keys)]
+        found = np.array(answers).reshape(len(page_keys), len(names)).all(axis=1)
         operation.deliver(move.component, batch, found)
         self._counters.add(query_pages=len(found), query_misses=int((~found).sum()))
+
+
+def _answer(value: object) -> bool:
+    """What a storage answers; TypeError for anything but a bool, since None, a count or an error code is no yes."""
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    raise TypeError(f"a storage answered {value!r}, which is not a bool")

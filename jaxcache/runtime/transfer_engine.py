@@ -13,6 +13,9 @@ thread. The engine never holds a view of a pool: a pool that is viewed is silent
 
 from __future__ import annotations
 
+import atexit
+import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,6 +32,7 @@ from jaxcache.runtime.backup_merging import merged
 from jaxcache.runtime.counters import Counters
 from jaxcache.runtime.host_page_order import HostPageOrder
 from jaxcache.runtime.job_graph import Job, JobGraph
+from jaxcache.runtime.process_end import EXIT_S, is_exiting
 from jaxcache.runtime.shard_copies import device_shard, local_shards, pages_from_rows, rows_from_pages, to_host
 from jaxcache.runtime.storage_io import StorageIO
 from jaxcache.runtime.storage_operation import Status
@@ -71,6 +75,8 @@ class TransferEngine:
         self._copies = JobGraph(num_threads, "jaxcache-copy")
         self._storage_io = StorageIO(self.host_pools, self._orders, storage, deadline_s, num_threads, self._counters)
         self._load_backs: list[_LoadBack] = []
+        self._close_at_exit = partial(_close, weakref.ref(self))
+        atexit.register(self._close_at_exit)  # runs before jax ends its backends, which copies use
 
     def warmup(self, pools: DevicePools) -> DevicePools:
         """Compiles every program that `apply` can run; pools are donated and come back unchanged."""
@@ -124,9 +130,18 @@ class TransferEngine:
         return self._copies.drain(timeout_s) and self._storage_io.drain(timeout_s)
 
     def close(self) -> None:
-        """Stops storage transfers and joins the threads; waits for native calls that are under way."""
-        self._storage_io.close()
-        self._copies.close()
+        """Stops storage transfers and joins the threads; waits for native calls that are under way.
+
+        At the end of the interpreter it waits for EXIT_S at most, and what has not begun is left undone.
+        """
+        atexit.unregister(self._close_at_exit)
+        if not is_exiting():
+            self._storage_io.close()
+            self._copies.close()
+            return
+        deadline = time.monotonic() + EXIT_S
+        for thread in (*self._storage_io.end(), *self._copies.end()):
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def stats(self) -> dict[str, float]:
         """Sums since the start, and the present queues."""
@@ -220,6 +235,13 @@ class TransferEngine:
     def _raise_fault(self) -> None:
         if self.fault is not None:
             raise TransferFault(f"a copy between device and host failed: {self.fault!r}") from self.fault
+
+
+def _close(engine: weakref.ref[TransferEngine]) -> None:
+    """Of an engine that has been forgotten, its memory must not wait for the exit; then there is nothing to close."""
+    found = engine()
+    if found is not None:
+        found.close()
 
 
 def _typed(pages: np.ndarray, field_layout) -> np.ndarray:

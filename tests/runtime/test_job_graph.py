@@ -1,6 +1,9 @@
 """Jobs wait for their dependencies without occupying threads."""
 
+import gc
 import threading
+import time
+import weakref
 
 import pytest
 
@@ -74,3 +77,47 @@ def test_drain_reports_a_timeout(graph):
     assert not graph.drain(0.01)
     gate.set()
     assert graph.drain(10)
+
+
+def test_what_has_not_begun_at_the_end_never_runs(graph):
+    gate, began, ran = threading.Event(), threading.Event(), []
+    graph.submit(lambda: (began.set(), gate.wait()))
+    graph.submit(lambda: ran.append(1))
+    assert began.wait(10)
+    (thread,) = graph.end()
+    thread.join(0.05)
+    assert thread.is_alive()
+    gate.set()
+    thread.join(10)
+    late = graph.submit(lambda: ran.append(2))
+    assert (thread.is_alive(), late.done(), ran) == (False, False, [])
+    graph._num_open = 0  # for the fixture
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), GeneratorExit()], ids=repr)
+def test_no_error_of_a_job_ends_its_thread(graph, error):
+    def fail():
+        raise error
+
+    assert graph.submit(fail).exception(10) is error
+    assert graph.submit(lambda: "next").result(10) == "next"
+
+
+def test_a_graph_that_is_dropped_ends_its_threads_and_keeps_nothing_alive():
+    class Page:
+        pass
+
+    page, graph = Page(), JobGraph(2, "test")
+    gone = weakref.ref(page)
+    graph.submit(lambda page=page: page).result(10)
+    threads = graph._threads
+    del page
+    deadline = time.monotonic() + 10
+    while gone() is not None and time.monotonic() < deadline:
+        time.sleep(0.001)  # the thread is about to forget the job
+    assert gone() is None
+    del graph
+    gc.collect()
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 
+import jax
 import numpy as np
 
 import jaxcache
@@ -64,13 +65,16 @@ def storage_of(kind: str, folder: str) -> jaxcache.Storage:
     return {"file": jaxcache.FileStorage, "slow": SlowStorage, "hung": HungStorage}[kind](folder)
 
 
+model_step = jax.jit(lambda pools: pools, donate_argnums=0)
+
+
 def serve(cache: jaxcache.Cache, num_requests: int = 6):
     pools, namespace = cache.init_pools(), cache.new_namespace(model="test")
     for seed in range(num_requests):
         pools = cache.step(pools)
         tokens = np.random.default_rng(seed).integers(0, 1000, NUM_TOKENS)
         lease = cache.admit(cache.sequence(tokens, namespace), NUM_TOKENS)
-        pools = cache.apply(pools)
+        pools = model_step(cache.apply(pools))
         cache.insert(lease, NUM_TOKENS)
         cache.release(lease)
         pools = cache.apply(pools)

@@ -9,7 +9,8 @@ Serving thread only. Every process makes the same calls in the same order; only 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -89,6 +90,17 @@ class Controller:
             if error.__cause__ is not None and len(self.fleet.processes) == 1:
                 raise error.__cause__ from None  # no other process can be to blame
             raise self._unresponsive("a computation", error) from error
+
+    @contextmanager
+    def needed(self) -> Iterator[None]:
+        """Around what this process cannot serve without: in a fleet, failing ends serving, and the others hear why."""
+        try:
+            yield
+        except Exception as error:
+            if len(self.fleet.processes) > 1:
+                self._fatal = error
+                self.fleet.give_up(error, self._state())
+            raise
 
     def _unresponsive(self, what: str, error: RankUnresponsive) -> RankUnresponsive | TransferFault:
         self._fatal = self.fleet.unresponsive(what, error, self._state())

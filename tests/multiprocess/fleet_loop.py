@@ -2,7 +2,10 @@
 
 argv: {"steps", "model": whether there is one, "halts", "corrupts" or "faults": a process, "at": a step,
        "early": whether it faults before the exchange, "timeout_s": the bound, "hangs": whether storage never answers,
-       "drains": a process whose storage never answers; at the end all drain for "drain_s"}
+       "drains": a process whose storage never answers; at the end all drain for "drain_s",
+       "starved": a process without memory for its host pool ("of": "host") or its device pools ("device"), which then
+       stays as if it waited at its exit,
+       "leaves": a process that ends itself for a reason of its own in step "at"}
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxcache
+from jaxcache import cache as face
+from jaxcache.pools import host_pool
 from jaxcache.pools.device_pool import DevicePools
 from jaxcache.testing.processes import join
 
@@ -69,6 +74,8 @@ def serve(cache: jaxcache.Cache, index: int, plan: dict) -> None:
             cache.engine.fault = OSError("a copy that failed")
         lease = cache.admit(cache.sequence([*PROMPT, step], namespace), num_new_tokens=1)
         pools = cache.apply(pools)
+        if step == plan["at"] and index == plan.get("leaves"):
+            jaxcache.end_process(LookupError("no such model"))
         if step == plan["at"] and index == plan.get("halts"):
             print("halts", flush=True)
             time.sleep(600)
@@ -116,6 +123,18 @@ def start(index: int) -> None:
             print(error, flush=True)
 
 
+def starve(of: str) -> None:
+    """From now on this process has no memory for it."""
+
+    def fails(*args):
+        raise MemoryError(f"no room for the {of} pool")
+
+    if of == "host":
+        host_pool.plain_memory = fails
+    else:
+        face.init_pools = fails
+
+
 def main() -> None:
     index, plan = join(), json.loads(sys.argv[1])
     if "steps" not in plan:
@@ -123,11 +142,16 @@ def main() -> None:
     config = replace(CONFIG, agreement_timeout_s=plan.get("timeout_s", 5.0))
     hangs = plan.get("hangs") or plan.get("drains") == index
     storage = HungStorage(hangs) if hangs or "drains" in plan else None
+    if plan.get("starved") == index:
+        starve(plan["of"])
     try:
         with jaxcache.Cache([jaxcache.FullAttention("full", (KV,))], mesh_of_all(), config, storage) as cache:
             serve(cache, index, plan)
     except (jaxcache.RankUnresponsive, jaxcache.RanksDiverged, jaxcache.TransferFault) as error:
         jaxcache.end_process(error)
+    except MemoryError as error:
+        print(f"stays: {error}", flush=True)
+        time.sleep(600)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ from jaxcache.runtime.agreement import Agreement
 from jaxcache.runtime.batch_tables import BatchTables
 from jaxcache.runtime.controller import Controller
 from jaxcache.runtime.events import EventStream
-from jaxcache.runtime.start_agreement import agree_on_start
+from jaxcache.runtime.fleet import Fleet
+from jaxcache.runtime.start_agreement import agree_on_start, all_allocate
 from jaxcache.runtime.transfer_engine import TransferEngine
 from jaxcache.storage.base import Storage
 from jaxcache.types import CLOCK_MODULUS, Event, Match, PrefetchPolicy, Tier, Wait, WritePolicy
@@ -59,6 +60,11 @@ class Cache:
         self.mesh = mesh
         config, self.layouts, fleet = agree_on_start(components, mesh, config, storage)
         self.config = config
+        with all_allocate(mesh, fleet):
+            self._allocate(components, mesh, storage, fleet)
+
+    def _allocate(self, components: Sequence[Component], mesh: Mesh, storage: Storage | None, fleet: Fleet) -> None:
+        config = self.config
         self.core = PrefixCache(tuple(components), config)
         self.serving = self.core.serving
         if storage is not None:
@@ -78,8 +84,7 @@ class Cache:
             deadline_s=config.storage_deadline_s,
             num_threads=config.storage_threads,
         )
-        names = [component.name for component in self.core.components]
-        agreement = Agreement(mesh, names, config.max_live_transfers)
+        agreement = Agreement(mesh, list(self.layouts), config.max_live_transfers)
         self._controller = Controller(self.core, self.engine, agreement, fleet)
         self._closed = False
 
@@ -95,8 +100,10 @@ class Cache:
     # ---- pools
 
     def init_pools(self) -> DevicePools:
-        """Zeroed device pools {component: {field: Array[num_pages, ...]}}; MemoryError if they do not fit."""
-        return init_pools(self.layouts, self.device_pages, self.mesh)
+        """Zeroed device pools {component: {field: Array[num_pages, ...]}}; MemoryError if they do not fit.
+        In a fleet that ends serving, and the other processes hear why."""
+        with self._controller.needed():
+            return init_pools(self.layouts, self.device_pages, self.mesh)
 
     def warmup(self, pools: DevicePools) -> DevicePools:
         """Compiles every transfer program, so that nothing compiles while serving; pools come back unchanged."""
@@ -407,8 +414,7 @@ class Cache:
     def close(self) -> None:
         """Stops the workers; what is stored stays stored. Afterwards whatever would move pages raises RuntimeError.
 
-        Waits for calls of a storage that are under way; a storage that hangs must be ended first. At the end of the
-        interpreter, where a cache that is open is closed too, it waits for 5 s at most.
+        Waits for calls of a storage under way (at the interpreter's end 5 s); a storage that hangs must be ended first.
         After an error that has ended serving they are left alone: they may wait for ever for what others owe.
         """
         if not self._closed:

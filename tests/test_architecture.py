@@ -27,7 +27,15 @@ class Layer:
 
 FOUNDATION = ("jaxcache.types", "jaxcache.components", "jaxcache.storage")
 TRYING_OUT = ("jaxcache.testing.traces", "jaxcache.testing.processes", "jaxcache.testing.mesh_shape")
-MIDDLE = (*FOUNDATION, "jaxcache.config", "jaxcache.core", "jaxcache.pools", "jaxcache.runtime", "kernels_pallas")
+MIDDLE = (
+    *FOUNDATION,
+    "jaxcache.__version__",
+    "jaxcache.config",
+    "jaxcache.core",
+    "jaxcache.pools",
+    "jaxcache.runtime",
+    "kernels_pallas",
+)
 
 # The longest matching name counts. "jaxcache!" is the package and its public names, but none of its modules.
 LAYERS = {

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -18,6 +18,7 @@ import jax
 T = TypeVar("T")
 
 ROOT, LEFT = "jaxcache", "left"
+LEFT_FOLDER = f"{ROOT}/{LEFT}/"  # of all topics: a process ends with all its caches
 POLL_S = 0.005
 ASK_S = 0.2
 
@@ -32,16 +33,25 @@ class Bulletin:
         self._asking.set()
 
     def is_posted(self, kind: str, processes: Collection[int]) -> bool:
-        """Whether one of these has said anything; False, too, while the service does not answer."""
-        client, found = self._client, []
+        """Whether one of these has said anything, or has left; False, too, while the service does not answer."""
+        return bool(self._read([f"{ROOT}/{self._topic}/{kind}/", LEFT_FOLDER], processes))
+
+    def left(self, processes: Collection[int]) -> dict[int, str]:
+        """Those of these that have left, and why."""
+        return self._read([LEFT_FOLDER], processes)
+
+    def _read(self, folders: Sequence[str], processes: Collection[int]) -> dict[int, str]:
+        """What the service answers within ASK_S; one that has not answered the last time is not asked again."""
+        client, found = self._client, {}
         if client is None or not self._asking.is_set():
-            return False
+            return found
 
         def ask() -> None:
-            found.extend(_said(client, f"{ROOT}/{self._topic}/{kind}/", processes))
+            for folder in folders:
+                found.update(_said(client, folder, processes))
 
         self._asking = _bounded(ask, ASK_S)
-        return bool(found)
+        return found.copy()
 
     def exchange(
         self, kind: str, process: int, text: str, processes: Collection[int], timeout_s: float
@@ -63,15 +73,15 @@ class Bulletin:
         return dict(sorted(heard.copy().items()))
 
 
-def leave(process: int, timeout_s: float) -> None:
-    """Says that this process ends now. With process 0 the service ends, and jax aborts the processes that still run:
-    it waits, up to `timeout_s`, until all that have posted anything have left."""
+def leave(process: int, why: str, timeout_s: float) -> None:
+    """Says that this process ends now, and why. With process 0 the service ends, and jax aborts the processes that
+    still run: it waits, up to `timeout_s`, until all that have posted anything have left."""
     client, _ = _client()
     if client is None:
         return
 
     def talk() -> None:
-        client.key_value_set(f"{ROOT}/{LEFT}/{process}", "", True)
+        client.key_value_set(f"{LEFT_FOLDER}{process}", why, True)
         while process == 0 and _posters(client, but=LEFT) - _posters(client, only=LEFT) - {process}:
             time.sleep(POLL_S)
 

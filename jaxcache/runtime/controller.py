@@ -9,7 +9,8 @@ Serving thread only. Every process makes the same calls in the same order; only 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import jax
 
@@ -94,6 +95,18 @@ class Controller:
             if error.__cause__ is not None and len(self.fleet.processes) == 1:
                 raise error.__cause__ from None  # no other process can be to blame
             raise self._unresponsive("a computation", error) from error
+
+    @contextmanager
+    def needed(self) -> Iterator[None]:
+        """Around what this process cannot serve without: in a fleet, failing ends serving, and the others hear why."""
+        try:
+            yield
+        except Exception as error:
+            if len(self.fleet.processes) > 1:
+                self._has_told = True
+                self.serving.end(error, "init_pools")
+                self.fleet.give_up(error, self._state())
+            raise
 
     def _unresponsive(self, what: str, error: RankUnresponsive) -> ServingEnded:
         return self._end(self.fleet.unresponsive(what, error, self._state()))

@@ -2,6 +2,7 @@
 
     this process sees that ...   it says so on stderr at once    and raises, with what was heard of the others
     a rank does not answer       step, digest, last decision     RankUnresponsive: the same of them, and who is silent
+    it cannot go on itself       the error                       the error; the others: RankUnresponsive, and why
     ranks differ                                                 RanksDiverged: the first decision that differs
 
 When process 0, which hosts jax's coordination service, is gone, jax aborts the others a tenth of a second later. So the
@@ -24,6 +25,7 @@ from jax.sharding import Mesh
 from jaxcache.core.first_difference import Decision, DecisionLog, describe, first_difference
 from jaxcache.runtime.bulletin import Bulletin, coordinator_address
 from jaxcache.runtime.coordinator_watch import CoordinatorWatch
+from jaxcache.runtime.process_end import reason
 from jaxcache.types import RanksDiverged, RankUnresponsive, ServingEnded, TransferFault
 
 LISTEN_SHARE = 0.2  # of the bound, for hearing the others
@@ -98,7 +100,7 @@ class Fleet:
         print(f"jaxcache: process {self.process}: {text}", file=sys.stderr, flush=True)
 
     def is_reported(self) -> bool:
-        """Whether another process has given up."""
+        """Whether another process has given up or left."""
         return len(self.processes) > 1 and self._bulletin.is_posted(GIVEN_UP, self.processes)
 
     def fault(self, error: ServingEnded, state: State, is_own: bool = True) -> ServingEnded:
@@ -124,12 +126,18 @@ class Fleet:
             return fault
         return RankUnresponsive("\n  ".join([f"{what} {error} (process {self.process})", *_by_process(heard), *silent]))
 
+    def give_up(self, error: Exception, state: State) -> None:
+        """This process cannot go on, whatever the others do: they are told why before they miss it."""
+        self._say(f"{reason(error)}; {state.summary}")
+        self._exchange(GIVEN_UP, f"cannot go on: {reason(error)}")
+
     def _silent(self, heard: Collection[int]) -> list[str]:
         silent = [process for process in self.processes if process not in heard]
         if not silent:
             return []
+        left = _by_process({process: f"has ended: {why}" for process, why in self._bulletin.left(silent).items()})
         why = f" ({self._bulletin.why_silent})" if self._bulletin.why_silent else ""
-        return [f"nothing was heard within {self.listen_s:g} s of: process {', '.join(map(str, silent))}{why}"]
+        return [*left, f"nothing was heard within {self.listen_s:g} s of: process {', '.join(map(str, silent))}{why}"]
 
     def diverged(self, error: RanksDiverged, state: State) -> RanksDiverged:
         """The report on a difference that every process has seen in the same step."""
@@ -150,6 +158,11 @@ class Fleet:
         heard = self._exchange("settings", json.dumps(dict(settings)))
         said = {process: json.loads(text) for process, text in heard.items()}
         return [*different(said), *self._silent(heard)]
+
+    def failures(self, own: str) -> list[str]:
+        """Why processes could not start, of all that say so; own: why this one could not, or nothing."""
+        heard = self._exchange("start", own)
+        return [*_by_process({process: why for process, why in heard.items() if why}), *self._silent(heard)]
 
     def _exchange(self, kind: str, text: str) -> dict[int, str]:
         return self._bulletin.exchange(kind, self.process, text, self.processes, self.listen_s)

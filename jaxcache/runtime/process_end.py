@@ -23,8 +23,13 @@ def is_exiting() -> bool:
     return threading.get_ident() == main.ident and not main.is_alive()
 
 
+def reason(error: BaseException) -> str:
+    """What the others are told of it: its type and message."""
+    return "".join(traceback.format_exception_only(error)).strip()
+
+
 def end_process(error: BaseException) -> NoReturn:
-    """Prints the error with its traceback and ends this process at once, with code 1; for what ends serving.
+    """Prints the error with its traceback, tells the others what it is, and ends this process at once, with code 1.
 
     A normal exit would wait: jax for all processes, minutes, and then it aborts; Python for threads that wait for what
     a dead rank owes. Neither `finally` nor `atexit` runs. Process 0 goes after those that have reported, LEAVE_S later
@@ -34,5 +39,5 @@ def end_process(error: BaseException) -> NoReturn:
     sys.stderr.flush()
     sys.stdout.flush()
     process = jax.process_index()
-    bulletin.leave(process, SAY_S if process else LEAVE_S)
+    bulletin.leave(process, reason(error), SAY_S if process else LEAVE_S)
     os._exit(1)

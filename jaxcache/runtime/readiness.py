@@ -25,7 +25,7 @@ def nobody() -> bool:
 def wait_until_ready(arrays: Sequence[Any], timeout_s: float, is_reported: Callable[[], bool] = nobody) -> None:
     """Returns when all are computed.
 
-    is_reported: asked now and then: whether another process has given up, so that one need not wait any longer
+    is_reported: asked now and then: whether another process has given up or left, so that one need not wait any longer
     Raises RankUnresponsive then, or when it takes longer, or, from the runtime's own error, when it has failed.
     """
     for array in arrays:
@@ -49,7 +49,9 @@ def _poll(arrays: Sequence[Any], timeout_s: float, is_reported: Callable[[], boo
                 raise RankUnresponsive(f"was not ready after {timeout_s:g} s")
             if now >= ask_at:
                 if is_reported():
-                    raise RankUnresponsive(f"was not ready after {now - start:.1f} s, when another process gave up")
+                    raise RankUnresponsive(
+                        f"was not ready after {now - start:.1f} s, when another process gave up or ended"
+                    )
                 ask_at = now + ASK_EVERY_S
             time.sleep(nap_s)
             nap_s = min(2 * nap_s, LONGEST_NAP_S)

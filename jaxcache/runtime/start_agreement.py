@@ -1,28 +1,36 @@
-"""What ranks agree on once, before anything is allocated: equal settings, and the smallest capacities of all.
+"""What ranks agree on once: before anything is allocated equal settings and the smallest capacities of all, and after
+it that all could.
 
     | digest of the settings: d, ~d | device pages of each component | host pages of each | unused | clock |
     |<-------------------- unanimous: minimum over all ranks ------------------------------------>| leader |
 
-The same reduction as in every step. The row has the same shape whatever the settings are, as they may differ.
+The same reduction as in every step. The row has the same shape whatever the settings are, as they may differ; after
+the allocation only its first lane counts, which is 1 where it went well.
 """
 
 from __future__ import annotations
 
 import hashlib
+import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
+from importlib.metadata import version
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxcache import __version__
 from jaxcache.components.base import Component
 from jaxcache.config import CacheConfig
 from jaxcache.pools.page_layout import PageLayout, check_axes, page_layouts
 from jaxcache.runtime.fleet import Fleet, State
 from jaxcache.runtime.lanes import CLOCK_MODULUS, DIGEST_LANES, NEUTRAL, are_equal, digest_lanes
+from jaxcache.runtime.process_end import reason
 from jaxcache.runtime.reduction import reduction_of
 from jaxcache.storage.base import Storage
 from jaxcache.types import RanksDiverged, RankUnresponsive
@@ -46,7 +54,7 @@ def agree_on_start(components: Sequence[Component], mesh: Mesh, config: CacheCon
     """Every process of the mesh calls it with its own capacities, and everything else equal.
 
     Raises RanksDiverged, in all of them, naming what differs; RankUnresponsive if one does not come. ValueError for
-    what cannot be; where only one process wants that, the others raise RanksDiverged, and need not wait for it.
+    what cannot be; where only one process wants that, the others raise RanksDiverged, naming it and its reason.
     """
     check_axes(mesh)  # without them nothing can be told to anybody
     names = [component.name for component in components]
@@ -59,30 +67,63 @@ def agree_on_start(components: Sequence[Component], mesh: Mesh, config: CacheCon
             raise ValueError(f"{len(names)} components, but a cache can have {MAX_COMPONENTS} at most")
         layouts = page_layouts(components, mesh, config.storage_grid)
         own = {tier: _pages(config, names, tier, at_least) for tier, at_least in CAPACITIES.items()}
-    except ValueError as error:
+    except Exception as error:
         problem = error
     topic = _topic(mesh)
     fleet = Fleet(mesh, config.agreement_timeout_s, topic)
-    row = _reduced(_row(said, [*own["device_pages"].values(), *own["host_pages"].values()]), mesh, fleet)
-    if problem is not None:
-        raise problem
+    own_row = _row(said, [*own["device_pages"].values(), *own["host_pages"].values()])
+    row = _reduced(own_row, mesh, fleet, "the agreement on capacities")
     fleet = Fleet(mesh, config.agreement_timeout_s, f"{topic}-{row[NUM_UNANIMOUS]}")
     if not are_equal(row):
         differing = fleet.differing(said)
-        raise RanksDiverged("\n  ".join([f"the ranks' settings differ (process {fleet.process})", *differing]))
+        raise problem or _error("the ranks' settings differ", fleet, differing)
+    if problem or REFUSED in row[DIGEST_LANES:NUM_UNANIMOUS]:
+        failures = fleet.failures(reason(problem) if problem else "")
+        raise problem or _error("another process refuses its own settings", fleet, failures)
     agreed = iter(row[DIGEST_LANES:NUM_UNANIMOUS].tolist())
     smallest = {tier: {name: next(agreed) for name in names} for tier in CAPACITIES}
-    if REFUSED in smallest["device_pages"].values():
-        raise RanksDiverged(f"another process refuses its own settings, and says why (process {fleet.process})")
     return Start(config if smallest == own else replace(config, **smallest), layouts, fleet)
+
+
+@contextmanager
+def all_allocate(mesh: Mesh, fleet: Fleet) -> Iterator[None]:
+    """Around what each process allocates for itself: all come out of it, or none.
+
+    Raises what failed here, when the others know it; RanksDiverged if it failed elsewhere, naming process and reason.
+    """
+    try:
+        yield
+    except Exception as error:
+        with suppress(RankUnresponsive):  # what failed here says more
+            _failures(mesh, fleet, reason(error))
+        raise
+    failures = _failures(mesh, fleet, "")
+    if failures:
+        raise _error("another process could not start", fleet, failures)
+
+
+def _failures(mesh: Mesh, fleet: Fleet, own: str) -> list[str]:
+    row = np.full(NUM_UNANIMOUS + 1, NEUTRAL, np.int32)
+    row[0] = not own
+    return [] if _reduced(row, mesh, fleet, "the agreement that all could start")[0] else fleet.failures(own)
+
+
+def _error(what: str, fleet: Fleet, lines: Sequence[str]) -> RanksDiverged:
+    return RanksDiverged("\n  ".join([f"{what} (process {fleet.process})", *lines]))
 
 
 def settings(
     components: Sequence[Component], mesh: Mesh, config: CacheConfig, storage: Storage | None
 ) -> dict[str, str]:
-    """All that must be equal in all processes, by name, as text."""
+    """All that must be equal in all processes, by name, as text.
+
+    Of versions: jaxcache's, for it decides; jax's, for the programs of a step must communicate in the same order; and
+    Python's, for the digest of a step is a `hash`.
+    """
     devices = [device.id for device in mesh.devices.flat]
-    said = {"mesh": f"{dict(mesh.shape)} of devices {devices}", "components": repr([c.name for c in components])}
+    said = {"jaxcache": __version__, "jax": jax.__version__, "jaxlib": version("jaxlib")}
+    said["python"] = f"{sys.implementation.name} {sys.version_info.major}.{sys.version_info.minor}"
+    said |= {"mesh": f"{dict(mesh.shape)} of devices {devices}", "components": repr([c.name for c in components])}
     said |= {f"component {component.name}": repr(component) for component in components}
     for field in fields(config):
         value = config.__dict__[field.name]
@@ -115,11 +156,11 @@ def _row(said: Mapping[str, str], pages: Sequence[int]) -> np.ndarray:
     return row
 
 
-def _reduced(row: np.ndarray, mesh: Mesh, fleet: Fleet) -> np.ndarray:
+def _reduced(row: np.ndarray, mesh: Mesh, fleet: Fleet, what: str) -> np.ndarray:
     reduction = reduction_of(mesh)(mesh, NUM_UNANIMOUS)
     try:
         reduction.start(np.broadcast_to(row, (mesh.size, len(row))))
-        return np.frombuffer(reduction.finish(fleet.wait_s), np.int32)
+        return np.frombuffer(reduction.finish(fleet.wait_s, fleet.is_reported), np.int32)
     except RankUnresponsive as error:
         state = State(0, 0, "nothing agreed yet", 0, [], {})
-        raise fleet.unresponsive("the agreement on capacities", error, state) from error
+        raise fleet.unresponsive(what, error, state) from error

@@ -2,7 +2,10 @@
 
 argv: {"steps", "model": whether there is one, "halts", "corrupts", "faults" or "breaks": a process, "at": a step,
        "early": whether it faults before the exchange, "timeout_s": the bound, "hangs": whether storage never answers,
-       "drains": a process whose storage never answers; at the end all drain for "drain_s"}
+       "drains": a process whose storage never answers; at the end all drain for "drain_s",
+       "starved": a process without memory for its host pool ("of": "host") or its device pools ("device"), which then
+       stays as if it waited at its exit,
+       "leaves": a process that ends itself for a reason of its own in step "at"}
 {"content": a process that is given other content than the others, in one cache after the other}
 """
 
@@ -20,6 +23,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxcache
+from jaxcache import cache as face
+from jaxcache.pools import host_pool
 from jaxcache.pools.device_pool import DevicePools
 from jaxcache.testing.processes import join
 
@@ -71,6 +76,8 @@ def serve(cache: jaxcache.Cache, index: int, plan: dict) -> None:
             cache.engine.fault = OSError("a copy that failed")
         lease = cache.admit(cache.sequence([*PROMPT, step], namespace), num_new_tokens=1)
         pools = cache.apply(pools)
+        if step == plan["at"] and index == plan.get("leaves"):
+            jaxcache.end_process(LookupError("no such model"))
         if step == plan["at"] and index == plan.get("halts"):
             print("halts", flush=True)
             time.sleep(600)
@@ -79,7 +86,7 @@ def serve(cache: jaxcache.Cache, index: int, plan: dict) -> None:
         pools = write_pages(pools)
         cache.grow(lease, lease.num_cached_tokens, len(PROMPT) + 1 - lease.num_cached_tokens)
         if step == plan["at"] and index == plan.get("breaks"):
-            cache.core.publishing.insert = out_of_memory
+            cache.core.publishing.insert = break_off
         cache.insert(lease, len(PROMPT) + 1)
         cache.release(lease)
         print(f"finished step {step}", flush=True)
@@ -87,8 +94,8 @@ def serve(cache: jaxcache.Cache, index: int, plan: dict) -> None:
         drain(cache, pools, plan["drain_s"])
 
 
-def out_of_memory(*_) -> None:
-    raise MemoryError("in the middle of a call")
+def break_off(*_) -> None:
+    raise OverflowError("in the middle of a call")
 
 
 def drain(cache: jaxcache.Cache, pools: DevicePools, timeout_s: float) -> None:
@@ -152,6 +159,18 @@ def differ(index: int, victim: int) -> None:
                 print(f"{what}: {error}".replace("\n", " "), flush=True)
 
 
+def starve(of: str) -> None:
+    """From now on this process has no memory for it."""
+
+    def fails(*args):
+        raise MemoryError(f"no room for the {of} pool")
+
+    if of == "host":
+        host_pool.plain_memory = fails
+    else:
+        face.init_pools = fails
+
+
 def main() -> None:
     index, plan = join(), json.loads(sys.argv[1])
     if "content" in plan:
@@ -161,11 +180,16 @@ def main() -> None:
     config = replace(CONFIG, agreement_timeout_s=plan.get("timeout_s", 5.0))
     hangs = plan.get("hangs") or plan.get("drains") == index
     storage = HungStorage(hangs) if hangs or "drains" in plan else None
+    if plan.get("starved") == index:
+        starve(plan["of"])
     try:
         with jaxcache.Cache([jaxcache.FullAttention("full", (KV,))], mesh_of_all(), config, storage) as cache:
             serve(cache, index, plan)
-    except (jaxcache.ServingEnded, MemoryError) as error:
+    except (jaxcache.ServingEnded, OverflowError) as error:
         jaxcache.end_process(error)
+    except MemoryError as error:
+        print(f"stays: {error}", flush=True)
+        time.sleep(600)
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def test_a_service_that_does_not_answer_costs_no_more_than_the_bound(use, servic
     use(service())
     start = time.monotonic()
     assert Bulletin("7").exchange("kind", 1, "b", [0, 1], 0.2) == {1: "b"}
-    bulletin.leave(0, 0.2)
+    bulletin.leave(0, "", 0.2)
     assert time.monotonic() - start < 30
 
 
@@ -87,7 +87,7 @@ def test_a_jax_that_keeps_its_client_elsewhere(monkeypatch):
     assert lost.exchange("kind", 0, "a", [0, 1], 60.0) == {0: "a"}
     assert f"jax {jax.__version__} has no coordination client" in lost.why_silent
     assert bulletin.coordinator_address() is None
-    bulletin.leave(1, 60.0)
+    bulletin.leave(1, "", 60.0)
 
 
 def test_process_0_leaves_after_those_that_have_spoken(use):
@@ -95,12 +95,12 @@ def test_process_0_leaves_after_those_that_have_spoken(use):
     use(service)
     for process in (0, 1, 2):
         Bulletin("7").exchange("kind", process, "", [process, 9], 0.02)
-    bulletin.leave(2, 60.0)
-    leaving = threading.Thread(target=bulletin.leave, args=(0, 60.0))
+    bulletin.leave(2, "", 60.0)
+    leaving = threading.Thread(target=bulletin.leave, args=(0, "", 60.0))
     leaving.start()
     leaving.join(0.1)
     assert leaving.is_alive()
-    bulletin.leave(1, 60.0)
+    bulletin.leave(1, "", 60.0)
     leaving.join()
 
 
@@ -120,6 +120,18 @@ def test_whether_somebody_has_posted(use):
     board.exchange("kind", 1, "b", [0, 1], 0.05)
     assert board.is_posted("kind", [0, 1])
     assert not board.is_posted("other", [0, 1])
+
+
+def test_who_has_left_and_why(use):
+    """A process leaves with all its caches: the topic is none of its business."""
+    use(FakeService())
+    board = Bulletin("7")
+    assert board.left([0, 1]) == {}
+    bulletin.leave(1, "MemoryError: no room", 60.0)
+    assert board.left([0, 1]) == {1: "MemoryError: no room"}
+    assert board.left([0, 2]) == {}
+    assert board.is_posted("kind", [0, 1])
+    assert not board.is_posted("kind", [0, 2])
 
 
 def test_a_service_that_does_not_answer_is_asked_once(use, monkeypatch):

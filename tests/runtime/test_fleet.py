@@ -9,6 +9,7 @@ import socket
 import threading
 import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -19,7 +20,7 @@ from jaxcache.runtime import carried, start_agreement
 from jaxcache.runtime.fleet import FAULT, Fleet, State, different
 from jaxcache.runtime.lanes import DIGEST_LANES
 from jaxcache.runtime.reduction import LocalReduction
-from jaxcache.runtime.start_agreement import agree_on_start
+from jaxcache.runtime.start_agreement import agree_on_start, all_allocate
 from jaxcache.types import RanksDiverged, RankUnresponsive, TransferFault
 
 KV = jaxcache.FieldSpec("kv", (2, 2, 4, 1, 8), "float32", ("layers", None, "slots", "heads", None))
@@ -42,11 +43,15 @@ class Others:
 
     def __init__(self, *changes: dict | str | None):
         self.changes = dict(enumerate(changes, 1))
+        self.has_left: dict[int, str] = {}
 
     def exchange(self, kind, process, text, processes, timeout_s):
         changes = {p: change for p, change in self.changes.items() if change is not None}
         said = {p: c if isinstance(c, str) else json.dumps(json.loads(text) | c) for p, c in changes.items()}
         return {process: text, **said}
+
+    def left(self, processes):
+        return {p: why for p, why in self.has_left.items() if p in processes}
 
 
 def fleet_with(make_mesh, *changes) -> Fleet:
@@ -97,6 +102,15 @@ def test_a_fault_that_was_agreed_on_names_whose_it_was(make_mesh):
     assert fleet_with(make_mesh, None).fault(agreed, STATE, is_own=False) is agreed
 
 
+def test_why_a_silent_process_has_left(make_mesh):
+    fleet = fleet_with(make_mesh, None, None)
+    fleet._bulletin.has_left = {2: "MemoryError: pools"}
+    report = str(fleet.unresponsive("the agreement", RankUnresponsive("was not ready"), STATE))
+    assert report.endswith(
+        "\n  process 2: has ended: MemoryError: pools\n  nothing was heard within 2 s of: process 1, 2"
+    )
+
+
 def test_diverged_names_the_first_difference(make_mesh):
     other = {"log": [DECISIONS[0], (3, "release", 5, 0, 0, 0)], "counts": {"nodes": 4, "leases": 0}}
     report = str(fleet_with(make_mesh, {}, other).diverged(RanksDiverged("step=3: differ"), STATE))
@@ -133,7 +147,7 @@ def other_rank(monkeypatch, change) -> None:
     """Reduces with a second rank whose row is this one's, changed."""
 
     class WithOther(LocalReduction):
-        def finish(self, timeout_s):
+        def finish(self, timeout_s, is_reported):
             other = self._reduced.copy()
             change(other)
             return np.minimum(self._reduced, other).tobytes()
@@ -196,6 +210,22 @@ def test_every_setting_but_the_capacities_counts(make_mesh):
 
 
 @pytest.mark.parametrize(
+    ("name", "owner"),
+    [("jaxcache", start_agreement), ("jax", jax), ("python", start_agreement.sys)],
+    ids=["jaxcache", "jax", "python"],
+)
+def test_versions_are_settings(make_mesh, monkeypatch, name, owner):
+    base = start_agreement.settings([COMPONENT], make_mesh(), CONFIG, None)
+    assert list(base)[:4] == ["jaxcache", "jax", "jaxlib", "python"]
+    if name == "python":
+        monkeypatch.setattr(owner, "version_info", SimpleNamespace(major=2, minor=7))
+    else:
+        monkeypatch.setattr(owner, "__version__", "9.9")
+    other = start_agreement.settings([COMPONENT], make_mesh(), CONFIG, None)
+    assert [line.split(" differs")[0] for line in different({0: base, 1: other})] == [name]
+
+
+@pytest.mark.parametrize(
     ("components", "config"),
     [
         ([replace(COMPONENT, name=f"c{i}") for i in range(65)], CONFIG),
@@ -210,6 +240,100 @@ def test_who_refuses_its_own_settings_tells_the_others_first(make_mesh, monkeypa
     with pytest.raises(ValueError, match=r"65 components|5 slots do not divide|at least 1"):
         agree_on_start(components, make_mesh(2, 1, 1), config, None)
     assert rows[0][DIGEST_LANES] == start_agreement.REFUSED
+
+
+class Allocates:
+    """The two agreements of a start. ours: first lane of this process's rows; other_ok: of another's second row."""
+
+    def __init__(self, monkeypatch, other_ok: int):
+        self.ours: list[int] = []
+
+        def change(row):
+            self.ours.append(int(row[0]))
+            if len(self.ours) == 2:
+                row[0] = other_ok
+
+        other_rank(monkeypatch, change)
+
+
+def test_a_process_that_cannot_allocate_says_so_in_the_agreement(make_mesh, monkeypatch):
+    said, exchanged = Allocates(monkeypatch, other_ok=1), []
+    monkeypatch.setattr(Fleet, "failures", lambda fleet, own: exchanged.append(own) or [])
+
+    def fails(*args):
+        raise MemoryError("no room for the host pool")
+
+    monkeypatch.setattr("jaxcache.runtime.transfer_engine.HostPool", fails)
+    with pytest.raises(MemoryError, match="no room for the host pool"):
+        jaxcache.Cache([COMPONENT], make_mesh(), CONFIG)
+    assert said.ours[1] == 0
+    assert exchanged == ["MemoryError: no room for the host pool"]
+
+
+def test_no_process_starts_when_another_could_not_allocate(make_mesh, monkeypatch):
+    said, heard = Allocates(monkeypatch, other_ok=0), {1: "MemoryError: no room"}
+    monkeypatch.setattr(Fleet, "_exchange", lambda fleet, kind, text: {0: text, **heard})
+    with pytest.raises(RanksDiverged, match=r"could not start \(process 0\)\n  process 1: MemoryError: no room$"):
+        jaxcache.Cache([COMPONENT], make_mesh(), CONFIG)
+    assert said.ours[1] == 1
+
+
+def test_what_failed_here_is_raised_though_another_process_does_not_answer(make_mesh, monkeypatch, capsys):
+    fleet = fleet_with(make_mesh, None)
+
+    class Never(LocalReduction):
+        def finish(self, timeout_s, is_reported):
+            raise RankUnresponsive("was not ready")
+
+    monkeypatch.setattr(start_agreement, "reduction_of", lambda mesh: Never)
+    with pytest.raises(MemoryError, match="here"), all_allocate(make_mesh(), fleet):
+        raise MemoryError("here")
+    assert "the agreement that all could start was not ready" in capsys.readouterr().err
+    with pytest.raises(RankUnresponsive), all_allocate(make_mesh(), fleet):
+        pass
+
+
+def test_failures_are_named_with_their_reasons(make_mesh):
+    fleet = fleet_with(make_mesh, "", "OSError: x", None)
+    assert fleet.failures("MemoryError: y") == [
+        "process 0: MemoryError: y",
+        "process 2: OSError: x",
+        "nothing was heard within 2 s of: process 3",
+    ]
+
+
+@pytest.mark.parametrize("processes", [[0], [0, 1]], ids=["alone", "fleet"])
+def test_pools_that_cannot_be_made_end_serving_in_a_fleet_only(cache, monkeypatch, processes):
+    fleet, told = cache._controller.fleet, []
+    fleet.processes = processes
+    monkeypatch.setattr(fleet, "_exchange", lambda kind, text: told.append((kind, text)) or {0: text})
+
+    def fails(*args):
+        raise MemoryError("no room")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("jaxcache.cache.init_pools", fails)
+        with pytest.raises(MemoryError, match="no room"):
+            cache.init_pools()
+    if processes == [0]:
+        cache.step(cache.init_pools())
+        assert not told
+    else:
+        assert told == [("unresponsive", "cannot go on: MemoryError: no room")]
+        with pytest.raises(MemoryError, match="no room"):
+            cache.step(cache.init_pools())
+
+
+def test_a_start_waits_for_no_process_that_has_left(make_mesh, monkeypatch):
+    class Asks(LocalReduction):
+        def finish(self, timeout_s, is_reported):
+            assert is_reported()
+            raise RankUnresponsive("was not ready when another process ended")
+
+    monkeypatch.setattr(start_agreement, "reduction_of", lambda mesh: Asks)
+    monkeypatch.setattr(Fleet, "is_reported", lambda fleet: True)
+    with pytest.raises(RankUnresponsive, match="the agreement on capacities was not ready when another"):
+        agree_on_start([COMPONENT], make_mesh(), CONFIG, None)
 
 
 # ---- in the loop

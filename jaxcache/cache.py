@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from jaxcache.components import Component
 from jaxcache.config import CacheConfig
+from jaxcache.core.bad_input import check_lease, count, said
 from jaxcache.core.explain import Explanation
 from jaxcache.core.lease import Lease
 from jaxcache.core.page_hash import Namespace
@@ -74,6 +75,7 @@ class Cache:
         self.device_pages = {r.component.name: r.allocator.num_pages for r in self.core.tiers.device}
         self._tables = BatchTables(self.device_pages)
         self._pools_check = PoolsCheck(self.layouts, self.device_pages)
+        self.core.tiers.pools_version = self._pools_check.version  # from here on the order of model steps is watched
         self.engine = TransferEngine(
             self.layouts,
             mesh,
@@ -101,7 +103,11 @@ class Cache:
 
     def init_pools(self) -> DevicePools:
         """Zeroed device pools {component: {field: Array[num_pages, ...]}}; MemoryError if they do not fit.
-        In a fleet that ends serving, and the other processes hear why."""
+        In a fleet that ends serving, and the other processes hear why. Raises RuntimeError while the device tier holds
+        anything: these pools would not."""
+        device = self.core.tiers.device
+        if self.core.leases or any(residency.num_resident for residency in device):
+            raise RefusedCall("this cache has pages on the device: if they are lost, call forget_device() first")
         with self._controller.needed():
             return init_pools(self.layouts, self.device_pages, self.mesh)
 
@@ -142,6 +148,10 @@ class Cache:
         """
         self._check_open()
         self._check_pools(pools)
+        return self._apply(pools)
+
+    @changes  # the pools that were given may be gone before the new ones are known
+    def _apply(self, pools: DevicePools) -> DevicePools:
         pools = self._controller.apply(pools)
         self._pools_check.handed_back(pools)
         return pools
@@ -164,11 +174,12 @@ class Cache:
         Raises RuntimeError while a plan is unapplied, or for a lease whose first_step has not come; ValueError for one
         that was released or is another cache's: its pages may be somebody else's by now.
         """
+        if not isinstance(leases, (list, tuple)):
+            raise TypeError(f"leases must be a list, not {type(leases).__name__}")
+        max_pages = count("max_pages", max_pages, 1)
         for lease in leases:
-            if lease is None:
-                continue
-            if self.core.leases.get(lease.id) is not lease:
-                raise ValueError(f"{lease!r} was released, or belongs to another cache")
+            if lease is not None:
+                check_lease(self.core, lease, None)
         tables = self._tables.build(leases, max_pages)
         changed = [lease for lease in leases if lease is not None and lease._duplicates is not None]
         if changed:
@@ -194,6 +205,8 @@ class Cache:
         Namespaces that differ in any field never share a page, on any tier. Raises ValueError for the fields of one
         that was retired, since storage may still hold its pages: name the new weights by another weights_version.
         """
+        if "page_layout" in fields:
+            raise ValueError("page_layout is what the cache itself says of its pages: name the field otherwise")
         layout = "; ".join(f"{name}: {component}" for name, component in self._layout_fields())
         return self.core.new_namespace(**fields, page_layout=layout)
 
@@ -397,6 +410,8 @@ class Cache:
         Every process of a replica calls it in the same step. Raises TimeoutError in all of them, by the clock that they
         agree on, naming what is left, when a storage hangs for longer; the cache stays usable.
         """
+        if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not timeout_s >= 0:
+            raise ValueError(f"timeout_s must be seconds, not {said(timeout_s)}")
         pools = self.apply(pools)
         first_step, start_ms = self.core.step_number, None
         while True:

@@ -269,7 +269,7 @@ def test_pools_that_a_later_value_has_replaced(driver):
     driver.pools = new = jax.tree.map(lambda array: array + 0, old)
     for call in (cache.step, cache.apply):
         assert call(new) is not None
-        with pytest.raises(ValueError, match="stale pools: a later value was passed before"):
+        with pytest.raises(ValueError, match=r"stale pools: a later value of full\.kv was passed before"):
             call(old)
 
 
@@ -289,10 +289,41 @@ def test_pages_are_inserted_after_the_model_step_that_computes_them(rig):
         cache.release(lease)
 
 
+@pytest.mark.parametrize("grow", ["grow", "grow_all"])
+def test_a_grow_that_says_what_is_computed_is_no_way_around(rig, grow):
+    with rig.cache(jaxcache.MemoryStorage()) as cache:
+        driver = Driver(rig, cache)
+        lease = cache.admit(driver.sequence(PROMPT), len(PROMPT))
+        if grow == "grow":
+            assert cache.grow(lease, 44, 1)
+        else:
+            assert cache.grow_all([lease], [44]) == 1
+        cache.insert(lease, 44)
+        with pytest.raises(RuntimeError, match="no model step has run"):
+            cache.apply(driver.pools)
+        cache.release(lease)
+        cache.reset()
+        driver.pools = cache.apply(driver.pools)
+
+
+def test_more_room_does_not_make_what_is_computed_uncomputed(rig):
+    """The model step has run in the version before; asking for the next chunk changes nothing about that."""
+    with rig.cache(jaxcache.MemoryStorage()) as cache:
+        driver = Driver(rig, cache)
+        lease = cache.admit(driver.sequence(PROMPT), 16)
+        driver.pools = cache.step(jax.tree.map(lambda array: array + 0, cache.apply(cache.step(driver.pools))))
+        assert cache.grow(lease, 0, 24)
+        assert cache.grow_all([lease], [0], 16) == 1
+        cache.insert(lease, 16)
+        driver.pools = cache.apply(driver.pools)
+        cache.release(lease)
+
+
 def test_pages_that_an_earlier_model_step_has_computed_may_be_inserted_at_any_time(rig):
     """A request that is retracted publishes what it has, though no model step has run since it asked for more room."""
     with rig.cache(jaxcache.MemoryStorage()) as cache:
         driver = Driver(rig, cache)
+        cache.step(driver.pools)
         lease = cache.admit(driver.sequence(PROMPT), len(PROMPT))
         driver.pools = cache.apply(cache.step(jax.tree.map(lambda array: array + 0, driver.pools)))
         assert cache.grow(lease, len(PROMPT), 4)
@@ -401,7 +432,13 @@ def test_mesh_without_our_axes():
         jaxcache.Cache((full(),), mesh, jaxcache.CacheConfig(page_tokens=PAGE_TOKENS, device_pages=8))
 
 
-def test_pools_that_do_not_fit(driver, monkeypatch):
+def test_no_second_pools_while_the_device_tier_holds_anything(driver):
+    """They would be zeros, and hits would read them."""
+    with pytest.raises(RuntimeError, match=r"call forget_device\(\) first"):
+        driver.cache.init_pools()
+
+
+def test_pools_that_do_not_fit(other, monkeypatch):
     """CPU devices do not say how much memory they have, so these are made up."""
     page_bytes = 3 * 2 * PAGE_TOKENS * 2 * 8 * 4
     memory = {"bytes_limit": 50_000, "bytes_in_use": 20_000}
@@ -409,9 +446,9 @@ def test_pools_that_do_not_fit(driver, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(device_pool, "local_devices", lambda mesh: (small,))
         with pytest.raises(MemoryError, match=f"pools of {DEVICE_PAGES * page_bytes} bytes .* 30000 free bytes"):
-            driver.cache.init_pools()
+            other.cache.init_pools()
         memory["bytes_limit"] = 20_000 + DEVICE_PAGES * page_bytes
-        driver.cache.init_pools()
+        other.cache.init_pools()
 
 
 @pytest.mark.parametrize("max_transfer_pages", [1, 6, 1000])
@@ -507,3 +544,59 @@ def test_no_thread_outlives_its_cache(rig, fails):
     except ZeroDivisionError:
         assert fails
     assert {t.name for t in set(threading.enumerate()) - before if t.name.startswith("jaxcache")} == set()
+
+
+# ---- numbers and lists of any kind
+
+
+@pytest.mark.parametrize(
+    "value",
+    [10**5000, -(10**5000), 10**30, np.float32(4), [4], np.array([4, 8]), "4", b"4", 4.5],
+    ids=lambda value: type(value).__name__,
+)
+def test_numbers_that_are_none_end_nothing(driver, value):
+    """Neither serving nor the message that says so."""
+    cache = driver.cache
+    lease = driver.admit(driver.sequence(OTHER))
+    sequence = driver.sequence(PROMPT)
+    digest = cache.core.digest
+    for call in (
+        lambda: cache.admit(sequence, value),
+        lambda: cache.admit(sequence, 4, max_cached_tokens=value) if not isinstance(value, int) or value < 0 else 1 / 0,
+        lambda: cache.match(sequence, value) if not isinstance(value, int) or value < 0 else 1 / 0,
+        lambda: cache.grow(lease, value, 1),
+        lambda: cache.grow(lease, 0, value),
+        lambda: cache.grow_all([lease], [value]),
+        lambda: cache.grow_all([lease], [0], value),
+        lambda: cache.grow_all(value, value),
+        lambda: cache.insert(lease, value),
+        lambda: cache.insert(lease, 0, states=value),
+        lambda: cache.insert(lease, 0, priority=value),
+        lambda: cache.insert(lease, 0, retain_steps=value),
+        lambda: cache.tables([lease], value),
+        lambda: cache.tables(value, 4),
+        lambda: cache.set_policies(write_policy=value),
+        lambda: cache.drain(driver.pools, timeout_s=value) if not isinstance(value, float | int) else 1 / 0,
+    ):
+        with pytest.raises((ValueError, TypeError, ZeroDivisionError)):
+            call()
+        assert cache.core.serving.ended is None and cache.core.digest == digest
+    driver.finish(lease)
+
+
+def test_limits_of_a_match_are_ints(driver):
+    """A number of numpy's that was kept would overflow, or be found unequal, later on."""
+    sequence = driver.sequence(PROMPT)
+    assert driver.cache.match(sequence, np.uint8(44)).num_tokens == 44  # pyright: ignore[reportArgumentType]
+    lease = driver.cache.admit(sequence, 4, max_cached_tokens=44)
+    assert type(lease.num_cached_tokens) is int and lease.num_cached_tokens == 44
+    driver.cache.release(lease)
+
+
+def test_grow_all_refuses_before_anything_changes(driver):
+    lease = driver.admit(driver.sequence(OTHER))
+    for leases, computed in (([lease, None], [4, 4]), ([lease, lease], [4, -1])):
+        with pytest.raises((ValueError, TypeError)):
+            driver.cache.grow_all(leases, computed)
+        assert lease.num_computed == 0
+    driver.finish(lease)

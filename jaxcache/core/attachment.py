@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from jaxcache.core.bad_input import said
 from jaxcache.core.decisions import checksum
 from jaxcache.core.serving import RefusedCall, RefusedValue, changes
 from jaxcache.types import PrefetchPolicy, WritePolicy
@@ -90,7 +91,7 @@ class Attachment:
         core = self.core
         for policy, kind in ((prefetch_policy, PrefetchPolicy), (write_policy, WritePolicy)):
             if policy is not None and not isinstance(policy, kind):
-                raise RefusedValue(f"a {kind.__name__} is needed, not {policy!r}")
+                raise RefusedValue(f"a {kind.__name__} is needed, not {said(policy)}")
         back = WritePolicy.WRITE_BACK
         if write_policy is not None and write_policy is not core.backups.policy:
             if not core.tiers.has_host:

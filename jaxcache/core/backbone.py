@@ -83,7 +83,9 @@ class Backbone:
         if tiers.profile is not None:
             tiers.profile.admitted(sequence, lease._node)
         self._count(sequence, end)
-        self.planner.note("admit", id, end, sequence.namespace.checksum, sequence.checksum(end, lease._node.id))
+        self.planner.note(
+            "admit", id, end, sequence.namespace.checksum, sequence.checksum(end, lease._node.id), num_new_tokens
+        )
         return lease
 
     def _count(self, sequence: Sequence, num_found_tokens: int) -> None:
@@ -194,16 +196,16 @@ class Backbone:
         lease.num_computed = num_computed
         if tiers.profile is not None:
             tiers.profile.inserted(sequence, node, at)
-        self.planner.note("insert", lease.id, lease._published, node.id)
+        self.planner.note("insert", lease.id, lease._published, node.id, num_computed)
         return True
 
     def release(self, lease: Lease) -> bool:
         """Gives back own pages and pins, the deepest first: it is the first to leave."""
         if type(lease) is not Lease or self.leases.get(lease.id) is not lease:
             return False
-        del self.leases[lease.id]
         lease._released = True
         lease._quiet_end = -1
+        del self.leases[lease.id]
         lease.sequence.num_leases -= 1
         device, table = self.device, lease._tables[0]
         assert table is not None

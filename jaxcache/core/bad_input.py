@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from jaxcache.core.prefix_cache import PrefixCache
 
 
+MANY = 1 << 62
+
+
 class Uncomputed(NamedTuple):
     """What a lease has reported as computed up to `end` can only be so in a later version of the pools than this."""
 
@@ -25,13 +29,23 @@ class Uncomputed(NamedTuple):
     end: int
 
 
+def said(value: Any) -> str:
+    """What was passed, for a message: short, whatever it is."""
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"an int of {value.bit_length()} bits"
+    return reprlib.repr(value)
+
+
 def count(name: str, value: Any, at_least: int | None = None) -> int:
     """A number of tokens: an int, or an integer of numpy."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise RefusedType(f"{name} must be an int, not {value!r}")
-    if at_least is not None and value < at_least:
-        raise RefusedValue(f"{name}={value} must be at least {at_least}")
-    return int(value)
+        raise RefusedType(f"{name} must be an int, not {said(value)}")
+    number = int(value)
+    if at_least is not None and number < at_least:
+        raise RefusedValue(f"{name}={said(number)} must be at least {at_least}")
+    if not -MANY < number < MANY:
+        raise RefusedValue(f"{name} is {said(number)}: more than any sequence has")
+    return number
 
 
 def check_namespace(core: PrefixCache, namespace: Any) -> None:
@@ -81,6 +95,11 @@ def check_may_run(core: PrefixCache, lease: Lease) -> None:
         raise RefusedCall(f"{lease!r} may run from step {lease.first_step} on; this is {core.step_number}")
 
 
+def check_no_leases(core: PrefixCache) -> None:
+    if core.leases:
+        raise RefusedCall(f"reset needs every lease released first; held: {sorted(core.leases)[:8]}")
+
+
 def check_applied(core: PrefixCache) -> None:
     """A planned load-back must be on its way before its first step begins."""
     if any(transfer.kind is TransferKind.LOAD_BACK for transfer in core.planner.transfers):
@@ -102,7 +121,7 @@ def check_computed(core: PrefixCache) -> None:
 def check_lists(leases: Any, num_computed: Any) -> None:
     """Of leases, and of as many numbers of tokens."""
     for name, value in (("leases", leases), ("num_computed", num_computed)):
-        if not isinstance(value, (list, tuple, np.ndarray)):
+        if not isinstance(value, (list, tuple)) and (not isinstance(value, np.ndarray) or value.ndim != 1):
             raise RefusedType(f"{name} must be a list, not {type(value).__name__}")
     if len(leases) != len(num_computed):
         raise RefusedValue(f"{len(leases)} leases, but {len(num_computed)} numbers of computed tokens")
@@ -115,7 +134,7 @@ def check_states(lease: Lease, states: Any, num_computed: int) -> None:
     for position in states:
         if type(position) is not int or position not in lease.checkpoints or position > num_computed:
             raise RefusedValue(
-                f"{position!r} is no position of a state that can have been written: {num_computed} tokens are "
+                f"{said(position)} is no position of a state that can have been written: {num_computed} tokens are "
                 f"computed, and lease.checkpoints is {dict(lease.checkpoints)}"
             )
 
@@ -124,6 +143,8 @@ def check_options(core: PrefixCache, priority: Any, retain_steps: Any) -> None:
     """What `insert` is asked for beyond publishing."""
     for name, value in (("priority", priority), ("retain_steps", retain_steps)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise RefusedValue(f"{name} must be an int of at least 0, not {value!r}")
+            raise RefusedValue(f"{name} must be an int of at least 0, not {said(value)}")
+        if value >= MANY:
+            raise RefusedValue(f"{name} is {said(value)}: too large")
     if retain_steps > core.config.max_retain_steps:
         raise RefusedValue(f"{retain_steps=} must not be above {core.config.max_retain_steps=}")

@@ -1,6 +1,7 @@
 """The kinds of decisions that enter the digest, and what their numbers say: for the report when ranks differ.
 
-Every call that changes the core notes one: who, how much, and, where content comes in (a namespace, a prompt, generated
+Every call that changes the core notes one, but for a `grow` that needs no page, whose tokens are noted when they come:
+who, how much, and, where content comes in (a namespace, a prompt, generated
 tokens), a checksum of it, so that ranks which were given different content differ in the digest of the same step. What
 is published later has been noted before.
 """
@@ -14,19 +15,21 @@ from xxhash import xxh3_64_intdigest
 checksum: Callable[..., int] = xxh3_64_intdigest  # of bytes; against accidents, not against attackers
 
 _TRANSFER = ("transfer", "pages", "moves")
-# name: what its numbers say, at most four. The place in this table is what enters the digest.
+# name: what its numbers say, at most five. The place in this table is what enters the digest.
 NUMBERS: dict[str, tuple[str, ...]] = {
     "namespace": ("namespace checksum", "node"),
     "retire": ("namespace checksum", "namespaces left"),
-    "admit": ("lease", "cached tokens", "namespace checksum", "content checksum"),
+    "admit": ("lease", "cached tokens", "namespace checksum", "content checksum", "new tokens"),
+    "stops": ("lease", "first", "last"),
     "grow": ("lease", "computed tokens", "new tokens"),
     "extend": ("lease", "tokens", "checksum of the new tokens"),
-    "insert": ("lease", "published tokens", "node"),
+    "insert": ("lease", "published tokens", "node", "computed tokens"),
     "state": ("lease", "position"),
     "options": ("lease", "priority", "retained steps"),
     "duplicates": ("lease", "pages given back"),
     "release": ("lease",),
     "prefetch": ("transfer", "end", "namespace checksum", "content checksum"),
+    "leave": ("transfer", "tickets left"),
     "stored": ("transfer",),
     "fetched": ("transfer", "agreed end", "pages left"),
     "cancel": ("transfer",),

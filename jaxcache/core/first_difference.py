@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from jaxcache.core.decisions import NUMBERS
 
-Decision = tuple[int, str, int, int, int, int]  # step, what, and the numbers of `decisions.NUMBERS`
+Decision = tuple[int, str, int, int, int, int, int]  # step, what, and the numbers of `decisions.NUMBERS`
 
 
 class DecisionLog(NamedTuple):

@@ -32,7 +32,12 @@ class Growth:
         num_new_tokens = bad_input.count("num_new_tokens", num_new_tokens, 1)
         bad_input.check_lease(core, lease, num_computed)
         end = num_computed + num_new_tokens
-        lease._asked_in = tiers.pools_version
+        if num_computed > lease.num_computed:
+            bad_input.check_may_run(core, lease)
+            self.note_uncomputed(lease, num_computed)
+        if lease._room_version != tiers.pools_version:
+            lease._room_version = tiers.pools_version
+            lease._last_room = lease.num_tokens
         if end <= lease._quiet_end:  # numpy's integers decide as Python's do in PrefixCache.grow
             lease.num_computed = num_computed
             lease.num_tokens = max(lease.num_tokens, end)
@@ -57,6 +62,13 @@ class Growth:
             core.quotas.settle(lease)
         return True
 
+    def note_uncomputed(self, lease: Lease, num_computed: int) -> None:
+        """The loop says that so much is computed: what got room in this version of the pools can only be so in a later
+        one, which has not come yet."""
+        version = self.tiers.pools_version
+        if version >= 0 and lease._room_version == version and num_computed > lease._last_room:
+            self.core.uncomputed = bad_input.Uncomputed(version, lease.id, num_computed)
+
     def _allocate(self, lease: Lease, missing: list[int]) -> None:
         """missing: pages by component, which are there or can be made free."""
         self.tiers.lease_id = lease.id
@@ -67,29 +79,43 @@ class Growth:
                 assert room, f"{device.component.name}: promised {missing[c]} pages"
                 lease._tables[c] = read_only(np.concatenate([table, device.allocator.allocate(missing[c])]))
 
+    def _grow_quietly(
+        self, leases: Sequence[Lease], num_computed: Sequence[int], num_new_tokens: int, but: dict[int, None]
+    ) -> None:
+        """Of all leases but some only numbers change; as in `PrefixCache.grow`."""
+        version = self.tiers.pools_version
+        for i, (lease, computed) in enumerate(zip(leases, num_computed, strict=True)):
+            if i in but:
+                continue
+            if lease._room_version != version:
+                lease._room_version = version
+                lease._last_room = lease.num_tokens
+            elif computed > lease._last_room and version >= 0:
+                self.note_uncomputed(lease, computed)
+            lease.num_computed = computed
+            if computed + num_new_tokens > lease.num_tokens:
+                lease.num_tokens = computed + num_new_tokens
+
     def grow_all(self, leases: Sequence[Lease], num_computed: Sequence[int], num_new_tokens: int) -> int:
-        """How many of the leases, from the first on, have room now."""
+        """How many of the leases, from the first on, have room now. Everything is checked before anything changes."""
         tiers = self.tiers
         num_new_tokens = bad_input.count("num_new_tokens", num_new_tokens, 1)
         bad_input.check_lists(leases, num_computed)
         rest = []
-        version = tiers.pools_version
         for i, (lease, computed) in enumerate(zip(leases, num_computed, strict=True)):
             if (
                 type(lease) is Lease
                 and type(computed) is int
-                and (end := computed + num_new_tokens) <= lease._quiet_end
+                and computed + num_new_tokens <= lease._quiet_end
                 and lease.num_computed <= computed <= lease.num_tokens
                 and lease._tiers is tiers
             ):
-                lease.num_computed = computed
-                lease._asked_in = version
-                if end > lease.num_tokens:
-                    lease.num_tokens = end
-            else:
-                rest.append(i)
+                continue
+            rest.append(i)
         for i in rest:
             bad_input.check_lease(self.core, leases[i], bad_input.count("num_computed", num_computed[i]))
+        if len(rest) < len(leases):
+            self._grow_quietly(leases, num_computed, num_new_tokens, dict.fromkeys(rest))
         if rest and self.core.backbone is not None:
             self.core.backbone.make_room_for(leases[rest[0]], len(rest))  # a page each, nearly always
         for i in rest:

@@ -37,15 +37,16 @@ class Lease:
     """
 
     __slots__ = (
-        "_asked_in",
         "_duplicates",
         "_last_grid_point",
+        "_last_room",
         "_node",
         "_pin_tops",
         "_plan_is_applied",
         "_published",
         "_quiet_end",
         "_released",
+        "_room_version",
         "_state_node",
         "_stops",
         "_tables",
@@ -88,7 +89,10 @@ class Lease:
         self.read_slot: int | None = None
         self.write_slot: int | None = None
         self.checkpoints: dict[int, int] = {} if tiers.point is not None else NO_CHECKPOINTS
-        self._asked_in = tiers.pools_version  # when it last asked for room
+        self._room_version = tiers.pools_version  # of the pools, when it asked for room the last time
+        self._last_room = (
+            node.end
+        )  # how far its room reached before that version: what lies beyond is not computed in it
         self._tiers = tiers
         self._duplicates: list[tuple[int, PageIds]] | None = None  # (component, own pages that the tree has, too)
         self._plan_is_applied = plan_is_applied
@@ -143,6 +147,9 @@ class Lease:
         where a page ends.
         """
         tiers = self._tiers
+        if self.first_step > tiers.step:
+            self._quiet_end = -1  # nothing can be computed yet: every call is looked at
+            return
         page = tiers.page_tokens
         table = self._tables[tiers.spine]
         room = num_computed + page if table is None else len(table) * page

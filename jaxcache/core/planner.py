@@ -30,10 +30,10 @@ class Planner:
         """64 bits that are equal on ranks which decided the same."""
         return self._hash & (2**64 - 1)
 
-    def note(self, what: str, a: int = 0, b: int = 0, c: int = 0, d: int = 0) -> None:
+    def note(self, what: str, a: int = 0, b: int = 0, c: int = 0, d: int = 0, e: int = 0) -> None:
         """One decision, of a kind in `decisions.NUMBERS`. Only ints enter the digest."""
-        self._hash = hash((self._hash, CODES[what], a, b, c, d))
-        self.recent.append((self.step, what, a, b, c, d))
+        self._hash = hash((self._hash, CODES[what], a, b, c, d, e))
+        self.recent.append((self.step, what, a, b, c, d, e))
 
     def complete_since(self) -> int:
         """The first step of which every decision is still in `recent`."""

@@ -298,14 +298,14 @@ class Prefetches:
             if not ticket.prefetch.num_wanting:
                 self._abandon(ticket.prefetch)
 
-    @staticmethod
-    def _leave(ticket: Ticket) -> None:
+    def _leave(self, ticket: Ticket) -> None:
         prefetch = ticket.prefetch
         prefetch.num_wanting -= 1
         prefetch.num_held -= ticket.is_held
         if not prefetch.num_held:
             prefetch.held_since_ms = None
         ticket.is_wanted = ticket.is_held = False
+        self.planner.note("leave", prefetch.id, prefetch.num_wanting)
 
     def abandon_all(self, namespace: Namespace | None = None) -> None:
         """Those that are not decided (of one namespace, or all) are not wanted any more; their requests go on."""

@@ -35,13 +35,14 @@ from jaxcache.core.publishing import Publishing
 from jaxcache.core.quotas import Quotas
 from jaxcache.core.retention import Retentions
 from jaxcache.core.sequence import Sequence
-from jaxcache.core.serving import RefusedCall, RefusedType, RefusedValue, Serving, changes
+from jaxcache.core.serving import RefusedType, RefusedValue, Serving, changes
 from jaxcache.core.stores import Stores
 from jaxcache.core.ticket import Ticket
 from jaxcache.core.tiers import Tiers
 from jaxcache.types import Match, Outcome, Plan, PrefetchPolicy, Tier, Wait
 
 TokenPositions = list[int] | tuple[int, ...]
+NO_POSITIONS: TokenPositions = ()
 
 
 class PrefixCache:
@@ -66,12 +67,11 @@ class PrefixCache:
         self.growth = Growth(self)
         self.prefetches = Prefetches(self.tiers, self.planner, self.stores, self.backups, self.counters)
         self.retentions = Retentions(self.tiers, self.counters)
-        tenants = self.tiers.tenants
-        self.quotas = Quotas(tenants, self) if tenants is not None else None
+        self.quotas = None if self.tiers.tenants is None else Quotas(self.tiers.tenants, self)
         self.clearing = Clearing(self)
         self.attachment = Attachment(self)
         self._scatter_is_due = False
-        self.uncomputed: bad_input.Uncomputed | None = None  # what `insert` was told of last before its pools had come
+        self.uncomputed: bad_input.Uncomputed | None = None  # what was said to be computed before its pools had come
 
     @property
     def digest(self) -> int:
@@ -143,6 +143,8 @@ class PrefixCache:
         """Where a request could resume; changes nothing."""
         if type(sequence) is not Sequence or sequence.namespace.owner is not self:
             bad_input.check_sequence(self, sequence)
+        if max_tokens is not None:
+            max_tokens = bad_input.count("max_tokens", max_tokens, 0)
         return matching.match(self.tiers, sequence, max_tokens)
 
     def explain(self, sequence: Sequence) -> Explanation:
@@ -249,14 +251,15 @@ class PrefixCache:
         self.leases[lease.id] = lease
         if self.quotas is not None:
             self.quotas.settle(lease)
-        sequence, counters = lease.sequence, self.counters
-        if self.tiers.profile is not None:
-            self.tiers.profile.admitted(sequence, lease._node)
+        sequence, counters, profile = lease.sequence, self.counters, self.tiers.profile
+        if profile is not None:
+            profile.admitted(sequence, lease._node)
         counters["admits"] += 1
         counters["prompt_tokens"] += sequence.num_tokens
         counters["device_hit_tokens"] += lease.device_tokens
         content = sequence.checksum(lease.num_cached_tokens, lease._node.id)
-        self.planner.note("admit", lease.id, lease.num_cached_tokens, sequence.namespace.checksum, content)
+        cached = lease.num_cached_tokens
+        self.planner.note("admit", lease.id, cached, sequence.namespace.checksum, content, lease.num_tokens - cached)
         return lease
 
     def grow(self, lease: Lease, num_computed: int, num_new_tokens: int) -> bool:
@@ -270,8 +273,13 @@ class PrefixCache:
                 and num_computed < end
                 and lease._tiers is self.tiers
             ):  # one of the many tokens that need no new page
+                version = self.tiers.pools_version
+                if lease._room_version != version:
+                    lease._room_version = version
+                    lease._last_room = lease.num_tokens
+                elif num_computed > lease._last_room and version >= 0:
+                    self.growth.note_uncomputed(lease, num_computed)
                 lease.num_computed = num_computed
-                lease._asked_in = self.tiers.pools_version
                 if end > lease.num_tokens:
                     lease.num_tokens = end
                 return True
@@ -291,7 +299,7 @@ class PrefixCache:
         lease: Lease,
         num_computed: int,
         *,
-        states: TokenPositions = (),
+        states: TokenPositions = NO_POSITIONS,
         priority: int = 0,
         retain_steps: int = 0,
     ) -> None:
@@ -304,50 +312,43 @@ class PrefixCache:
         try:  # as @changes
             if self.serving.ended is not None:
                 self.serving.check()
-            ints = type(priority) is type(retain_steps) is int
-            has_options = not ints or priority != 0 or retain_steps != 0
-            is_plain = self.backbone is not None and not has_options and not states
-            if not (is_plain and self.backbone.insert(lease, num_computed)):  # pyright: ignore[reportOptionalMemberAccess]
-                self._insert(lease, num_computed, states, priority, retain_steps, has_options)
+            is_plain = type(priority) is type(retain_steps) is int and priority == retain_steps == 0
+            has_none = states is NO_POSITIONS or (type(states) is list and not states)
+            backbone = self.backbone if is_plain and has_none else None
+            if backbone is None or not backbone.insert(lease, num_computed):
+                self._insert(lease, num_computed, states, () if is_plain else (priority, retain_steps))
         except BaseException as error:
             self.serving.interrupted(error, "insert")
             raise
 
-    def _insert(
-        self,
-        lease: Lease,
-        num_computed: int,
-        states: TokenPositions,
-        priority: int,
-        retain_steps: int,
-        has_options: bool,
-    ) -> None:
+    def _insert(self, lease: Lease, num_computed: int, states: TokenPositions, options: tuple[int, ...]) -> None:
+        """options: priority and retain_steps, unless both are 0."""
         num_computed = bad_input.count("num_computed", num_computed)
         bad_input.check_lease(self, lease, num_computed)
         sequence = lease.sequence
         bad_input.check_known(lease, num_computed)
-        if has_options:
-            bad_input.check_options(self, priority, retain_steps)
-        if states != ():
+        if options:
+            bad_input.check_options(self, *options)
+        if states is not NO_POSITIONS:
             bad_input.check_states(lease, states, num_computed)
         if num_computed > lease.num_computed:
             bad_input.check_may_run(self, lease)
-            if lease._asked_in == self.tiers.pools_version:
-                self.uncomputed = bad_input.Uncomputed(lease._asked_in, lease.id, num_computed)
+            self.growth.note_uncomputed(lease, num_computed)
         self.publishing.report(lease, num_computed)
         for position in states:
             lease._written[position] = None
             self.planner.note("state", lease.id, position)
         if not self.config.caching or sequence.namespace.retired:
+            self.planner.note("insert", lease.id, lease._published, lease._node.id, num_computed)
             if self.quotas is not None:
                 self.quotas.settle(lease)
             return
         old_end = lease._published
         self.tiers.lease_id = lease.id
         self.publishing.insert(lease, num_computed)
-        self.planner.note("insert", lease.id, lease._published, lease._node.id)
-        if has_options:
-            self._set_options(lease, priority, retain_steps)
+        self.planner.note("insert", lease.id, lease._published, lease._node.id, num_computed)
+        if options:
+            self._set_options(lease, *options)
         if self.backups.on_insert:
             self.backups.after_insert(lease._node, old_end)
         if self.quotas is not None:
@@ -479,10 +480,10 @@ class PrefixCache:
     @changes
     def reset(self) -> None:
         """Forgets everything on device and host. Raises RuntimeError while leases are out."""
-        if self.leases:
-            raise RefusedCall(f"reset needs every lease released first; held: {sorted(self.leases)[:8]}")
+        bad_input.check_no_leases(self)
         self.retentions.release_all()
         self.clearing.clear_all()
+        self.uncomputed = None
         self.planner.note("reset")
 
     @changes

@@ -76,6 +76,9 @@ class Sequence:
 
         Raises ValueError while two leases run on it: each would append its own tokens.
         """
+        serving = self.namespace.owner.serving
+        if serving.ended is not None:
+            serving.check()
         if self.num_leases > 1:
             raise ValueError(
                 f"{self.num_leases} leases run on this sequence: each needs a sequence of its own to be extended"
@@ -91,7 +94,7 @@ class Sequence:
             self.num_tokens = num_tokens = len(self.data) // 4
             self.planner.note("extend", self.lease_id, num_tokens, checksum(new))
         except BaseException as error:  # tokens without their number, or in one process's digest only
-            self.namespace.owner.serving.end(error, "extend")
+            serving.end(error, "extend")
             raise
 
     def checksum(self, start: int, node_id: int) -> int:

@@ -26,6 +26,7 @@ from jaxcache.core.tenants import Groups, Tenants
 from jaxcache.types import NO_PAGES, PageIds, Tier, WritePolicy
 
 MAX_EVICTIONS_REMEMBERED = 4096
+UNWATCHED = -1  # without pools nothing is known of model steps
 
 
 class Eviction(NamedTuple):
@@ -81,7 +82,7 @@ class Tiers:
         self.lookbacks = [lookback_tokens(component) for component in components]
         self.grid_tokens = lcm(config.page_tokens, *[component.grid_tokens for component in components])
         self.step = 0
-        self.pools_version = 0  # how many values of the pools the loop is known to have made by model steps
+        self.pools_version = UNWATCHED  # how many model steps the loop is known to have dispatched
         self.reason = "room"  # why, and for which lease, evictions happen now
         self.lease_id = 0
         # node id; residency index or first page; and what `Eviction` says: flat, since one is made for every eviction

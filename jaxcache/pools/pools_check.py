@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
+from jax.sharding import AxisType
 
 from jaxcache.pools.device_pool import DevicePools
 from jaxcache.pools.page_layout import PageLayout
@@ -31,7 +33,10 @@ class PoolsCheck:
             for f in layout.fields
         ]
         self._known: list[Any] = []  # weak references to the arrays of the present value; none: nothing was seen yet
-        self._replaced: dict[int, weakref.ref] = {}  # first arrays of earlier values that are still alive, by id
+        self._replaced: dict[int, weakref.ref] = {}  # arrays of earlier values that are still alive, by id
+        self._is_explicit = {
+            name: AxisType.Explicit in layout.mesh.axis_types for name, layout in layouts.items()
+        }  # there programs take nothing but the sharding itself
 
     def check(self, pools: DevicePools) -> None:
         """Takes note of what the loop hands over. Raises ValueError, naming the field, for what are not the pools of
@@ -41,11 +46,14 @@ class PoolsCheck:
         new = [i for i, array in enumerate(arrays) if array is not known[i]()]
         for i in new:
             self._check_array(i, arrays[i])
+            if self._replaced.get(id(arrays[i]), _nothing)() is arrays[i]:
+                name, field, *_ = self._wanted[i]
+                raise ValueError(
+                    f"stale pools: a later value of {name}.{field} was passed before; pass what the last call returned"
+                )
         for array, (name, field, *_) in zip(arrays, self._wanted, strict=True):
             if array.is_deleted():
                 raise ValueError(f"stale pools: {name}.{field} was donated; pass what the last call returned")
-        if new and self._replaced.get(id(arrays[0]), _nothing)() is arrays[0]:
-            raise ValueError("stale pools: a later value was passed before; pass what the last call returned")
         if new or not arrays:  # without arrays there is nothing to see
             self.version += bool(self._known) or not arrays
             self._note(arrays)
@@ -55,17 +63,17 @@ class PoolsCheck:
         self._note(self._arrays(pools))
 
     def forget(self) -> None:
-        """Whatever comes next is new, even if it was there before: the device tier is empty."""
+        """Whatever comes next is looked at anew, and may have been there before: the device tier is empty."""
         self._known = []
         self._replaced.clear()
 
     def _arrays(self, pools: DevicePools) -> list[jax.Array]:
         if not isinstance(pools, Mapping) or set(pools) != set(self._names):
-            what = sorted(pools) if isinstance(pools, Mapping) else type(pools).__name__
+            what = sorted(map(str, pools)) if isinstance(pools, Mapping) else type(pools).__name__
             raise ValueError(f"pools must be those of all components, {sorted(self._names)}, not {what}")
         for name, fields in self._names.items():
             if not isinstance(pools[name], Mapping) or set(pools[name]) != set(fields):
-                what = sorted(pools[name]) if isinstance(pools[name], Mapping) else type(pools[name]).__name__
+                what = sorted(map(str, pools[name])) if isinstance(pools[name], Mapping) else type(pools[name]).__name__
                 raise ValueError(f"pools[{name!r}] must be its arrays {sorted(fields)}, not {what}")
         return [pools[name][field] for name, fields in self._names.items() for field in fields]
 
@@ -78,15 +86,19 @@ class PoolsCheck:
             raise ValueError(f"{where} has the shape {array.shape}, but this cache has {shape}")
         if array.dtype != dtype:
             raise ValueError(f"{where} is {array.dtype}, but its component declares {dtype}")
-        if not (array.sharding == sharding or array.sharding.is_equivalent_to(sharding, len(shape))):
+        is_other = array.sharding != sharding
+        if is_other and (self._is_explicit[name] or not array.sharding.is_equivalent_to(sharding, len(shape))):
             raise ValueError(f"{where} is sharded as {array.sharding}, but this cache needs {sharding}")
 
     def _note(self, arrays: list[jax.Array]) -> None:
-        before = self._known[0]() if self._known else None
-        if before is not None and before is not arrays[0]:
-            key = id(before)
-            self._replaced[key] = weakref.ref(before, lambda _: self._replaced.pop(key, None))
+        for known, array in zip(self._known, arrays, strict=False):
+            before = known()
+            if before is not None and before is not array and not before.is_deleted():
+                self._replaced[id(before)] = weakref.ref(before, partial(self._forget, id(before)))
         self._known = [weakref.ref(array) for array in arrays]
+
+    def _forget(self, key: int, _: weakref.ref) -> None:
+        self._replaced.pop(key, None)
 
 
 def _nothing() -> None:

@@ -7,9 +7,9 @@ import pytest
 from jaxcache.core.first_difference import DecisionLog, Difference, first_difference
 from jaxcache.core.planner import RECENT_DECISIONS, Planner
 
-ADMIT = (3, "admit", 1, 32, 7, 9)
-INSERT = (3, "insert", 1, 32, 2, 9)
-RELEASE = (4, "release", 1, 0, 0, 0)
+ADMIT = (3, "admit", 1, 32, 7, 9, 0)
+INSERT = (3, "insert", 1, 32, 2, 9, 0)
+RELEASE = (4, "release", 1, 0, 0, 0, 0)
 
 
 def logs(*decisions, since=0) -> dict[int, DecisionLog]:
@@ -22,7 +22,9 @@ def test_equal_logs():
     assert first_difference(logs([ADMIT, RELEASE], [ADMIT, RELEASE], [ADMIT, RELEASE])) is None
 
 
-@pytest.mark.parametrize("other", [(3, "admit", 1, 16, 7, 9), (3, "admit", 1, 32, 7, 8), (3, "grow", 1, 32, 7, 9)])
+@pytest.mark.parametrize(
+    "other", [(3, "admit", 1, 16, 7, 9, 0), (3, "admit", 1, 32, 7, 8, 0), (3, "grow", 1, 32, 7, 9, 0)]
+)
 def test_one_number_or_name_differs(other):
     found = first_difference(logs([ADMIT, INSERT], [ADMIT, INSERT], [other, INSERT]))
     assert found == Difference(3, 0, {0: ADMIT, 1: ADMIT, 2: other})
@@ -36,7 +38,7 @@ def test_a_decision_that_only_some_made():
 
 def test_the_first_of_several():
     found = first_difference(
-        logs([ADMIT, INSERT, RELEASE], [ADMIT, (3, "insert", 1, 16, 2, 9), (4, "release", 2, 0, 0, 0)])
+        logs([ADMIT, INSERT, RELEASE], [ADMIT, (3, "insert", 1, 16, 2, 9, 0), (4, "release", 2, 0, 0, 0, 0)])
     )
     assert found is not None
     assert (found.step, found.place) == (3, 1)
@@ -51,10 +53,11 @@ def test_only_what_every_log_reaches_back_to_counts():
 def test_text():
     assert (
         str(Difference(3, 1, {1: None, 0: INSERT}))
-        == "decision 1 of step 3: process 0: insert(lease 1, published tokens 32, node 2); "
+        == "decision 1 of step 3: process 0: insert(lease 1, published tokens 32, node 2, "
+        "computed tokens 9); "
         "process 1: none"
     )
-    other = (3, "admit", 1, 16, 7, 8)
+    other = (3, "admit", 1, 16, 7, 8, 0)
     assert str(Difference(3, 0, {0: ADMIT, 1: other})).startswith(
         "decision 0 of step 3 (admit: other cached tokens and content checksum): process 0: admit(lease 1, cached "
     )

@@ -26,7 +26,7 @@ from jaxcache.types import RanksDiverged, RankUnresponsive, TransferFault
 KV = jaxcache.FieldSpec("kv", (2, 2, 4, 1, 8), "float32", ("layers", None, "slots", "heads", None))
 COMPONENT = jaxcache.FullAttention("full", (KV,))
 CONFIG = jaxcache.CacheConfig(page_tokens=4, device_pages=64, host_pages={"full": 8}, agreement_timeout_s=0.5)
-DECISIONS = [(3, "admit", 4, 32, 9, 8), (3, "release", 4, 0, 0, 0)]
+DECISIONS = [(3, "admit", 4, 32, 9, 8, 1), (3, "release", 4, 0, 0, 0, 0)]
 STATE = State(3, 0xABC, "last agreed in step 2 on transfers [7]", 2, DECISIONS, {"nodes": 5, "leases": 0})
 
 
@@ -112,7 +112,7 @@ def test_why_a_silent_process_has_left(make_mesh):
 
 
 def test_diverged_names_the_first_difference(make_mesh):
-    other = {"log": [DECISIONS[0], (3, "release", 5, 0, 0, 0)], "counts": {"nodes": 4, "leases": 0}}
+    other = {"log": [DECISIONS[0], (3, "release", 5, 0, 0, 0, 0)], "counts": {"nodes": 4, "leases": 0}}
     report = str(fleet_with(make_mesh, {}, other).diverged(RanksDiverged("step=3: differ"), STATE))
     assert "process 0: release(lease 4); process 1: release(lease 4); process 2: release(lease 5)" in report
     assert "first difference: decision 1 of step 3" in report
@@ -320,7 +320,7 @@ def test_pools_that_cannot_be_made_end_serving_in_a_fleet_only(cache, monkeypatc
         assert not told
     else:
         assert told == [("unresponsive", "cannot go on: MemoryError: no room")]
-        with pytest.raises(MemoryError, match="no room"):
+        with pytest.raises(jaxcache.ServingEnded, match="MemoryError"):
             cache.step(cache.init_pools())
 
 

@@ -238,7 +238,7 @@ class TransferEngine:
 
 
 def _close(engine: weakref.ref[TransferEngine]) -> None:
-    """Of an engine that has been forgotten, its memory must not wait for the exit; then there is nothing to close."""
+    """Closes an engine if it still exists: the handler at exit must keep no engine, and no host memory, alive."""
     found = engine()
     if found is not None:
         found.close()

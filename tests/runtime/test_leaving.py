@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
+import threading
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -90,3 +93,17 @@ def test_a_cache_that_was_closed_leaves_nothing_to_do_at_exit(make_mesh, monkeyp
     with jaxcache.Cache([jaxcache.FullAttention("full", (KV,))], make_mesh(), CONFIG, jaxcache.MemoryStorage()):
         assert len(handlers) == 1
     assert not handlers
+
+
+def test_a_cache_that_is_dropped_without_close_frees_its_memory_and_ends_its_threads(make_mesh):
+    before = set(threading.enumerate())
+    cache = jaxcache.Cache([jaxcache.FullAttention("full", (KV,))], make_mesh(), CONFIG, jaxcache.MemoryStorage())
+    pool = weakref.ref(cache.engine.host_pools["full"])
+    own = set(threading.enumerate()) - before
+    assert own
+    del cache
+    gc.collect()
+    assert pool() is None
+    for thread in own:
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive()

@@ -11,6 +11,10 @@ a page that was freed too early, reused, or loaded to the wrong place is found a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import numpy as np
+
 from jaxcache.core.lease import Lease
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.runtime.backup_merging import merged
@@ -149,10 +153,13 @@ class FakePlane:
 
     # ---- the model's side
 
-    def model_step(self, lease: Lease, step: ModelStep) -> None:
-        """Computes the next tokens of a lease: reads everything that resuming needs, writes the chunk."""
+    def model_step(self, lease: Lease, step: ModelStep, tables: Mapping[str, np.ndarray] | None = None) -> None:
+        """Computes the next tokens of a lease: reads everything that resuming needs, writes the chunk.
+
+        tables: those that the loop has; None: the present ones
+        """
         suffix = RANK[self.rank]
-        tables = lease.page_tables
+        tables = tables or lease.page_tables
         for c, first, pages in step.reads:
             ids = tables[self.core.components[c].name][first : first + len(pages)].tolist()
             self._read(c, ids, [page + suffix for page in pages])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
+
 from jaxcache.core.lease import Lease
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.core.sequence import Sequence
@@ -25,6 +27,7 @@ class Request:
         self.leases: list[Lease] = []
         self.num_computed = 0
         self.written: list[int] = []  # where model steps ended since the last insert
+        self.tables: list[dict[str, np.ndarray]] = []  # page tables that the loop uses, on each rank
         for sequence in sequences[1:]:  # equal tokens have equal keys: hashed once
             sequence.keys = sequences[0].keys
 
@@ -48,6 +51,18 @@ class Request:
         """It was released, or has ended."""
         self.leases, self.tickets = [], [None] * len(self.sequences)
         self.written.clear()
+        self.tables.clear()
+
+    def grown_tables(self) -> list[dict[str, np.ndarray]]:
+        """The page tables that the loop has read, on each rank; what has been added since it adds itself."""
+        if not self.tables:
+            self.tables = [dict(lease.page_tables) for lease in self.leases]
+        for lease, tables in zip(self.leases, self.tables, strict=True):
+            for name, now in lease.page_tables.items():
+                num_pages = len(tables[name])
+                if len(now) > num_pages:
+                    tables[name] = np.concatenate([tables[name], now[num_pages:]])
+        return self.tables
 
     def prefetch(self, cores: list[PrefixCache]) -> None:
         self.tickets = [core.prefetch(sequence) for core, sequence in zip(cores, self.sequences, strict=True)]

@@ -282,8 +282,10 @@ class Scenario:
         if request.random.random() < self.read_chance:
             for core, lease in zip(self.cores, request.leases, strict=True):
                 core.tables_were_read([lease])
-        for plane, lease in zip(self.planes, request.leases, strict=True):
-            plane.model_step(lease, step)
+            if not self.core.config.stable_tables:
+                request.tables.clear()
+        for plane, lease, tables in zip(self.planes, request.leases, request.grown_tables(), strict=True):
+            plane.model_step(lease, step, tables)
         request.num_computed = end
         request.written.append(end)
 

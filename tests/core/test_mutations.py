@@ -157,6 +157,22 @@ MUTATIONS = (
         {"mixture": ("full",)},
     ),
     Mutation(
+        "duplicates are given back while the loop has a table with them",
+        Publishing,
+        "_publish_full",
+        "self._keep_duplicates(lease, c, table[pages])",
+        "device.allocator.free(table[pages])",
+        {"mixture": ("full",)},
+    ),
+    Mutation(
+        "what storage still touches is free when its node is dropped",
+        Tiers,
+        "free",
+        "if self.touched:",
+        "if False:",
+        {"mixture": ("full",), "host_pages": 4, "page_tokens": 1, "write_policy": WritePolicy.WRITE_BACK},
+    ),
+    Mutation(
         "reset frees at once what a store may still read",
         Clearing,
         "_keep",

@@ -33,6 +33,7 @@ from jaxcache.core.residency import FreeResidency, PointResidency, PrefixResiden
 from jaxcache.core.retention import Retentions
 from jaxcache.core.stores import Stores
 from jaxcache.core.tenants import Groups, Tenants
+from jaxcache.core.tiers import Tiers
 from jaxcache.runtime.events import EventStream
 from jaxcache.types import PrefetchPolicy, WritePolicy
 from tests.core.driver import drive

@@ -511,6 +511,21 @@ def test_a_call_that_is_interrupted_ends_serving(rig, monkeypatch, error):
             assert type(ended.value.__cause__) is error
 
 
+def test_an_interrupt_after_a_donation_ends_serving(rig, monkeypatch):
+    """The pools that were given are gone, and the new ones are known to nobody."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with rig.cache() as cache:
+        pools = cache.step(cache.init_pools())
+        monkeypatch.setattr(cache._pools_check, "handed_back", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            cache.apply(pools)
+        with pytest.raises(jaxcache.ServingEnded, match="_apply was interrupted by KeyboardInterrupt"):
+            cache.step(pools)
+
+
 # ---- closed
 
 

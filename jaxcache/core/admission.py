@@ -248,8 +248,6 @@ class Admission:
             last = sequence.prompt_tokens // grid * grid
             stops = (branch,) if branch == last else (min(branch, last), max(branch, last))
         lease._stops = stops if stops[0] > prefix.num_tokens else tuple(s for s in stops if s > prefix.num_tokens)
-        if lease._stops:
-            self.planner.note("stops", lease.id, lease._stops[0], lease._stops[-1])
 
     def checkpoints(self, lease: Lease, low: int, high: int) -> None:
         """Slots for the states to keep in (low, high]; a missing slot only costs a later hit."""

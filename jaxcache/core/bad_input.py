@@ -78,7 +78,8 @@ def check_lease(core: PrefixCache, lease: Any, num_computed: int | None) -> None
         raise RefusedValue(f"{lease!r} " + ("was released already" if lease._released else "belongs to another cache"))
     if num_computed is not None and not lease.num_computed <= num_computed <= lease.num_tokens:
         raise RefusedValue(
-            f"{num_computed=} must be in [{lease.num_computed}, {lease.num_tokens}]: computed before, and its room"
+            f"num_computed={said(num_computed)} must be in [{lease.num_computed}, {lease.num_tokens}]: "
+            "computed before, and its room"
         )
 
 

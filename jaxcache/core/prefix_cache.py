@@ -257,7 +257,7 @@ class PrefixCache:
         counters["admits"] += 1
         counters["prompt_tokens"] += sequence.num_tokens
         counters["device_hit_tokens"] += lease.device_tokens
-        content = sequence.checksum(lease.num_cached_tokens, lease._node.id)
+        content = sequence.checksum(lease.num_cached_tokens, lease._node.id + (sum(lease._stops) << 32))
         cached = lease.num_cached_tokens
         self.planner.note("admit", lease.id, cached, sequence.namespace.checksum, content, lease.num_tokens - cached)
         return lease
@@ -313,8 +313,8 @@ class PrefixCache:
             if self.serving.ended is not None:
                 self.serving.check()
             is_plain = type(priority) is type(retain_steps) is int and priority == retain_steps == 0
-            has_none = states is NO_POSITIONS or (type(states) is list and not states)
-            backbone = self.backbone if is_plain and has_none else None
+            has_states = states is not NO_POSITIONS and (type(states) is not list or states)
+            backbone = self.backbone if is_plain and not has_states else None
             if backbone is None or not backbone.insert(lease, num_computed):
                 self._insert(lease, num_computed, states, () if is_plain else (priority, retain_steps))
         except BaseException as error:
@@ -323,9 +323,9 @@ class PrefixCache:
 
     def _insert(self, lease: Lease, num_computed: int, states: TokenPositions, options: tuple[int, ...]) -> None:
         """options: priority and retain_steps, unless both are 0."""
-        num_computed = bad_input.count("num_computed", num_computed)
+        if type(num_computed) is not int:
+            num_computed = bad_input.count("num_computed", num_computed)
         bad_input.check_lease(self, lease, num_computed)
-        sequence = lease.sequence
         bad_input.check_known(lease, num_computed)
         if options:
             bad_input.check_options(self, *options)
@@ -333,20 +333,20 @@ class PrefixCache:
             bad_input.check_states(lease, states, num_computed)
         if num_computed > lease.num_computed:
             bad_input.check_may_run(self, lease)
-            self.growth.note_uncomputed(lease, num_computed)
+            if self.tiers.pools_version >= 0:
+                self.growth.note_uncomputed(lease, num_computed)
         self.publishing.report(lease, num_computed)
         for position in states:
             lease._written[position] = None
-            self.planner.note("state", lease.id, position)
-        if not self.config.caching or sequence.namespace.retired:
-            self.planner.note("insert", lease.id, lease._published, lease._node.id, num_computed)
+        if not self.config.caching or lease.sequence.namespace.retired:
+            self.planner.note("insert", lease.id, lease._published, lease._node.id, num_computed, sum(states))
             if self.quotas is not None:
                 self.quotas.settle(lease)
             return
         old_end = lease._published
         self.tiers.lease_id = lease.id
         self.publishing.insert(lease, num_computed)
-        self.planner.note("insert", lease.id, lease._published, lease._node.id, num_computed)
+        self.planner.note("insert", lease.id, lease._published, lease._node.id, num_computed, sum(states))
         if options:
             self._set_options(lease, *options)
         if self.backups.on_insert:

@@ -97,12 +97,10 @@ class Sequence:
             serving.end(error, "extend")
             raise
 
-    def checksum(self, start: int, node_id: int) -> int:
-        """Of all tokens: of those from `start` on, and of the node that ends there, which stands for those before.
-
-        Ranks whose decisions are the same have the same tokens up to the node of an id.
-        """
-        return checksum(self.data if start < MANY_TOKENS else memoryview(self.data)[start * 4 :], node_id)
+    def checksum(self, start: int, seed: int) -> int:
+        """Of all tokens: of those from `start` on, and of a seed with the node that ends there, which stands for those
+        before it: ranks whose decisions are the same have the same tokens up to the node of an id."""
+        return checksum(self.data if start < MANY_TOKENS else memoryview(self.data)[start * 4 :], seed)
 
     def edge(self, start: int, stop: int) -> bytes | memoryview:
         """Token bytes of [start, stop) for a node to keep: a view of the prompt where that wastes no memory, or a copy.

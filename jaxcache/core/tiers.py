@@ -171,13 +171,16 @@ class Tiers:
         """Frees an entry; the node goes too if nothing holds it any more."""
         index, full, pages = residency.index, self.full, node.pages
         page_ids = residency.take(node)
-        self.free(residency, page_ids)
+        if self.touched:
+            self.free_untouched(residency, page_ids)
+        else:
+            residency.allocator.free(page_ids)
         self.num_evicted_pages[index] += len(page_ids)
         id, what = node.id, index
         if full is not None and pages[full] is None and pages[full + len(self.components)] is None:
             for other in self.partial_residencies:
                 if pages[other.index] is not None:
-                    self.free(other, other.take(node))
+                    self.free_untouched(other, other.take(node))
             id, what = node.parent.id, node.first_page  # pyright: ignore[reportOptionalMemberAccess]
             self.tree.remove(node)
         else:
@@ -186,7 +189,7 @@ class Tiers:
         if full is None:
             self.prune(node)
 
-    def free(self, residency: Residency, page_ids: PageIds) -> None:
+    def free_untouched(self, residency: Residency, page_ids: PageIds) -> None:
         """Gives pages back, but for those that a transfer still touches."""
         if self.touched:
             is_touched = np.isin(page_ids, self.touched.get(residency.index, NO_PAGES))

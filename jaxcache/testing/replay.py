@@ -177,8 +177,10 @@ class Replay:
 
     def _insert(self, lease: Lease, end: int) -> None:
         """With every state that is to be kept: all have been made."""
-        states = [position for position in lease.checkpoints if position <= end] if lease.checkpoints else ()
-        self.core.insert(lease, end, states=states)
+        if lease.checkpoints:
+            self.core.insert(lease, end, states=[position for position in lease.checkpoints if position <= end])
+        else:
+            self.core.insert(lease, end)
 
     def _step(self) -> None:
         """Everything that was planned is done, and the next step begins with its outcomes."""

@@ -54,7 +54,7 @@ def test_text():
     assert (
         str(Difference(3, 1, {1: None, 0: INSERT}))
         == "decision 1 of step 3: process 0: insert(lease 1, published tokens 32, node 2, "
-        "computed tokens 9); "
+        "computed tokens 9, sum of states' positions 0); "
         "process 1: none"
     )
     other = (3, "admit", 1, 16, 7, 8, 0)

@@ -168,9 +168,9 @@ MUTATIONS = (
     Mutation(
         "what storage still touches is free when its node is dropped",
         Tiers,
-        "free",
-        "if self.touched:",
-        "if False:",
+        "free_untouched",
+        "self.touched.get(residency.index, NO_PAGES)",
+        "NO_PAGES",
         {"mixture": ("full",), "host_pages": 4, "page_tokens": 1, "write_policy": WritePolicy.WRITE_BACK},
     ),
     Mutation(

@@ -167,8 +167,7 @@ class Backbone:
             return False
         if sequence.namespace.retired:
             return False
-        page, node = self.page_tokens, lease._node
-        at = lease._published
+        page, at, node = self.page_tokens, lease._published, lease._node
         end = num_computed // page * page
         if at < end:
             first_page = bytes(sequence.data[at * 4 : (at + page) * 4])

@@ -1,9 +1,8 @@
 """The kinds of decisions that enter the digest, and what their numbers say: for the report when ranks differ.
 
 Every call that changes the core notes one, but for a `grow` that needs no page, whose tokens are noted when they come:
-who, how much, and, where content comes in (a namespace, a prompt, generated
-tokens), a checksum of it, so that ranks which were given different content differ in the digest of the same step. What
-is published later has been noted before.
+who, how much, and, where content comes in (a namespace, a prompt, generated tokens), a checksum of it, so that ranks
+which were given different content differ in the digest of the same step. What is published later has been noted before.
 """
 
 from __future__ import annotations

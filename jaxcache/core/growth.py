@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxcache.core import bad_input
 from jaxcache.core.lease import Lease, read_only
+from jaxcache.core.serving import Refusal
 
 if TYPE_CHECKING:
     from jaxcache.core.prefix_cache import PrefixCache
@@ -79,43 +80,43 @@ class Growth:
                 assert room, f"{device.component.name}: promised {missing[c]} pages"
                 lease._tables[c] = read_only(np.concatenate([table, device.allocator.allocate(missing[c])]))
 
-    def _grow_quietly(
-        self, leases: Sequence[Lease], num_computed: Sequence[int], num_new_tokens: int, but: dict[int, None]
-    ) -> None:
-        """Of all leases but some only numbers change; as in `PrefixCache.grow`."""
-        version = self.tiers.pools_version
-        for i, (lease, computed) in enumerate(zip(leases, num_computed, strict=True)):
-            if i in but:
-                continue
-            if lease._room_version != version:
-                lease._room_version = version
-                lease._last_room = lease.num_tokens
-            elif computed > lease._last_room and version >= 0:
-                self.note_uncomputed(lease, computed)
-            lease.num_computed = computed
-            if computed + num_new_tokens > lease.num_tokens:
-                lease.num_tokens = computed + num_new_tokens
-
     def grow_all(self, leases: Sequence[Lease], num_computed: Sequence[int], num_new_tokens: int) -> int:
-        """How many of the leases, from the first on, have room now. Everything is checked before anything changes."""
+        """How many of the leases, from the first on, have room now. Where one is refused, nothing has changed."""
         tiers = self.tiers
         num_new_tokens = bad_input.count("num_new_tokens", num_new_tokens, 1)
         bad_input.check_lists(leases, num_computed)
-        rest = []
-        for i, (lease, computed) in enumerate(zip(leases, num_computed, strict=True)):
-            if (
-                type(lease) is Lease
-                and type(computed) is int
-                and computed + num_new_tokens <= lease._quiet_end
-                and lease.num_computed <= computed <= lease.num_tokens
-                and lease._tiers is tiers
-            ):
-                continue
-            rest.append(i)
-        for i in rest:
-            bad_input.check_lease(self.core, leases[i], bad_input.count("num_computed", num_computed[i]))
-        if len(rest) < len(leases):
-            self._grow_quietly(leases, num_computed, num_new_tokens, dict.fromkeys(rest))
+        version = tiers.pools_version
+        rest: list[int] | range = []
+        if set(map(type, leases)) == {Lease} and set(map(type, num_computed)) == {int}:
+            before = [lease.num_computed for lease in leases], [lease.num_tokens for lease in leases]
+            for i, lease in enumerate(leases):
+                computed = num_computed[i]
+                end = computed + num_new_tokens
+                if (
+                    end <= lease._quiet_end
+                    and lease.num_computed <= computed <= lease.num_tokens
+                    and lease._tiers is tiers
+                ):  # as in PrefixCache.grow
+                    if lease._room_version != version:
+                        lease._room_version = version
+                        lease._last_room = lease.num_tokens
+                    elif computed > lease._last_room and version >= 0:
+                        self.note_uncomputed(lease, computed)
+                    lease.num_computed = computed
+                    if end > lease.num_tokens:
+                        lease.num_tokens = end
+                else:
+                    rest.append(i)
+        else:  # integers of numpy, or a mistake: one by one
+            before = (), ()
+            rest = range(len(leases))
+        try:
+            for i in rest:
+                bad_input.check_lease(self.core, leases[i], bad_input.count("num_computed", num_computed[i]))
+        except Refusal:
+            for lease, computed, num_tokens in zip(leases, *before, strict=False):
+                lease.num_computed, lease.num_tokens = computed, num_tokens
+            raise
         if rest and self.core.backbone is not None:
             self.core.backbone.make_room_for(leases[rest[0]], len(rest))  # a page each, nearly always
         for i in rest:

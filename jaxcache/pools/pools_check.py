@@ -34,9 +34,8 @@ class PoolsCheck:
         ]
         self._known: list[Any] = []  # weak references to the arrays of the present value; none: nothing was seen yet
         self._replaced: dict[int, weakref.ref] = {}  # arrays of earlier values that are still alive, by id
-        self._is_explicit = {
-            name: AxisType.Explicit in layout.mesh.axis_types for name, layout in layouts.items()
-        }  # there programs take nothing but the sharding itself
+        axis_types = {axis_type for layout in layouts.values() for axis_type in layout.mesh.axis_types}
+        self._is_explicit = AxisType.Explicit in axis_types  # then programs take nothing but the sharding itself
 
     def check(self, pools: DevicePools) -> None:
         """Takes note of what the loop hands over. Raises ValueError, naming the field, for what are not the pools of
@@ -87,7 +86,7 @@ class PoolsCheck:
         if array.dtype != dtype:
             raise ValueError(f"{where} is {array.dtype}, but its component declares {dtype}")
         is_other = array.sharding != sharding
-        if is_other and (self._is_explicit[name] or not array.sharding.is_equivalent_to(sharding, len(shape))):
+        if is_other and (self._is_explicit or not array.sharding.is_equivalent_to(sharding, len(shape))):
             raise ValueError(f"{where} is sharded as {array.sharding}, but this cache needs {sharding}")
 
     def _note(self, arrays: list[jax.Array]) -> None:

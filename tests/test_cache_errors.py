@@ -306,6 +306,23 @@ def test_a_grow_that_says_what_is_computed_is_no_way_around(rig, grow):
         driver.pools = cache.apply(driver.pools)
 
 
+def test_a_refused_grow_all_has_said_nothing(rig):
+    """What the leases before the refused one had computed counts as little as the call."""
+    with rig.cache(jaxcache.MemoryStorage()) as cache:
+        driver = Driver(rig, cache)
+        driver.pools = cache.apply(cache.step(driver.pools))
+        lease, released = cache.admit(driver.sequence(PROMPT), len(PROMPT)), cache.admit(driver.sequence(OTHER), 8)
+        cache.release(released)
+        before = lease.num_computed, lease.num_tokens
+        with pytest.raises(ValueError, match="was released already"):
+            cache.grow_all([lease, released], [44, 8])
+        assert (lease.num_computed, lease.num_tokens) == before
+        assert cache.core.uncomputed is None
+        assert cache.grow_all([lease], [44]) == 1
+        assert cache.core.uncomputed is not None
+        cache.release(lease)
+
+
 def test_more_room_does_not_make_what_is_computed_uncomputed(rig):
     """The model step has run in the version before; asking for the next chunk changes nothing about that."""
     with rig.cache(jaxcache.MemoryStorage()) as cache:

@@ -87,6 +87,7 @@ class Growth:
         bad_input.check_lists(leases, num_computed)
         version = tiers.pools_version
         rest: list[int] | range = []
+        uncomputed = self.core.uncomputed
         if set(map(type, leases)) == {Lease} and set(map(type, num_computed)) == {int}:
             before = [lease.num_computed for lease in leases], [lease.num_tokens for lease in leases]
             for i, lease in enumerate(leases):
@@ -116,6 +117,7 @@ class Growth:
         except Refusal:
             for lease, computed, num_tokens in zip(leases, *before, strict=False):
                 lease.num_computed, lease.num_tokens = computed, num_tokens
+            self.core.uncomputed = uncomputed
             raise
         if rest and self.core.backbone is not None:
             self.core.backbone.make_room_for(leases[rest[0]], len(rest))  # a page each, nearly always

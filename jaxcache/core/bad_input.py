@@ -103,7 +103,8 @@ def check_no_leases(core: PrefixCache) -> None:
 
 def check_applied(core: PrefixCache) -> None:
     """A planned load-back must be on its way before its first step begins."""
-    if any(transfer.kind is TransferKind.LOAD_BACK for transfer in core.planner.transfers):
+    planned = core.planner.transfers
+    if planned and any(transfer.kind is TransferKind.LOAD_BACK for transfer in planned):
         raise RefusedCall("a load-back was planned but not applied: call pools = cache.apply(pools) before cache.step")
 
 

@@ -28,13 +28,22 @@ class Growth:
 
     def grow(self, lease: Lease, num_computed: int, num_new_tokens: int) -> bool:
         """False: nothing has changed."""
-        core, tiers = self.core, self.tiers
-        num_computed = bad_input.count("num_computed", num_computed)
         num_new_tokens = bad_input.count("num_new_tokens", num_new_tokens, 1)
-        bad_input.check_lease(core, lease, num_computed)
-        end = num_computed + num_new_tokens
+        num_computed = self._checked(lease, num_computed)
+        return self._grow(lease, num_computed, num_computed + num_new_tokens)
+
+    def _checked(self, lease: Lease, num_computed: int) -> int:
+        """num_computed as an int of Python, if the lease may report it."""
+        if type(num_computed) is not int:
+            num_computed = bad_input.count("num_computed", num_computed)
+        bad_input.check_lease(self.core, lease, num_computed)
         if num_computed > lease.num_computed:
-            bad_input.check_may_run(core, lease)
+            bad_input.check_may_run(self.core, lease)
+        return num_computed
+
+    def _grow(self, lease: Lease, num_computed: int, end: int) -> bool:
+        core, tiers = self.core, self.tiers
+        if num_computed > lease.num_computed:
             self.note_uncomputed(lease, num_computed)
         if lease._room_version != tiers.pools_version:
             lease._room_version = tiers.pools_version
@@ -54,7 +63,7 @@ class Growth:
             if any(n > device.available() for n, device in zip(missing, tiers.device, strict=True)):
                 return False
             self._allocate(lease, missing)
-            core.planner.note("grow", lease.id, num_computed, num_new_tokens)
+            core.planner.note("grow", lease.id, num_computed, end - num_computed)
         lease.num_tokens = max(lease.num_tokens, end)
         lease._be_quiet(num_computed)
         if tiers.point is not None:
@@ -101,7 +110,7 @@ class Growth:
                     if lease._room_version != version:
                         lease._room_version = version
                         lease._last_room = lease.num_tokens
-                    elif computed > lease._last_room and version >= 0:
+                    elif version >= 0 and computed > lease._last_room:
                         self.note_uncomputed(lease, computed)
                     lease.num_computed = computed
                     if end > lease.num_tokens:
@@ -112,8 +121,7 @@ class Growth:
             before = (), ()
             rest = range(len(leases))
         try:
-            for i in rest:
-                bad_input.check_lease(self.core, leases[i], bad_input.count("num_computed", num_computed[i]))
+            reported = [self._checked(leases[i], num_computed[i]) for i in rest]
         except Refusal:
             for lease, computed, num_tokens in zip(leases, *before, strict=False):
                 lease.num_computed, lease.num_tokens = computed, num_tokens
@@ -121,7 +129,8 @@ class Growth:
             raise
         if rest and self.core.backbone is not None:
             self.core.backbone.make_room_for(leases[rest[0]], len(rest))  # a page each, nearly always
-        for i in rest:
-            if not self.grow(leases[i], num_computed[i], num_new_tokens):
+        for i, computed in zip(rest, reported, strict=True):
+            lease = leases[i]
+            if not self._grow(lease, max(computed, lease.num_computed), computed + num_new_tokens):  # named twice
                 return i
         return len(leases)

@@ -271,13 +271,13 @@ class PrefixCache:
                 and (end := num_computed + num_new_tokens) <= lease._quiet_end
                 and lease.num_computed <= num_computed <= lease.num_tokens
                 and num_computed < end
-                and lease._tiers is self.tiers
+                and lease._tiers is (tiers := self.tiers)
             ):  # one of the many tokens that need no new page
-                version = self.tiers.pools_version
+                version = tiers.pools_version
                 if lease._room_version != version:
                     lease._room_version = version
                     lease._last_room = lease.num_tokens
-                elif num_computed > lease._last_room and version >= 0:
+                elif version >= 0 and num_computed > lease._last_room:
                     self.growth.note_uncomputed(lease, num_computed)
                 lease.num_computed = num_computed
                 if end > lease.num_tokens:

@@ -372,3 +372,33 @@ def test_tables_are_for_leases_that_may_run_now():
     server.release(lease)
     with pytest.raises(ValueError, match="was released"):
         _ = lease.page_tables
+
+
+def test_many_grow_or_none_does():
+    """One that may not run yet is refused before any of those before it has a page, or has said what is computed."""
+    server = Server(FULL, host_pages=32)
+    server.prefill(prompt(16))
+    server.step()
+    server.flush_device()
+    running = server.admit(prompt(8, 1000))
+    server.compute(running, 8)
+    waiting = server.admit([*prompt(16), NEXT])
+    assert waiting.first_step > server.core.step_number
+    before = everything(server)
+    with pytest.raises(RuntimeError, match=f"may run from step {waiting.first_step} on"):
+        server.core.grow_all([running, waiting], [8, 17])
+    assert everything(server) == before
+    assert server.core.grow_all([running, waiting], [8, 16]) == 2
+    server.release(running)
+    server.release(waiting)
+
+
+def test_one_that_is_named_twice_does_not_go_back():
+    server = Server(FULL)
+    lease = server.admit(prompt(8))
+    server.compute(lease, 8)
+    lease.sequence.extend([5, 6, 7])
+    server.core.grow(lease, 8, 4)
+    assert server.core.grow_all([lease, lease], [12, 11], 4) == 2
+    assert (lease.num_computed, lease.num_tokens) == (12, 16)
+    server.release(lease)

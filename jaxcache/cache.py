@@ -75,7 +75,7 @@ class Cache:
         self.device_pages = {r.component.name: r.allocator.num_pages for r in self.core.tiers.device}
         self._tables = BatchTables(self.device_pages)
         self._pools_check = PoolsCheck(self.layouts, self.device_pages)
-        self.core.tiers.pools_version = self._pools_check.version  # from here on the order of model steps is watched
+        self.core.growth.pools_have_come(self._pools_check.version)  # from here on the order of model steps is watched
         self.engine = TransferEngine(
             self.layouts,
             mesh,
@@ -121,7 +121,7 @@ class Cache:
 
     def _check_pools(self, pools: DevicePools) -> None:
         self._pools_check.check(pools)
-        self.core.tiers.pools_version = self._pools_check.version
+        self.core.growth.pools_have_come(self._pools_check.version)
 
     def _check_open(self) -> None:
         if self._closed:

@@ -43,11 +43,8 @@ class Growth:
 
     def _grow(self, lease: Lease, num_computed: int, end: int) -> bool:
         core, tiers = self.core, self.tiers
-        if num_computed > lease.num_computed:
+        if num_computed > lease._last_room:
             self.note_uncomputed(lease, num_computed)
-        if lease._room_version != tiers.pools_version:
-            lease._room_version = tiers.pools_version
-            lease._last_room = lease.num_tokens
         if end <= lease._quiet_end:  # numpy's integers decide as Python's do in PrefixCache.grow
             lease.num_computed = num_computed
             lease.num_tokens = max(lease.num_tokens, end)
@@ -75,9 +72,14 @@ class Growth:
     def note_uncomputed(self, lease: Lease, num_computed: int) -> None:
         """The loop says that so much is computed: what got room in this version of the pools can only be so in a later
         one, which has not come yet."""
-        version = self.tiers.pools_version
-        if version >= 0 and lease._room_version == version and num_computed > lease._last_room:
-            self.core.uncomputed = bad_input.Uncomputed(version, lease.id, num_computed)
+        self.core.uncomputed = bad_input.Uncomputed(self.tiers.pools_version, lease.id, num_computed)
+
+    def pools_have_come(self, version: int) -> None:
+        """A model step has been dispatched since the version before: what has room now may be computed in it."""
+        if version != self.tiers.pools_version:
+            self.tiers.pools_version = version
+            for lease in self.core.leases.values():
+                lease._last_room = lease.num_tokens
 
     def _allocate(self, lease: Lease, missing: list[int]) -> None:
         """missing: pages by component, which are there or can be made free."""
@@ -94,7 +96,6 @@ class Growth:
         tiers = self.tiers
         num_new_tokens = bad_input.count("num_new_tokens", num_new_tokens, 1)
         bad_input.check_lists(leases, num_computed)
-        version = tiers.pools_version
         rest: list[int] | range = []
         uncomputed = self.core.uncomputed
         if set(map(type, leases)) == {Lease} and set(map(type, num_computed)) == {int}:
@@ -107,10 +108,7 @@ class Growth:
                     and lease.num_computed <= computed <= lease.num_tokens
                     and lease._tiers is tiers
                 ):  # as in PrefixCache.grow
-                    if lease._room_version != version:
-                        lease._room_version = version
-                        lease._last_room = lease.num_tokens
-                    elif version >= 0 and computed > lease._last_room:
+                    if computed > lease._last_room:
                         self.note_uncomputed(lease, computed)
                     lease.num_computed = computed
                     if end > lease.num_tokens:

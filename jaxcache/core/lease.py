@@ -15,6 +15,7 @@ from jaxcache.types import PageIds
 if TYPE_CHECKING:
     from jaxcache.core.tiers import Tiers
 
+UNLIMITED = 1 << 62  # tokens
 NO_CHECKPOINTS: Any = MappingProxyType({})  # shared by all leases of caches without recurrent states
 
 
@@ -46,7 +47,6 @@ class Lease:
         "_published",
         "_quiet_end",
         "_released",
-        "_room_version",
         "_state_node",
         "_stops",
         "_tables",
@@ -89,10 +89,8 @@ class Lease:
         self.read_slot: int | None = None
         self.write_slot: int | None = None
         self.checkpoints: dict[int, int] = {} if tiers.point is not None else NO_CHECKPOINTS
-        self._room_version = tiers.pools_version  # of the pools, when it asked for room the last time
-        self._last_room = (
-            node.end
-        )  # how far its room reached before that version: what lies beyond is not computed in it
+        # How far its room reached when the present version of the pools came: what lies beyond is not computed in it.
+        self._last_room = node.end if tiers.pools_version >= 0 else UNLIMITED
         self._tiers = tiers
         self._duplicates: list[tuple[int, PageIds]] | None = None  # (component, own pages that the tree has, too)
         self._plan_is_applied = plan_is_applied

@@ -271,13 +271,9 @@ class PrefixCache:
                 and (end := num_computed + num_new_tokens) <= lease._quiet_end
                 and lease.num_computed <= num_computed <= lease.num_tokens
                 and num_computed < end
-                and lease._tiers is (tiers := self.tiers)
+                and lease._tiers is self.tiers
             ):  # one of the many tokens that need no new page
-                version = tiers.pools_version
-                if lease._room_version != version:
-                    lease._room_version = version
-                    lease._last_room = lease.num_tokens
-                elif version >= 0 and num_computed > lease._last_room:
+                if num_computed > lease._last_room:
                     self.growth.note_uncomputed(lease, num_computed)
                 lease.num_computed = num_computed
                 if end > lease.num_tokens:
@@ -333,8 +329,8 @@ class PrefixCache:
             bad_input.check_states(lease, states, num_computed)
         if num_computed > lease.num_computed:
             bad_input.check_may_run(self, lease)
-            if self.tiers.pools_version >= 0:
-                self.growth.note_uncomputed(lease, num_computed)
+        if num_computed > lease._last_room:
+            self.growth.note_uncomputed(lease, num_computed)
         self.publishing.report(lease, num_computed)
         for position in states:
             lease._written[position] = None

@@ -12,6 +12,7 @@ from jaxcache.core.decisions import CODES
 from jaxcache.types import Move, Plan, Transfer, TransferKind
 
 Counters = defaultdict[str, int]  # what happened, by name, from zero
+NOTHING_TO_DO = Plan(())
 RECENT_DECISIONS = 4096  # more than two steps make
 
 
@@ -46,6 +47,8 @@ class Planner:
         return self._last_id
 
     def take(self) -> Plan:
+        if not self.transfers:
+            return NOTHING_TO_DO
         plan = Plan(tuple(self.transfers))
         self.transfers.clear()
         return plan

@@ -309,8 +309,8 @@ class PrefixCache:
             if self.serving.ended is not None:
                 self.serving.check()
             is_plain = type(priority) is type(retain_steps) is int and priority == retain_steps == 0
-            has_states = states is not NO_POSITIONS and (type(states) is not list or states)
-            backbone = self.backbone if is_plain and not has_states else None
+            is_stateless = states is NO_POSITIONS or (type(states) is list and not states)
+            backbone = self.backbone if is_plain and is_stateless else None
             if backbone is None or not backbone.insert(lease, num_computed):
                 self._insert(lease, num_computed, states, () if is_plain else (priority, retain_steps))
         except BaseException as error:
@@ -438,7 +438,9 @@ class PrefixCache:
         if self.admission.loading:
             self._scatter_is_due |= self.admission.scattered()
         self.retentions.expire()
-        live = [id for id in self.live_transfers() if id in agreed]  # others were dropped before they were applied
+        live = (
+            [id for id in self.live_transfers() if id in agreed] if agreed else []
+        )  # others were dropped before they were applied
         for id in live:
             if id in self.stores.live:
                 self.stores.commit(id, agreed[id])

@@ -438,9 +438,8 @@ class PrefixCache:
         if self.admission.loading:
             self._scatter_is_due |= self.admission.scattered()
         self.retentions.expire()
-        live = (
-            [id for id in self.live_transfers() if id in agreed] if agreed else []
-        )  # others were dropped before they were applied
+        # Of an id that is not live, the transfer was dropped before it was applied.
+        live = [id for id in self.live_transfers() if id in agreed] if agreed else []
         for id in live:
             if id in self.stores.live:
                 self.stores.commit(id, agreed[id])

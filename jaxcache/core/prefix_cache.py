@@ -322,12 +322,13 @@ class PrefixCache:
         if type(num_computed) is not int:
             num_computed = bad_input.count("num_computed", num_computed)
         bad_input.check_lease(self, lease, num_computed)
-        bad_input.check_known(lease, num_computed)
+        if num_computed > lease.sequence.num_tokens:
+            bad_input.check_known(lease, num_computed)
         if options:
             bad_input.check_options(self, *options)
         if states is not NO_POSITIONS:
             bad_input.check_states(lease, states, num_computed)
-        if num_computed > lease.num_computed:
+        if lease.first_step > self.tiers.step and num_computed > lease.num_computed:
             bad_input.check_may_run(self, lease)
         if num_computed > lease._last_room:
             self.growth.note_uncomputed(lease, num_computed)

@@ -253,7 +253,8 @@ class Publishing:
     def release(self, lease: Lease) -> None:
         """Gives back own pages and pins; nothing that another lease or the tree holds."""
         tiers = self.tiers
-        self.free_duplicates(lease)
+        if lease._duplicates is not None:
+            self.free_duplicates(lease)
         for c, device in enumerate(tiers.device):
             if c == tiers.point:
                 assert lease.write_slot is not None

@@ -1,1 +1,1 @@
-"""Page transfers as Pallas kernels for GPUs. None yet: `jaxcache.pools.device_pool` uses XLA's."""
+"""Page transfers as Pallas kernels for GPUs: gather, scatter and copy of whole pages, stacked or one array per layer."""

@@ -1,1 +1,1 @@
-"""Page transfers as Pallas kernels for GPUs: gather, scatter and copy of whole pages, stacked or one array per layer."""
+"""Page transfers as Pallas kernels for GPUs: whole pages, of stacked pools and of lists of layers."""

@@ -95,6 +95,14 @@ class PageMover:
         """
         return self._scatters[component](pools, self._padded(component, page_ids), staging)
 
+    def staging(self, component: str, bucket: int) -> ComponentPools:
+        """Dispatches the making of arrays that a load-back fills: {field: [bucket, *padded page]}, zeroed."""
+        return _staging_program(self.layouts[component], bucket)()
+
+    def warmup_staging(self) -> None:
+        """Compiles `staging` for every bucket."""
+        jax.block_until_ready([self.staging(name, bucket) for name in self.layouts for bucket in self.buckets()])
+
     def warmup(self, pools: DevicePools) -> DevicePools:
         """Compiles every bucket of every component. Moves padding only: pools (donated) come back unchanged."""
         pools = dict(pools)
@@ -143,6 +151,16 @@ def _scatter_program(layout: PageLayout):
     local = jax.shard_map(scatter, mesh=layout.mesh, in_specs=(specs, PartitionSpec(), specs), out_specs=specs)
     in_shardings = (shardings, replicated, shardings)
     return jax.jit(local, donate_argnums=0, in_shardings=in_shardings, out_shardings=shardings)
+
+
+@functools.cache
+def _staging_program(layout: PageLayout, bucket: int):
+    """jit () -> staging."""
+
+    def zeros():
+        return {f.spec.name: jnp.zeros((bucket, *f.padded_shape), f.dtype) for f in layout.fields}
+
+    return jax.jit(zeros, out_shardings=layout.shardings())
 
 
 def _check_fit(layouts: Mapping[str, PageLayout], num_pages: Mapping[str, int], mesh: Mesh) -> None:

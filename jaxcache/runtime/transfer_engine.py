@@ -1,9 +1,10 @@
 """Performs transfers: the only threads of the cache.
 
     serving thread                                      copy threads                     storage threads
-    apply: scatter what earlier steps loaded    <------ rows -> buffer -> device shard
+    apply: scatter what earlier steps loaded    <------ rows -> device shard
            BACKUP: dispatch the gather NOW -----------> device shard -> rows ----------> STORE
-           LOAD_BACK, STORE, QUERY, FETCH: submit                        rows <--------- FETCH
+           LOAD_BACK: dispatch the staging, submit
+           STORE, QUERY, FETCH: submit                                   rows <--------- FETCH
     poll : what storage delivered                       <------------------------------- QUERY
 
 Whoever needs a host page waits for the job that fills it, and whoever overwrites one for its readers; waiting jobs
@@ -22,18 +23,17 @@ from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from jaxcache.pools.device_pool import DevicePools, PageMover, bucket_pages, chunks
 from jaxcache.pools.host_pool import HostPool
-from jaxcache.pools.page_layout import PageLayout
+from jaxcache.pools.page_layout import PageLayout, local_devices
 from jaxcache.runtime.backup_merging import merged
 from jaxcache.runtime.counters import Counters
 from jaxcache.runtime.host_page_order import HostPageOrder
 from jaxcache.runtime.job_graph import Job, JobGraph
 from jaxcache.runtime.process_end import EXIT_S, is_exiting
-from jaxcache.runtime.shard_copies import device_shard, local_shards, pages_from_rows, rows_from_pages, to_host
+from jaxcache.runtime.shard_copies import local_shards, shard_copies
 from jaxcache.runtime.storage_io import StorageIO
 from jaxcache.runtime.storage_operation import Status
 from jaxcache.storage.base import Storage
@@ -49,7 +49,7 @@ class _LoadBack:
     step: int
     component: str
     page_ids: PageIds
-    shards: dict[str, list[Any]] = field(default_factory=dict)
+    shards: dict[str, list[Any]] = field(default_factory=dict)  # by field; arrays to be filled, or None, until loaded
     job: Job | None = None
 
 
@@ -71,6 +71,8 @@ class TransferEngine:
         self.host_pools = {name: HostPool(layout, host_pages[name], mesh) for name, layout in layouts.items()}
         self.fault: BaseException | None = None
         self._layouts, self._counters = dict(layouts), Counters()
+        self._shard_copies = {device: shard_copies(device) for device in local_devices(mesh)}
+        self._needs_staging = any(copies.needs_staging for copies in self._shard_copies.values())
         self._orders = {name: HostPageOrder[Job]() for name in layouts}
         self._copies = JobGraph(num_threads, "jaxcache-copy")
         self._storage_io = StorageIO(self.host_pools, self._orders, storage, deadline_s, num_threads, self._counters)
@@ -80,6 +82,8 @@ class TransferEngine:
 
     def warmup(self, pools: DevicePools) -> DevicePools:
         """Compiles every program that `apply` can run; pools are donated and come back unchanged."""
+        if self._needs_staging:
+            self.mover.warmup_staging()
         return self.mover.warmup(pools)
 
     def apply(self, pools: DevicePools, transfers: Sequence[Transfer], step: int) -> DevicePools:
@@ -170,6 +174,9 @@ class TransferEngine:
         src, order = move.src_page_ids[piece], self._orders[move.component]
         pool = self.host_pools[move.component]
         load.shards = {f.spec.name: [None] * len(pool.devices) for f in pool.layout.fields}
+        if self._needs_staging:
+            staging = self.mover.staging(move.component, bucket_pages(len(src)))
+            load.shards = {name: local_shards(array, pool.devices) for name, array in staging.items()}
         works = [partial(self._copy_to_device, pool, rank, src, load) for rank in range(len(pool.devices))]
         load.job = self._submit_copies("load_back", move.component, len(src), works, order.before_read(src))
         order.add_reader(src, load.job)
@@ -201,18 +208,18 @@ class TransferEngine:
     def _copy_to_rows(self, pool: HostPool, rank: int, page_ids: PageIds, shards: dict[str, list[jax.Array]]) -> None:
         """Worker: one local device's share of the staged pages into its host rows."""
         device = pool.devices[rank]
-        views = {name: to_host(locals_[rank], device) for name, locals_ in shards.items()}
         with self._counters.busy("backup"):
             for f in pool.layout.fields:
-                rows_from_pages(pool.rows[device][:, f.byte_range], page_ids, np.asarray(views[f.spec.name]))
+                self._shard_copies[device].to_rows(shards[f.spec.name][rank], f, pool.rows[device], page_ids)
 
     def _copy_to_device(self, pool: HostPool, rank: int, page_ids: PageIds, load: _LoadBack) -> None:
         """Worker: host rows to a staging shard on one local device."""
         device, bucket = pool.devices[rank], bucket_pages(len(page_ids))
+        copies, rows = self._shard_copies[device], pool.rows[device]
         with self._counters.busy("load_back"):
             for f in pool.layout.fields:
-                pages = pages_from_rows(pool.rows[device][:, f.byte_range], page_ids, bucket)
-                load.shards[f.spec.name][rank] = jax.block_until_ready(device_shard(_typed(pages, f), device))
+                shards = load.shards[f.spec.name]
+                shards[rank] = copies.from_rows(rows, page_ids, f, bucket, shards[rank])
 
     def _submit_copies(
         self, kind: str, component: str, num_pages: int, works: Sequence[Callable[[], None]], after: Sequence[Job]
@@ -242,8 +249,3 @@ def _close(engine: weakref.ref[TransferEngine]) -> None:
     found = engine()
     if found is not None:
         found.close()
-
-
-def _typed(pages: np.ndarray, field_layout) -> np.ndarray:
-    """uint8[bucket, n] as [bucket, *local_shape] of the field's dtype, without a copy."""
-    return pages.view(field_layout.dtype).reshape(len(pages), *field_layout.local_shape)

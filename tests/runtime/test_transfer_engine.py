@@ -10,7 +10,6 @@ import pytest
 from jaxcache.components import FieldSpec, FullAttention, RecurrentState
 from jaxcache.pools.device_pool import bucket_pages, init_pools
 from jaxcache.pools.page_layout import page_layouts
-from jaxcache.runtime import transfer_engine
 from jaxcache.runtime.compiles import compile_count
 from jaxcache.runtime.storage_connection import MAX_FAILURES
 from jaxcache.runtime.storage_io import BATCH_PAGES
@@ -85,6 +84,11 @@ class Rig:
     def apply(self, *transfers):
         self.step += 1
         self.pools = self.engine.apply(self.pools, transfers, self.step)
+
+    def shard_copies(self):
+        """Of the only device."""
+        (copies,) = self.engine._shard_copies.values()
+        return copies
 
     def transfer(self, kind, src=(), dst=(), keys=(), ends=(), component="full"):
         self.next_id += 1
@@ -200,8 +204,9 @@ def test_a_backup_is_a_snapshot_even_if_it_is_copied_late(make_rig):
 
 def test_a_load_waits_for_the_backup_that_fills_its_source(make_rig, monkeypatch):
     rig = make_rig(num_threads=2)
-    gate, copy = threading.Event(), transfer_engine.rows_from_pages
-    monkeypatch.setattr(transfer_engine, "rows_from_pages", lambda *args: gate.wait(WAIT_S) and copy(*args))
+    gate, copies = threading.Event(), rig.shard_copies()
+    copy = copies.to_rows
+    monkeypatch.setattr(copies, "to_rows", lambda *args: gate.wait(WAIT_S) and copy(*args))
     rig.write([3], 1)
     rig.apply(rig.backup([3], [5]), rig.load_back([5], [6]))
     assert rig.engine.stats()["copy_queue_depth"] == 4  # for each transfer its device, and its end
@@ -283,7 +288,7 @@ def test_a_failed_copy_is_a_fault(make_rig, monkeypatch):
     def fail(*args):
         raise MemoryError("staging")
 
-    monkeypatch.setattr(transfer_engine, "rows_from_pages", fail)
+    monkeypatch.setattr(rig.shard_copies(), "to_rows", fail)
     store = rig.store([0], keys(1))
     rig.apply(rig.backup([0], [0]), store, rig.load_back([0], [1]))
     assert rig.engine.drain(WAIT_S)

@@ -83,6 +83,7 @@ class Cache:
             self._host_pages(),
             storage=storage,
             max_bucket=config.max_transfer_pages,
+            page_kernels=config.page_kernels,
             deadline_s=config.storage_deadline_s,
             num_threads=config.storage_threads,
         )

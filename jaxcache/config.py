@@ -9,6 +9,7 @@ from typing import TypeVar
 from jaxcache.types import PrefetchPolicy, WritePolicy
 
 V = TypeVar("V")
+PAGE_KERNELS = ("auto", "pallas", "xla")
 
 
 class FrozenMapping(Mapping[str, V]):
@@ -86,6 +87,7 @@ class CacheConfig:
                             differ are found within twice as many
     agreement_timeout_s:    bound on waiting for the other ranks: then one of them is unresponsive, and serving ends
     max_transfer_pages:     pages of the largest transfer program; longer transfers are cut
+    page_kernels:           which programs copy pages on GPUs: "pallas", "xla", or "auto": the one that measured faster
     storage_grid:           (cp, tp, pp): into how many values of storage slots, heads and layers of a page are cut, a
                             multiple of the mesh in each axis; meshes with the same grid share storage. None: the mesh
     storage_threads:        workers for storage
@@ -120,6 +122,7 @@ class CacheConfig:
     agreement_every_steps: int = 1
     agreement_timeout_s: float = 60.0
     max_transfer_pages: int = 256
+    page_kernels: str = "auto"
     storage_grid: tuple[int, int, int] | None = None
     storage_threads: int = 4
     storage_deadline_s: float = 5.0
@@ -137,6 +140,8 @@ class CacheConfig:
                 raise ValueError(f"{name} must be a {kind.__name__}, not {self.__dict__[name]!r}")
         if self.max_stores + 1 >= self.max_live_transfers:  # one is for transfers of which only quiet is awaited
             raise ValueError(f"{self.max_stores=} must leave two of {self.max_live_transfers=} to others")
+        if self.page_kernels not in PAGE_KERNELS:
+            raise ValueError(f"page_kernels must be one of {PAGE_KERNELS}, not {self.page_kernels!r}")
         if not 0 < self.prefetch_host_share <= 1:
             raise ValueError(f"{self.prefetch_host_share=} must be in (0, 1]")
         for name in _SECONDS:

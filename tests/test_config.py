@@ -89,3 +89,8 @@ def test_stores_leave_a_lane_to_prefetches_and_one_to_what_only_awaits_quiet():
     with pytest.raises(ValueError, match="max_live_transfers"):
         config(max_stores=3, max_live_transfers=4)
     assert config(max_stores=2, max_live_transfers=4).max_live_transfers == 4
+
+
+def test_page_kernels_are_named():
+    with pytest.raises(ValueError, match=r"page_kernels must be one of \('auto', 'pallas', 'xla'\), not 'cuda'"):
+        config(page_kernels="cuda")

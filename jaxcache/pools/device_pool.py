@@ -20,6 +20,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxcache.pools.page_layout import PageLayout, local_devices
+from kernels_pallas.form import is_pallas
+from kernels_pallas.gather_pages import gather_pages, gather_pages_reference
+from kernels_pallas.page_view import page_view
+from kernels_pallas.ring import DEFAULT_RING
+from kernels_pallas.scatter_pages import scatter_pages, scatter_pages_reference
 
 ComponentPools = dict[str, jax.Array]  # by field
 DevicePools = dict[str, ComponentPools]  # by component
@@ -39,21 +44,6 @@ def init_pools(layouts: Mapping[str, PageLayout], num_pages: Mapping[str, int], 
     return jax.jit(zeros, out_shardings=shardings)()
 
 
-def gather_pages(pool: jax.Array, page_ids: jax.Array) -> jax.Array:
-    """Copies whole pages out of a pool's shard, in the order of `page_ids`.
-
-    pool:     [num_pages, ...], one shard
-    page_ids: i32[n], padded with `num_pages`; a padding row is undefined
-    returns:  [n, ...]
-    """
-    return pool.at[page_ids].get(mode="clip")
-
-
-def scatter_pages(pool: jax.Array, page_ids: jax.Array, pages: jax.Array) -> jax.Array:
-    """Overwrites whole pages of a pool's shard; ids of `num_pages` are dropped. Arguments as in `gather_pages`."""
-    return pool.at[page_ids].set(pages, mode="drop", unique_indices=True)
-
-
 def chunks(num_ids: int, max_bucket: int) -> Iterator[slice]:
     """Splits a request into pieces that fit the largest bucket."""
     for start in range(0, num_ids, max_bucket):
@@ -68,14 +58,22 @@ def bucket_pages(num_ids: int) -> int:
 class PageMover:
     """Gathers and scatters pages of every component, one bucket at a time; serving thread only."""
 
-    def __init__(self, layouts: Mapping[str, PageLayout], mesh: Mesh, num_pages: Mapping[str, int], max_bucket: int):
+    def __init__(
+        self,
+        layouts: Mapping[str, PageLayout],
+        mesh: Mesh,
+        num_pages: Mapping[str, int],
+        max_bucket: int,
+        page_kernels: str = "auto",
+    ):
+        """page_kernels: see CacheConfig. ValueError for one that cannot be."""
         if max_bucket < 1:
             raise ValueError(f"{max_bucket=} must be at least 1")
         self.layouts, self.mesh = dict(layouts), mesh
         self.max_bucket = 1 << (max_bucket.bit_length() - 1)  # the largest power of two within what was asked for
         self._num_pages = dict(num_pages)
-        self._gathers = {name: _gather_program(layout) for name, layout in self.layouts.items()}
-        self._scatters = {name: _scatter_program(layout) for name, layout in self.layouts.items()}
+        self._gathers = {name: _gather_program(layout, page_kernels) for name, layout in self.layouts.items()}
+        self._scatters = {name: _scatter_program(layout, page_kernels) for name, layout in self.layouts.items()}
 
     def gather(self, component: str, pools: ComponentPools, page_ids: np.ndarray) -> ComponentPools:
         """Dispatches a copy of at most `max_bucket` pages; afterwards the pages may be overwritten.
@@ -127,30 +125,49 @@ class PageMover:
 
 
 @functools.cache  # caches of equal layout on one mesh share their programs
-def _gather_program(layout: PageLayout):
+def _gather_program(layout: PageLayout, page_kernels: str):
     """jit (pools, ids) -> staging."""
     specs = {f.spec.name: f.pool_spec for f in layout.fields}
     shardings, replicated = layout.shardings(), NamedSharding(layout.mesh, PartitionSpec())
 
-    def gather(pools, page_ids):
-        return {name: gather_pages(pool, page_ids) for name, pool in pools.items()}
+    is_kernel = _is_pallas("gather_pages", layout, page_kernels)
+    gather_field = gather_pages if is_kernel else gather_pages_reference
 
-    local = jax.shard_map(gather, mesh=layout.mesh, in_specs=(specs, PartitionSpec()), out_specs=specs)
+    def gather(pools, page_ids):
+        return {name: gather_field(pool, page_ids) for name, pool in pools.items()}
+
+    local = jax.shard_map(
+        gather, mesh=layout.mesh, in_specs=(specs, PartitionSpec()), out_specs=specs, check_vma=not is_kernel
+    )
     return jax.jit(local, in_shardings=(shardings, replicated), out_shardings=shardings)
 
 
 @functools.cache
-def _scatter_program(layout: PageLayout):
+def _scatter_program(layout: PageLayout, page_kernels: str):
     """jit (pools, ids, staging) -> pools, in place."""
     specs = {f.spec.name: f.pool_spec for f in layout.fields}
     shardings, replicated = layout.shardings(), NamedSharding(layout.mesh, PartitionSpec())
 
-    def scatter(pools, page_ids, staging):
-        return {name: scatter_pages(pool, page_ids, staging[name]) for name, pool in pools.items()}
+    is_kernel = _is_pallas("scatter_pages", layout, page_kernels)
+    scatter_field = scatter_pages if is_kernel else scatter_pages_reference
 
-    local = jax.shard_map(scatter, mesh=layout.mesh, in_specs=(specs, PartitionSpec(), specs), out_specs=specs)
+    def scatter(pools, page_ids, staging):
+        return {name: scatter_field(pool, page_ids, staging[name]) for name, pool in pools.items()}
+
+    local = jax.shard_map(
+        scatter, mesh=layout.mesh, in_specs=(specs, PartitionSpec(), specs), out_specs=specs, check_vma=not is_kernel
+    )
     in_shardings = (shardings, replicated, shardings)
     return jax.jit(local, donate_argnums=0, in_shardings=in_shardings, out_shardings=shardings)
+
+
+def _is_pallas(operation: str, layout: PageLayout, page_kernels: str) -> bool:
+    """Whether a kernel runs; ValueError where one was asked for that cannot."""
+    if not is_pallas(operation, page_kernels, layout.mesh.devices.flat[0].platform):
+        return False
+    for f in layout.fields:
+        page_view(f.local_shape, f.dtype, DEFAULT_RING.box_bytes)
+    return True
 
 
 @functools.cache

@@ -66,8 +66,9 @@ class TransferEngine:
         deadline_s: float,
         num_threads: int,
         max_bucket: int = DEFAULT_MAX_BUCKET,
+        page_kernels: str = "auto",
     ):
-        self.mover = PageMover(layouts, mesh, num_pages, max_bucket)
+        self.mover = PageMover(layouts, mesh, num_pages, max_bucket, page_kernels)
         self.host_pools = {name: HostPool(layout, host_pages[name], mesh) for name, layout in layouts.items()}
         self.fault: BaseException | None = None
         self._layouts, self._counters = dict(layouts), Counters()

@@ -14,9 +14,9 @@ KV = FieldSpec("kv", (2, 2, 4, 2, 4), "bfloat16", ("layers", None, "slots", "hea
 INDEX = FieldSpec("index", (2, 4, 4), "float32", ("layers", "slots", None))
 
 
-def setup(mesh, max_bucket=4):
+def setup(mesh, max_bucket=4, page_kernels="auto"):
     layouts = page_layouts([FullAttention("full", (KV, INDEX))], mesh)
-    mover = PageMover(layouts, mesh, {"full": NUM_PAGES}, max_bucket)
+    mover = PageMover(layouts, mesh, {"full": NUM_PAGES}, max_bucket, page_kernels)
     return mover, init_pools(layouts, {"full": NUM_PAGES}, mesh)
 
 
@@ -29,9 +29,10 @@ def buffers(pools):
     return sorted(s.data.unsafe_buffer_pointer() for a in pools["full"].values() for s in a.addressable_shards)
 
 
+@pytest.mark.parametrize("page_kernels", ["xla", pytest.param("pallas", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 1), (1, 4, 1), (2, 2, 2)])
-def test_scatter_then_gather_in_place(make_mesh, rng, shape):
-    mover, pools = setup(make_mesh(*shape))
+def test_scatter_then_gather_in_place(make_mesh, rng, shape, page_kernels):
+    mover, pools = setup(make_mesh(*shape), page_kernels=page_kernels)
     ids = np.array([5, 0, 7], np.int32)
     staging = {
         f.spec.name: jax.device_put(
@@ -63,6 +64,18 @@ def test_negative_ids_are_refused(make_mesh):
     mover, pools = setup(make_mesh(1, 1, 1))
     with pytest.raises(AssertionError, match="negative"):
         mover.gather("full", pools["full"], np.array([-1], np.int32))
+
+
+def test_kernels_that_cannot_be_are_refused(make_mesh, platform):
+    with pytest.raises(ValueError, match="page_kernels must be one of"):
+        setup(make_mesh(1, 1, 1), page_kernels="triton")
+    if platform == "cpu":
+        with pytest.raises(ValueError, match="needs GPUs, but the devices are cpu"):
+            setup(make_mesh(1, 1, 1), page_kernels="pallas")
+    else:
+        layouts = page_layouts([FullAttention("full", (FieldSpec("odd", (3,), "int32", (None,)),))], make_mesh())
+        with pytest.raises(ValueError, match="multiple of 16 bytes"):
+            PageMover(layouts, layouts["full"].mesh, {"full": 8}, 4, "pallas")
 
 
 def test_warmup_leaves_pools_and_nothing_compiles_afterwards(make_mesh):

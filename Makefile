@@ -8,6 +8,8 @@ STAMP  := $(VENV)/.stamp
 # Another Python for `make gpu`, such as one that already has a jax for GPUs: make gpu GPU_PYTHON=python3
 GPU_PYTHON ?= $(BIN)/python
 
+GPU_TESTS  := tests/kernels tests/pools tests/runtime tests/test_cache.py tests/models tests/multiprocess
+
 GOLDENS_PYTHON := python3.11
 GOLDENS_VENV   := .goldens-venv
 GOLDENS_STAMP  := $(GOLDENS_VENV)/.stamp
@@ -53,11 +55,10 @@ bench: setup ## the benchmarks: ratios that must not get worse, then every figur
 	$(BIN)/python -m pytest benchmarks
 	$(BIN)/python -m benchmarks --json build/bench.json $(ARGS)
 
-gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),setup) ## the tests that use devices, and the benchmarks, on the GPUs of this host; writes build/bench-gpu.json
-	@mkdir -p build
+gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),setup) ## the tests that use devices, then what they measure, on the GPUs of this host; writes benchmarks/results/<card>.json
 	$(GPU_PYTHON) -m jaxcache doctor --platform gpu
-	$(GPU_PYTHON) -m pytest -m "not slow" --devices gpu tests/pools tests/runtime tests/test_cache.py tests/models tests/multiprocess $(ARGS)
-	$(GPU_PYTHON) -m benchmarks --json build/bench-gpu.json
+	$(GPU_PYTHON) -m pytest -m "not slow" --devices gpu $(GPU_TESTS) $(ARGS)
+	$(GPU_PYTHON) -m benchmarks.gpu
 
 $(GOLDENS_STAMP): Makefile
 	$(GOLDENS_PYTHON) -m venv --clear $(GOLDENS_VENV)

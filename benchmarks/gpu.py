@@ -1,0 +1,102 @@
+"""Measures the data plane on the first device: python -m benchmarks.gpu [--json FILE] [--only NAME ...].
+
+On a GPU it writes benchmarks/results/<card>.json unless told otherwise; without one it runs in a small form, and says
+so in the file. What has been measured is written after every section, so that a run that is cut off leaves the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import gpu_copies, page_copies
+
+RESULTS = Path(__file__).parent / "results"
+SECTIONS = {"page_copies": page_copies.run, "gpu_copies": gpu_copies.run}
+AT_LEAST = {
+    "gather_xla_of_copy": 0.85,
+    "scatter_xla_of_copy": 0.85,
+    "gather_pallas_of_copy": 0.85,
+    "scatter_pallas_of_copy": 0.85,
+    "backup_of_pinned": 0.85,
+    "load_back_of_pinned": 0.85,
+}
+AT_MOST = {"products_ratio": 1.1, "passes_ratio": 1.1}
+SMALL_PAGES = ("pages_16_kib", "host_copies_64_kib")  # of which nothing is asked
+
+
+def measured(names: list[str], is_gpu: bool) -> Iterator[tuple[str, dict[str, float]]]:
+    for name in names:
+        yield from SECTIONS[name](is_gpu)
+
+
+def is_met(setting: str, figure: str, value: float) -> bool | None:
+    """None: no goal."""
+    if setting in SMALL_PAGES or (figure not in AT_LEAST and figure not in AT_MOST):
+        return None
+    return value >= AT_LEAST[figure] if figure in AT_LEAST else value <= AT_MOST[figure]
+
+
+def table(settings: dict[str, dict[str, float]], is_gpu: bool) -> Table:
+    shown = Table("setting", "figure", "measured", "goal", "met", title="Data plane")
+    for setting, figures in settings.items():
+        for figure, value in figures.items():
+            met = is_met(setting, figure, value) if is_gpu else None
+            goal = (
+                f">= {AT_LEAST[figure]}" if figure in AT_LEAST else f"<= {AT_MOST[figure]}" if figure in AT_MOST else ""
+            )
+            said = "" if met is None else "yes" if met else "NO"
+            shown.add_row(setting, figure, f"{value:,.3f}", goal if met is not None else "", said)
+            setting = ""
+    return shown
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("--json", metavar="FILE", help="write the figures there; - is standard output")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, metavar="NAME", help=f"of {', '.join(SECTIONS)}")
+    args = parser.parse_args(argv)
+    device = jax.devices()[0]
+    is_gpu = device.platform == "gpu"
+    card = device.device_kind if is_gpu else "CPU, small form"
+    file = args.json or str(RESULTS / f"{card_name(card)}.json" if is_gpu else Path("build", "bench-gpu.json"))
+    report: dict[str, Any] = {"card": card, "jax": jax.__version__, "date": time.strftime("%Y-%m-%d"), "settings": {}}
+    console = Console(stderr=True)
+    for setting, figures in measured(args.only or list(SECTIONS), is_gpu):
+        report["settings"][setting] = figures
+        console.print(f"{setting}: " + ", ".join(f"{name} {value:,.2f}" for name, value in figures.items()))
+        if file != "-":
+            Path(file).parent.mkdir(parents=True, exist_ok=True)
+            Path(file).write_text(json.dumps(report, indent=2) + "\n")
+    if file == "-":
+        print(json.dumps(report, indent=2))
+    else:
+        Console().print(table(report["settings"], is_gpu))
+    missed = [
+        f"{setting}.{figure}"
+        for setting, figures in report["settings"].items()
+        for figure, value in figures.items()
+        if is_gpu and is_met(setting, figure, value) is False
+    ]
+    for name in missed:
+        console.print(f"missed: {name}")
+    return 1 if missed else 0
+
+
+def card_name(kind: str) -> str:
+    """NVIDIA H100 80GB HBM3 -> h100."""
+    words = [word for word in kind.lower().split() if word != "nvidia"]
+    return words[0] if words else "gpu"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

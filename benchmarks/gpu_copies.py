@@ -1,0 +1,157 @@
+"""Backup and load-back on one GPU beside pinned copies of as many contiguous bytes, and what they cost a running step.
+
+backup     gather of scattered pages, and their way into pinned host rows
+load-back  host rows to the device, and the scatter into the pool
+of_pinned  a pinned copy's time (jax.device_put, whole array) / this one's; medians of alternating turns
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from benchmarks.timing import seconds
+from jaxcache.components import FieldSpec, FullAttention
+from jaxcache.pools.device_pool import init_pools
+from jaxcache.pools.page_layout import page_layouts
+from jaxcache.runtime.transfer_engine import TransferEngine
+from jaxcache.types import Move, Transfer, TransferKind
+
+PAGE_KIB = (64, 256, 1024, 4096)
+REPEATS, WARMUPS = 12, 3
+STEPS = 24
+Figures = dict[str, float]
+
+
+class Copies:
+    """One component on one device: pools of twice as many pages as are moved."""
+
+    def __init__(self, page_bytes: int, num_moved: int):
+        device = jax.devices()[0]
+        axis_types = (jax.sharding.AxisType.Auto,) * 3
+        mesh = jax.make_mesh((1, 1, 1), ("cp", "tp", "pp"), axis_types=axis_types, devices=[device])
+        spec = FieldSpec("kv", (page_bytes // 4 // 128, 128), "int32", ("slots", None))
+        layouts = page_layouts([FullAttention("full", (spec,))], mesh)
+        pages = {"full": 2 * num_moved}
+        self.engine = TransferEngine(layouts, mesh, pages, pages, None, 60.0, 4, num_moved)
+        self.pools = self.engine.warmup(init_pools(layouts, pages, mesh))
+        order = np.random.default_rng(0).permutation(2 * num_moved).astype(np.int32)
+        self.device_ids, self.host_ids = order[:num_moved], order[num_moved:]
+        self.num_bytes = num_moved * page_bytes
+        self.pinned = SingleDeviceSharding(device, memory_kind="pinned_host")
+        self.on_device = SingleDeviceSharding(device, memory_kind=device.default_memory().kind)
+        self.flat = jnp.ones(self.num_bytes // 4, jnp.int32)
+        self.flat_host = jax.block_until_ready(jax.device_put(self.flat, self.pinned))
+        self.step = 0
+
+    def apply(self, *kinds: TransferKind) -> None:
+        moves = {
+            TransferKind.BACKUP: Move("full", self.device_ids, self.host_ids),
+            TransferKind.LOAD_BACK: Move("full", self.host_ids, self.device_ids),
+        }
+        self.step += 1
+        transfers = [Transfer(2 * self.step + i, kind, self.step, (moves[kind],)) for i, kind in enumerate(kinds)]
+        self.pools = self.engine.apply(self.pools, transfers, self.step)
+
+    def backup(self) -> None:
+        self.apply(TransferKind.BACKUP)
+        self.engine.drain()
+
+    def load_back(self) -> None:
+        self.apply(TransferKind.LOAD_BACK)
+        self.apply()
+        jax.block_until_ready(self.pools)
+
+    def pinned_down(self) -> None:
+        jax.block_until_ready(jax.device_put(self.flat, self.pinned))
+
+    def pinned_up(self) -> None:
+        jax.block_until_ready(jax.device_put(self.flat_host, self.on_device))
+
+
+def run(is_gpu: bool) -> Iterator[tuple[str, Figures]]:
+    """(name, figures) of one setting after the other."""
+    total = 64 << 20 if is_gpu else 2 << 20
+    for page_kib in PAGE_KIB if is_gpu else PAGE_KIB[:2]:
+        yield f"host_copies_{page_kib}_kib", host_copies(page_kib << 10, total)
+    yield "steps_while_copying", steps_while_copying(is_gpu)
+    yield "small_reads", small_reads()
+
+
+def host_copies(page_bytes: int, total: int) -> Figures:
+    copies = Copies(page_bytes, total // page_bytes)
+    actions = (copies.pinned_down, copies.backup, copies.pinned_up, copies.load_back)
+    rounds = [[seconds(action) for action in actions] for _ in range(WARMUPS + REPEATS)][WARMUPS:]
+    down, backup, up, load_back = (statistics.median(times) for times in zip(*rounds, strict=True))
+    dispatch_s = statistics.median(_dispatch_s(copies) for _ in range(REPEATS))
+    copies.engine.close()
+    return {
+        "mib": total >> 20,
+        "pinned_down_gb_per_s": total / down / 1e9,
+        "pinned_up_gb_per_s": total / up / 1e9,
+        "backup_gb_per_s": total / backup / 1e9,
+        "load_back_gb_per_s": total / load_back / 1e9,
+        "backup_of_pinned": down / backup,
+        "load_back_of_pinned": up / load_back,
+        "dispatch_us": dispatch_s * 1e6,
+    }
+
+
+def _dispatch_s(copies: Copies) -> float:
+    """What one backup takes of the serving thread."""
+    took = seconds(lambda: copies.apply(TransferKind.BACKUP))
+    copies.engine.drain()
+    return took
+
+
+def steps_while_copying(is_gpu: bool) -> Figures:
+    """Steps of two kinds, alone and with a backup and a load-back of 16 MiB in every one of them."""
+    size = 4096 if is_gpu else 128
+    matrix = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
+    memory = jnp.ones((256 << 20) if is_gpu else (1 << 20), jnp.int8)
+    scale = jnp.bfloat16(1e-4)
+    products = jax.jit(lambda a: jax.lax.fori_loop(0, 40, lambda _, a: (a @ a) * scale, a))
+    passes = jax.jit(lambda x: jax.lax.fori_loop(0, 24, lambda _, x: x + jnp.int8(1), x))
+    copies = Copies(1 << 20 if is_gpu else 1 << 16, 16)
+    figures: Figures = {}
+    for name, program, value in (("products", products, matrix), ("passes", passes, memory)):
+        alone, busy = [], []
+        for _ in range(STEPS):  # in turn, so that a clock that changes changes both
+            alone.append(_step_s(copies, program, value, ()))
+            busy.append(_step_s(copies, program, value, (TransferKind.BACKUP, TransferKind.LOAD_BACK)))
+            copies.engine.drain()
+            copies.apply()
+        figures[f"{name}_alone_ms"] = statistics.median(alone[4:]) * 1e3
+        figures[f"{name}_ratio"] = statistics.median(busy[4:]) / statistics.median(alone[4:])
+    copies.engine.close()
+    return figures
+
+
+def _step_s(copies: Copies, program: Callable[[Any], Any], value: Any, kinds: tuple[TransferKind, ...]) -> float:
+    def step() -> None:
+        copies.apply(*kinds)
+        jax.block_until_ready(program(value))
+
+    return seconds(step)
+
+
+def small_reads() -> Figures:
+    """What the agreement reads in every step: int32[128], its copy asked for at once and read 5 ms later."""
+    program, vector = jax.jit(lambda v: v + 1), jnp.zeros(128, jnp.int32)
+    jax.block_until_ready(program(vector))
+    issue, read = [], []
+    for _ in range(20):
+        start = time.perf_counter()
+        outcome = program(vector)
+        outcome.copy_to_host_async()
+        issue.append(time.perf_counter() - start)
+        time.sleep(0.005)
+        read.append(seconds(lambda outcome=outcome: np.asarray(outcome)))
+    return {"issue_us": statistics.median(issue) * 1e6, "read_us": statistics.median(read) * 1e6}

@@ -1,4 +1,4 @@
-"""How long programs and copies take. Many are dispatched in a row, so that their dispatch counts only where it has to."""
+"""How long programs and copies take. Many are dispatched in a row, so that dispatch counts only where it has to."""
 
 from __future__ import annotations
 

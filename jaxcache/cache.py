@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from jaxcache.components import Component
 from jaxcache.config import CacheConfig
-from jaxcache.core.bad_input import check_lease, count, said
+from jaxcache.core.bad_input import check_runnable, count, said
 from jaxcache.core.explain import Explanation
 from jaxcache.core.lease import Lease
 from jaxcache.core.page_hash import Namespace
@@ -178,9 +178,7 @@ class Cache:
         if not isinstance(leases, (list, tuple)):
             raise TypeError(f"leases must be a list, not {type(leases).__name__}")
         max_pages = count("max_pages", max_pages, 1)
-        for lease in leases:
-            if lease is not None:
-                check_lease(self.core, lease, None)
+        check_runnable(self.core, leases)
         tables = self._tables.build(leases, max_pages)
         changed = [lease for lease in leases if lease is not None and lease._duplicates is not None]
         if changed:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Collection
+from types import NoneType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -94,6 +96,21 @@ def check_may_run(core: PrefixCache, lease: Lease) -> None:
     """Nothing can be computed before what was loaded back is there."""
     if lease.first_step > core.step_number:
         raise RefusedCall(f"{lease!r} may run from step {lease.first_step} on; this is {core.step_number}")
+
+
+def check_runnable(core: PrefixCache, leases: Collection[Lease | None]) -> None:
+    """A model step may read the pages of all of them; RuntimeError, as `Lease.page_tables` raises it, if not yet."""
+    live, step = core.leases, core.step_number
+    if not set(map(type, leases)) <= {Lease, NoneType}:
+        for lease in leases:
+            if lease is not None:
+                check_lease(core, lease, None)
+    for lease in leases:
+        if lease is not None and (live.get(lease.id) is not lease or lease.first_step > step):
+            check_lease(core, lease, None)
+            _ = lease.page_tables
+    if not core.plan_is_applied() and any(lease is not None for lease in leases):
+        raise RefusedCall("pages are about to move: call pools = cache.apply(pools) before a model step")
 
 
 def check_no_leases(core: PrefixCache) -> None:

@@ -1,0 +1,79 @@
+"""Tables of a batch: every one is what its leases say, whatever was built before, and none ever changes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from jaxcache.runtime import batch_tables
+from jaxcache.runtime.batch_tables import BatchTables
+from tests.core.helpers import FULL, Server, prompt, state, window
+
+ABSENT = {"full": 64, "window": 64, "state": 16}
+MAX_PAGES = 12
+
+
+def expected(leases, max_pages=MAX_PAGES):
+    tables = {name: np.full((len(leases), max_pages), absent, np.int32) for name, absent in ABSENT.items()}
+    for row, lease in enumerate(leases):
+        for name, table in {} if lease is None else lease.page_tables.items():
+            tables[name][row, : len(table)] = table
+    return tables
+
+
+@pytest.fixture
+def server():
+    return Server(FULL, window(6), state(), device_pages=ABSENT)
+
+
+def test_whatever_was_built_before(rng, monkeypatch):
+    """Requests come, grow, publish, move between rows and go; batches of two shapes by turns."""
+    monkeypatch.setattr(batch_tables, "MAX_SHAPES", 2)
+    absent = {name: ABSENT[name] for name in ("full", "window")}
+    server, builder = Server(FULL, window(6), device_pages=absent), BatchTables(absent)
+    kept, running = [], []
+    for step in range(60):
+        if len(running) < 4:
+            running.append(server.admit(prompt(5 + int(rng.integers(8)), 1000 * step)))
+            server.compute(running[-1], running[-1].num_tokens)
+        for lease in list(running):
+            if lease.num_tokens >= MAX_PAGES * 4 - 2 or rng.random() < 0.05:
+                running.remove(lease)
+                server.release(lease)
+            elif rng.random() < 0.7:
+                lease.sequence.extend([7])
+                assert server.core.grow(lease, lease.num_computed, lease.num_tokens - lease.num_computed + 1)
+                server.compute(lease, lease.num_tokens)
+                server.insert(lease, lease.num_computed)
+        num_rows = 4 + step % 3
+        leases = [*running, *[None] * (num_rows - len(running))]
+        leases = [leases[i] for i in rng.permutation(num_rows)] if rng.random() < 0.3 else leases
+        server.plane.apply()
+        tables, wanted = builder.build(leases, MAX_PAGES), expected(leases)
+        assert tables.keys() == absent.keys()
+        for name, table in tables.items():
+            np.testing.assert_array_equal(table, wanted[name])
+            kept.append((table, table.copy()))
+    for table, copy in kept:
+        np.testing.assert_array_equal(table, copy)
+        assert not table.flags.writeable
+    assert len(builder._last) == 2
+
+
+def test_what_is_unchanged_is_the_same_array(server):
+    builder, leases = BatchTables(ABSENT), [server.admit(prompt(9)), None]
+    first, again = builder.build(leases, MAX_PAGES), builder.build(leases, MAX_PAGES)
+    assert all(again[name] is table for name, table in first.items())
+    server.compute(leases[0], 9)
+    assert server.core.grow(leases[0], 9, 8)
+    server.plane.apply()
+    grown = builder.build(leases, MAX_PAGES)
+    assert grown["full"] is not first["full"] and grown["state"] is first["state"]
+
+
+def test_a_lease_that_is_too_long_leaves_nothing_behind(server):
+    builder, lease = BatchTables(ABSENT), server.admit(prompt(17))
+    with pytest.raises(ValueError, match="has 5 pages of 'full', max_pages=4"):
+        builder.build([lease], 4)
+    np.testing.assert_array_equal(builder.build([None], 4)["full"], expected([None], 4)["full"])
+    np.testing.assert_array_equal(builder.build([lease], 5)["full"], expected([lease], 5)["full"])

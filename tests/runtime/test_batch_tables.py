@@ -32,7 +32,7 @@ def test_whatever_was_built_before(rng, monkeypatch):
     absent = {name: ABSENT[name] for name in ("full", "window")}
     server, builder = Server(FULL, window(6), device_pages=absent), BatchTables(absent)
     kept, running = [], []
-    for step in range(60):
+    for step in range(120):
         if len(running) < 4:
             running.append(server.admit(prompt(5 + int(rng.integers(8)), 1000 * step)))
             server.compute(running[-1], running[-1].num_tokens)
@@ -45,7 +45,7 @@ def test_whatever_was_built_before(rng, monkeypatch):
                 assert server.core.grow(lease, lease.num_computed, lease.num_tokens - lease.num_computed + 1)
                 server.compute(lease, lease.num_tokens)
                 server.insert(lease, lease.num_computed)
-        num_rows = 4 + step % 3
+        num_rows = 4 + int(rng.integers(3))
         leases = [*running, *[None] * (num_rows - len(running))]
         leases = [leases[i] for i in rng.permutation(num_rows)] if rng.random() < 0.3 else leases
         server.plane.apply()

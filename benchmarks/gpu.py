@@ -21,7 +21,7 @@ from rich.table import Table
 from benchmarks import gpu_copies, page_copies
 
 RESULTS = Path(__file__).parent / "results"
-SECTIONS = {"page_copies": page_copies.run, "gpu_copies": gpu_copies.run}
+SECTIONS = {"gpu_copies": gpu_copies.run, "page_copies": page_copies.run}
 AT_LEAST = {
     "gather_xla_of_copy": 0.85,
     "scatter_xla_of_copy": 0.85,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -413,7 +414,9 @@ def _pretend_to_serve(self, title, caching, storage, requests) -> demo.Run:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_demo_says_what_is_wrong(small_demo, capsys, options, reason):
+def test_demo_says_what_is_wrong(small_demo, capsys, make_mesh, options, reason):
+    for shape in (text.split(",") for text in options if re.fullmatch("[1-3],[1-3],[1-3]", text)):
+        make_mesh(*map(int, shape))  # skips the test where a host has too few GPUs, which would be what is wrong
     assert demo.main([*SMALL_DEMO, *options]) == 1
     assert reason in " ".join(capsys.readouterr().err.split())
 

@@ -224,6 +224,14 @@ class Cache:
         """A request's tokens (list, numpy ints, jax array on the host), converted once; `extend` it while decoding."""
         return self.core.sequence(tokens, namespace)
 
+    def extend_all(self, sequences: list[TokenSequence], tokens: Any) -> None:
+        """Appends one generated token to each sequence, as `Sequence.extend` does for one, in a third of the time.
+
+        tokens: list, numpy int array, or jax array on the host: one for each sequence
+        Raises ValueError or TypeError, and no sequence has changed, where one cannot be extended.
+        """
+        self.core.extend_all(sequences, tokens)
+
     def match(self, sequence: TokenSequence, max_tokens: int | None = None) -> Match:
         """Where a request could resume; changes nothing."""
         return self.core.match(sequence, max_tokens)

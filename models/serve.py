@@ -184,10 +184,10 @@ class Server:
         self.pools = self.cache.apply(self.pools)
         rows = [*spans, *[None] * (num_rows - len(spans))]
         logits = self._run_model(rows, num_columns)
-        for row, (request, end) in enumerate(spans):
+        complete = [row for row, (request, end) in enumerate(spans) if end == request.num_tokens]
+        self._append_tokens([spans[row][0] for row in complete], logits[complete, 0])
+        for request, end in spans:
             request.num_computed = end
-            if end == request.num_tokens:
-                self._append_token(request, logits[row, 0])
             is_prompt_computed = end >= len(request.prompt) and len(request.output) == 1
             assert request.lease is not None
             if is_prompt_computed or end == request.lease.next_stop:  # or a state is to be kept here
@@ -266,13 +266,14 @@ class Server:
         logits, self.pools = self.extend(self.params, self.pools, ExtendBatch(*arrays))
         return np.asarray(self.cache.wait(logits))
 
-    def _append_token(self, request: Request, logits: np.ndarray) -> None:
-        assert request.sequence is not None
-        token = sample(logits, request.temperature, request.seed, len(request.output))
-        request.output.append(token)
-        request.sequence.extend([token])
-        if len(request.output) == 1:
-            request.first_token_s = time.perf_counter()
+    def _append_tokens(self, requests: list[Request], logits: np.ndarray) -> None:
+        """The next token of each. logits: f32[len(requests), vocab]"""
+        for request, row in zip(requests, logits, strict=True):
+            request.output.append(sample(row, request.temperature, request.seed, len(request.output)))
+            if len(request.output) == 1:
+                request.first_token_s = time.perf_counter()
+        sequences = [request.sequence for request in requests if request.sequence is not None]
+        self.cache.extend_all(sequences, [request.output[-1] for request in requests])
 
     def _finish(self) -> list[Request]:
         finished = [request for request in self.running if len(request.output) >= request.max_new_tokens]

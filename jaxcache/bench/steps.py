@@ -6,7 +6,8 @@ One step is one iteration of the reference serving loop, which calls the core in
     insert and release who is finished                             commit, take_plan
     prefill the newcomers: grow, take_plan, insert
 
-Where the model would run, everybody gets a token (`Sequence.extend`), which has a figure of its own.
+Where the model would run, everybody gets a token (`extend_all`), which has a figure of its own. The whole of a step is
+that, the calls named above, and the page tables of those who decode and of the newcomers.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ from jaxcache.bench.loaded_core import EVERY_KIND, FULL, LoadedCore, random_toke
 from jaxcache.bench.measure import CPU, clock_cost_us
 from jaxcache.bench.reference_tree import ReferenceTree
 from jaxcache.bench.workload import Workload
+from jaxcache.core.bad_input import check_runnable
 from jaxcache.core.lease import Lease
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.core.sequence import Sequence
+from jaxcache.runtime.batch_tables import BatchTables
 from jaxcache.types import Wait
 
 STEP_GOAL = Goal("value", "<=", 200)
+WHOLE_GOAL, WHOLE_GOAL_3_COMPONENTS = Goal("value", "<=", 600), Goal("value", "<=", 1000)
 SHARED_PROMPTS = 8  # a newcomer begins with one of these
 SHARED_TOKENS = 512
 
@@ -64,7 +68,7 @@ def grow_each(core: PrefixCache, running: deque[Request]) -> None:
 class Scheduler:
     """Serves as many newcomers in every step as finish in it; each decodes for `running / arriving` steps.
 
-    core_us, token_us: by step: the core's calls named above; the tokens that everybody gets
+    core_us, token_us, table_us: by step: the core's calls named above; the tokens that everybody gets; the page tables
     floor_us: the stripped tree serving those who finish
     """
 
@@ -73,6 +77,8 @@ class Scheduler:
         page = workload.page_tokens[0]
         self.loaded = LoadedCore(page, workload.step_capacity // page, kinds)
         self.tree = ReferenceTree(page, workload.step_capacity // page)
+        self.tables = BatchTables({r.component.name: r.allocator.num_pages for r in self.loaded.core.tiers.device})
+        self.table_pages = -(-(workload.context_tokens[1] + workload.running // workload.arriving + 2) // page)
         self.grow = grow
         self.running: deque[Request] = deque()  # those who finish first are first
         self.shared = random_tokens(SHARED_PROMPTS, min(SHARED_TOKENS, workload.context_tokens[0]))
@@ -80,23 +86,29 @@ class Scheduler:
         self.clock_us = clock_cost_us(CPU)
         self.core_us: list[float] = []
         self.token_us: list[float] = []
+        self.table_us: list[float] = []
         self.floor_us: list[float] = []
 
     def step(self) -> None:
         newcomers = [self.newcomer() for _ in range(self.workload.arriving)]
         start = CPU()
         self.begin(newcomers)
+        table = CPU()
+        self.build_tables(self.running)
         model = CPU()
         self.sample(self.running)
         again = CPU()
         finished = self.finish(newcomers)
+        prefill_table = CPU()
+        self.build_tables(newcomers)
         prefill = CPU()
         self.sample(newcomers)
         last = CPU()
         self.publish(newcomers)
         end = CPU()
         self.running += newcomers
-        core_ns = (model - start) + (prefill - again) + (end - last)
+        core_ns = (table - start) + (prefill_table - again) + (end - last)
+        self.table_us.append(((model - table) + (prefill - prefill_table)) / 1000 - 2 * self.clock_us)
         self.core_us.append(core_ns / 1000 - 3 * self.clock_us)
         self.token_us.append(((again - model) + (last - prefill)) / 1000 - 2 * self.clock_us)
         self.serve_stripped(finished)
@@ -123,12 +135,18 @@ class Scheduler:
             self.grow(core, self.running)
         core.take_plan()
 
+    def build_tables(self, requests: deque[Request] | list[Request]) -> None:
+        """As `Cache.tables` does."""
+        leases = [request.lease for request in requests]
+        check_runnable(self.loaded.core, leases)
+        self.tables.build(leases, self.table_pages)
+
     def sample(self, requests: deque[Request] | list[Request]) -> None:
         """The model has run: what was there is computed, and there is one more token."""
         for request in requests:
             request.num_computed = request.sequence.num_tokens
-            request.sequence.extend([7])
             request.num_left -= 1
+        self.loaded.core.extend_all([request.sequence for request in requests], [7] * len(requests))
 
     def finish(self, newcomers: list[Request]) -> list[Request]:
         """Those who have all their tokens leave; then the newcomers' prefill, chunks ending where a state is kept."""
@@ -161,6 +179,10 @@ class Scheduler:
             lease, end = request.lease, request.num_computed
             self.loaded.core.insert(lease, end, states=written(lease, end))
 
+    def whole_us(self) -> list[float]:
+        """By step: all that the scheduler's thread does for the cache."""
+        return [sum(parts) for parts in zip(self.core_us, self.token_us, self.table_us, strict=True)]
+
     def serve_stripped(self, finished: list[Request]) -> None:
         datas = [bytes(request.sequence.data) for request in finished]
         start = CPU()
@@ -181,10 +203,18 @@ def steps(workload: Workload) -> list[Figure]:
         figure(f"step_{num}", f"{what} / {floor}", together.core_us, together.floor_us, goal=STEP_GOAL),
         p99(f"step_{num}", what, together),
         figure(f"step_{num}_tokens", f"{what}; a token for everybody", together.token_us),
+        figure(f"step_{num}_tables", f"{what}; page tables of everybody", together.table_us),
+        figure(f"step_{num}_whole", f"{what}; core, tokens and tables", together.whole_us(), goal=WHOLE_GOAL),
         figure(f"step_{num}_grow_each", f"{what}, growing one by one / {floor}", each.core_us, each.floor_us),
         p99(f"step_{num}_grow_each", f"{what}, growing one by one", each),
         figure(f"step_{num}_3_components", f"{what}, 3 components / {floor}", every_kind.core_us, every_kind.floor_us),
         p99(f"step_{num}_3_components", f"{what}, 3 components", every_kind),
+        figure(
+            f"step_{num}_3_components_whole",
+            f"{what}, 3 components; core, tokens and tables",
+            every_kind.whole_us(),
+            goal=WHOLE_GOAL_3_COMPONENTS,
+        ),
     ]
 
 
@@ -196,7 +226,7 @@ def scheduled(workload: Workload, kinds: tuple[str, ...], grow: Grow) -> Schedul
     scheduler = Scheduler(workload, kinds, grow)
     for _ in range(workload.warmup_steps):
         scheduler.step()
-    for times in (scheduler.core_us, scheduler.token_us, scheduler.floor_us):
+    for times in (scheduler.core_us, scheduler.token_us, scheduler.table_us, scheduler.floor_us):
         times.clear()
     for _ in range(workload.num_steps):
         scheduler.step()

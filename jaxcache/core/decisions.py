@@ -21,6 +21,7 @@ NUMBERS: dict[str, tuple[str, ...]] = {
     "admit": ("lease", "cached tokens", "namespace checksum", "content checksum", "new tokens"),
     "grow": ("lease", "computed tokens", "new tokens"),
     "extend": ("lease", "tokens", "checksum of the new tokens"),
+    "extend_all": ("sequences", "checksum of their leases", "checksum of the new tokens"),
     "insert": ("lease", "published tokens", "node", "computed tokens", "sum of states' positions"),
     "options": ("lease", "priority", "retained steps"),
     "duplicates": ("lease", "pages given back"),

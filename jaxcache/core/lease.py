@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from jaxcache.core.tiers import Tiers
 
 UNLIMITED = 1 << 62  # tokens
+TokenPositions = list[int] | tuple[int, ...]
+NO_POSITIONS: TokenPositions = ()
 NO_CHECKPOINTS: Any = MappingProxyType({})  # shared by all leases of caches without recurrent states
 
 

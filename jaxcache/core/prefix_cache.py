@@ -25,7 +25,7 @@ from jaxcache.core.backups import Backups
 from jaxcache.core.clearing import Clearing
 from jaxcache.core.explain import Explanation, explain
 from jaxcache.core.growth import Growth
-from jaxcache.core.lease import Lease
+from jaxcache.core.lease import NO_POSITIONS, Lease, TokenPositions
 from jaxcache.core.matching import Prefix
 from jaxcache.core.page_hash import Namespace
 from jaxcache.core.planner import Counters, Planner
@@ -34,15 +34,12 @@ from jaxcache.core.priorities import raise_priority
 from jaxcache.core.publishing import Publishing
 from jaxcache.core.quotas import Quotas
 from jaxcache.core.retention import Retentions
-from jaxcache.core.sequence import Sequence
+from jaxcache.core.sequence import Sequence, extend_all
 from jaxcache.core.serving import RefusedType, RefusedValue, Serving, changes
 from jaxcache.core.stores import Stores
 from jaxcache.core.ticket import Ticket
 from jaxcache.core.tiers import Tiers
 from jaxcache.types import Match, Outcome, Plan, PrefetchPolicy, Tier, Wait
-
-TokenPositions = list[int] | tuple[int, ...]
-NO_POSITIONS: TokenPositions = ()
 
 
 class PrefixCache:
@@ -138,6 +135,11 @@ class PrefixCache:
         if type(namespace) is not Namespace or namespace.owner is not self or namespace.retired:
             bad_input.check_namespace(self, namespace)
         return Sequence(namespace, self.tiers.tree.root(namespace), tokens, self.config.page_tokens, self.planner)
+
+    @changes
+    def extend_all(self, sequences: list[Sequence], tokens: Any) -> None:
+        """`Sequence.extend` by one token each, for many at once."""
+        extend_all(self, sequences, tokens)
 
     def match(self, sequence: Sequence, max_tokens: int | None = None) -> Match:
         """Where a request could resume; changes nothing."""

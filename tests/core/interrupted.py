@@ -142,6 +142,7 @@ class Interrupter:
             ("detach", core.attachment.detach),
             ("cleared", core.attachment.cleared),
             ("plan_is_applied", core.plan_is_applied),
+            ("extend_all", lambda: core.extend_all([], [])),
             ("grow_all", lambda: core.grow_all(leases, [lease.num_computed for lease in leases])),
         ]
         if sequence is not None:
@@ -207,6 +208,9 @@ def main(name: str, num_steps: int, one_of: int) -> None:
         leases = [request.leases[0] for request in scenario.running if request.leases[0].num_computed]
         if leases and scenario.core.plan_is_applied():
             scenario.core.grow_all(leases, [lease.num_computed for lease in leases])
+        namespace = scenario.namespaces[0][0]
+        if not namespace.retired:
+            scenario.core.extend_all([scenario.core.sequence([1, 2], namespace) for _ in range(2)], [3, 4])
     print(
         json.dumps(
             {

@@ -22,7 +22,7 @@ READS = {  # what changes nothing
     *("attached", "is_readable"),
 }
 ALL_CALLS = {"admit", "commit", "forget_device", "grow", "grow_all", "insert", "new_namespace", "prefetch", "release"}
-ALL_CALLS |= {"reset", "retire_namespace", "take_plan"}
+ALL_CALLS |= {"extend_all", "reset", "retire_namespace", "take_plan"}
 WITH_STORAGE = {"attach", "change", "cleared", "detach"}
 
 

@@ -58,7 +58,7 @@ bench: setup ## the benchmarks: ratios that must not get worse, then every figur
 gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),setup) ## the tests that use devices, then what they measure, on the GPUs of this host; writes benchmarks/results/<card>.json
 	$(GPU_PYTHON) -m jaxcache doctor --platform gpu
 	$(GPU_PYTHON) -m pytest -m "not slow" --devices gpu $(GPU_TESTS) $(ARGS)
-	$(GPU_PYTHON) -m benchmarks.gpu
+	$(GPU_PYTHON) -m benchmarks gpu
 
 $(GOLDENS_STAMP): Makefile
 	$(GOLDENS_PYTHON) -m venv --clear $(GOLDENS_VENV)

@@ -1,4 +1,6 @@
-"""Runs all benchmarks: python -m benchmarks [--json FILE]. Exit code 1 if a figure misses its goal.
+"""Runs the benchmarks of every host: python -m benchmarks [--json FILE]. Exit code 1 if a figure misses its goal.
+
+Others by name: python -m benchmarks overhead | gpu [options]; --help lists them.
 
 First the core's and the agreement's (python -m jaxcache bench core, bench agreement), then host copies; each in a
 process of its own, untouched by the memory and threads of the one before.
@@ -7,6 +9,7 @@ process of its own, untouched by the memory and threads of the one before.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import subprocess
@@ -44,6 +47,8 @@ def host_copies(console: Console) -> tuple[dict[str, float], bool]:
 
 
 def main(argv: list[str]) -> int:
+    if argv[:1] in (["overhead"], ["gpu"]):
+        return importlib.import_module(f"benchmarks.{argv[0]}").main(argv[1:])
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--json", metavar="FILE", help="write the figures there; - is standard output")
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""Measures the data plane on the first device: python -m benchmarks.gpu [--json FILE] [--only NAME ...].
+"""Measures the data plane on the first device: python -m benchmarks gpu [--json FILE] [--only NAME ...].
 
 On a GPU it writes benchmarks/results/<card>.json unless told otherwise; without one it runs in a small form, and says
 so in the file. What has been measured is written after every section, so that a run that is cut off leaves the rest.
@@ -61,7 +61,7 @@ def table(settings: dict[str, dict[str, float]], is_gpu: bool) -> Table:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks gpu", description=__doc__)
     parser.add_argument("--json", metavar="FILE", help="write the figures there; - is standard output")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, metavar="NAME", help=f"of {', '.join(SECTIONS)}")
     args = parser.parse_args(argv)

@@ -2,7 +2,7 @@
 
     python -m benchmarks overhead [--model tiny|real-ratio] [--mesh 1,1,1] [--requests 32] [--rounds 3] [--json FILE]
 
-Every arm serves the same prompts without a cache, then with one (host tier, storage in a temporary folder, default policies)
+Every arm serves the same prompts without a cache, then with one (host tier, storage in a temporary folder, defaults)
 that has just served their shared beginning; the arms take turns. A figure is the throughput of prompt and generated
 tokens, with / without, the median round.
 

@@ -27,6 +27,7 @@ from jaxcache.runtime.batch_tables import BatchTables
 from jaxcache.runtime.controller import Controller
 from jaxcache.runtime.events import EventStream
 from jaxcache.runtime.fleet import Fleet
+from jaxcache.runtime.garbage import GarbageControl
 from jaxcache.runtime.start_agreement import agree_on_start, all_allocate
 from jaxcache.runtime.transfer_engine import TransferEngine
 from jaxcache.storage.base import Storage
@@ -87,9 +88,12 @@ class Cache:
             deadline_s=config.storage_deadline_s,
             num_threads=config.storage_threads,
         )
+        self._garbage = GarbageControl() if config.collect_in_step else None
         agreement = Agreement(mesh, list(self.layouts), config.max_live_transfers)
         self._controller = Controller(self.core, self.engine, agreement, fleet)
         self._closed = False
+        if self._garbage is not None:
+            self._garbage.start()
 
     def _host_pages(self) -> dict[str, int]:
         return {r.component.name: r.allocator.num_pages for r in self.core.tiers.host}
@@ -139,6 +143,8 @@ class Cache:
         self._check_open()
         self._check_pools(pools)
         self._controller.step()
+        if self._garbage is not None:
+            self._garbage.step(is_idle=not self.core.leases)
         return pools
 
     def apply(self, pools: DevicePools) -> DevicePools:
@@ -441,6 +447,8 @@ class Cache:
         """
         if not self._closed:
             self._closed = True
+            if self._garbage is not None:
+                self._garbage.stop()
             self._controller.close()
 
 

@@ -92,6 +92,9 @@ class CacheConfig:
                             multiple of the mesh in each axis; meshes with the same grid share storage. None: the mesh
     storage_threads:        workers for storage
     storage_deadline_s:     a storage transfer that takes longer is a miss
+    collect_in_step:        Python's garbage collector runs in `step` only, in the whole process, and never goes through
+                            the tree while requests run: pauses of 2 to 3 ms, not of 0.3 s at 10^5 nodes. Dead
+                            cycles of your own objects may then stay until nothing runs
     events:                 what comes and goes is noted for `Cache.take_events`
     max_logged_changes:     changes that wait for it; then what is there now takes their place
     caching:                False: same interface, nothing is ever found (for comparison)
@@ -126,6 +129,7 @@ class CacheConfig:
     storage_grid: tuple[int, int, int] | None = None
     storage_threads: int = 4
     storage_deadline_s: float = 5.0
+    collect_in_step: bool = False
     events: bool = False
     max_logged_changes: int = 1 << 16
     caching: bool = True

@@ -11,6 +11,7 @@ from jaxcache.bench.matches import match, rematch
 from jaxcache.bench.measure import undisturbed
 from jaxcache.bench.operations import insert, split
 from jaxcache.bench.paths import path
+from jaxcache.bench.pauses import pauses
 from jaxcache.bench.replays import memory, replay_groups
 from jaxcache.bench.steps import steps
 from jaxcache.bench.workload import Workload
@@ -18,7 +19,7 @@ from jaxcache.testing.traces import read_trace
 
 TITLE = "The core"
 WORKLOAD = Workload()
-NEED_TRACE = ("replay", "bytes")
+NEED_TRACE = ("replay", "bytes", "pause")
 Measure = Callable[[], list[Figure]]
 
 
@@ -38,6 +39,7 @@ def groups(workload: Workload, only: Sequence[str] | None = None) -> dict[str, M
         "evict_share": evict_share,
         "bytes": memory,
         "step": steps,
+        "pause": pauses,
         **replay_groups(workload),
     }
     for name in only or ():

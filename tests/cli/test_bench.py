@@ -56,11 +56,15 @@ NAMES = {
         "bytes_per_token_all_host",
     ),
     *("step_12", "step_12_grow_each", "step_12_3_components", "step_12_tokens"),
+    *("step_12_tables", "step_12_whole", "step_12_3_components_whole"),
+    *("pause", "pause_full_collection", "pause_collect_in_step"),
     *("step_12_p99", "step_12_grow_each_p99", "step_12_3_components_p99"),
     *(f"replay_{what}_page{page}_200000" for what in ("full", "all", "all_host") for page in (16, 64)),
 }
 WITHOUT_GOAL = {
     "interpreter",
+    "pause",
+    "pause_full_collection",
     "match_1k_page16",
     "rematch_changed",
     "insert_512_after_128",
@@ -82,10 +86,11 @@ def test_every_figure_as_json(capsys):
     assert code == bool(report["missed"])
     assert report["missed"] == [name for name, entry in figures.items() if entry.get("met") is False]
     for name, entry in figures.items():
-        assert entry["meaning"] and entry["unit"] and entry["value"] > 0 and entry["noise"] >= 0, name
+        is_measured = entry["value"] > 0 or name.startswith("pause")  # so few objects may be collected in no turn
+        assert entry["meaning"] and entry["unit"] and is_measured and entry["noise"] >= 0, name
         if "floor" in entry:
             assert entry["floor"] > 0 and entry["ratio"] > 0 and entry["ratio_noise"] >= 0, name
-        step = name.startswith("step_12_")
+        step = name.startswith("step_12_") and not name.endswith("_whole")
         assert ("goal" in entry) is not (step or name in WITHOUT_GOAL), name
         assert ("goal" in entry) == ("met" in entry)
     replayed = figures["replay_full_page16_200000"]

@@ -1,7 +1,8 @@
 """Measures the data plane on the first device: python -m benchmarks gpu [--json FILE] [--only NAME ...].
 
-On a GPU it writes benchmarks/results/<card>.json unless told otherwise; without one it runs in a small form, and says
-so in the file. What has been measured is written after every section, so that a run that is cut off leaves the rest.
+On a GPU a whole run writes benchmarks/results/<card>.json unless told otherwise; without one it runs in a small form,
+and says so in the file. What has been measured is written to build/bench-gpu.json after every setting, so that a run
+that is cut off leaves that.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from rich.table import Table
 from benchmarks import gpu_copies, page_copies
 
 RESULTS = Path(__file__).parent / "results"
+PARTIAL = Path("build", "bench-gpu.json")
 SECTIONS = {"gpu_copies": gpu_copies.run, "page_copies": page_copies.run}
 AT_LEAST = {
     "gather_xla_of_copy": 0.85,
@@ -68,18 +70,18 @@ def main(argv: list[str]) -> int:
     device = jax.devices()[0]
     is_gpu = device.platform == "gpu"
     card = device.device_kind if is_gpu else "CPU, small form"
-    file = args.json or str(RESULTS / f"{card_name(card)}.json" if is_gpu else Path("build", "bench-gpu.json"))
+    is_result = is_gpu and not args.only
+    file = args.json or str(RESULTS / f"{card_name(card)}.json" if is_result else PARTIAL)
     report: dict[str, Any] = {"card": card, "jax": jax.__version__, "date": time.strftime("%Y-%m-%d"), "settings": {}}
     console = Console(stderr=True)
     for setting, figures in measured(args.only or list(SECTIONS), is_gpu):
         report["settings"][setting] = figures
         console.print(f"{setting}: " + ", ".join(f"{name} {value:,.2f}" for name, value in figures.items()))
-        if file != "-":
-            Path(file).parent.mkdir(parents=True, exist_ok=True)
-            Path(file).write_text(json.dumps(report, indent=2) + "\n")
+        write(PARTIAL, report)
     if file == "-":
         print(json.dumps(report, indent=2))
     else:
+        write(Path(file), report)
         Console().print(table(report["settings"], is_gpu))
     missed = [
         f"{setting}.{figure}"
@@ -90,6 +92,11 @@ def main(argv: list[str]) -> int:
     for name in missed:
         console.print(f"missed: {name}")
     return 1 if missed else 0
+
+
+def write(file: Path, report: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def card_name(kind: str) -> str:

@@ -26,7 +26,7 @@ from jaxcache.types import Move, Transfer, TransferKind
 
 PAGE_KIB = (64, 256, 1024, 4096)
 REPEATS, WARMUPS = 12, 3
-STEPS = 24
+TURNS, TURN_STEPS = 5, 6  # the first step of a turn does not count: nothing is to be scattered in it
 Figures = dict[str, float]
 
 
@@ -112,7 +112,8 @@ def _dispatch_s(copies: Copies) -> float:
 
 
 def steps_while_copying(is_gpu: bool) -> Figures:
-    """Steps of two kinds, alone and with a backup and a load-back of 16 MiB in every one of them."""
+    """Steps of two kinds, alone and with copies in each: a backup of 16 MiB, a load-back of 16 MiB, and the scatter
+    of the load-back before."""
     size = 4096 if is_gpu else 128
     matrix = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
     memory = jnp.ones((256 << 20) if is_gpu else (1 << 20), jnp.int8)
@@ -123,13 +124,15 @@ def steps_while_copying(is_gpu: bool) -> Figures:
     figures: Figures = {}
     for name, program, value in (("products", products, matrix), ("passes", passes, memory)):
         alone, busy = [], []
-        for _ in range(STEPS):  # in turn, so that a clock that changes changes both
-            alone.append(_step_s(copies, program, value, ()))
-            busy.append(_step_s(copies, program, value, (TransferKind.BACKUP, TransferKind.LOAD_BACK)))
+        for _ in range(TURNS):  # in turn, so that a clock that changes changes both
+            alone += [_step_s(copies, program, value, ()) for _ in range(TURN_STEPS)][1:]
+            both = (TransferKind.BACKUP, TransferKind.LOAD_BACK)
+            busy += [_step_s(copies, program, value, both) for _ in range(TURN_STEPS)][1:]
             copies.engine.drain()
             copies.apply()
-        figures[f"{name}_alone_ms"] = statistics.median(alone[4:]) * 1e3
-        figures[f"{name}_ratio"] = statistics.median(busy[4:]) / statistics.median(alone[4:])
+            jax.block_until_ready(copies.pools)
+        figures[f"{name}_alone_ms"] = statistics.median(alone) * 1e3
+        figures[f"{name}_ratio"] = statistics.median(busy) / statistics.median(alone)
     copies.engine.close()
     return figures
 

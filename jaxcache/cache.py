@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from jaxcache.components import Component
 from jaxcache.config import CacheConfig
-from jaxcache.core.bad_input import check_runnable, count, said
+from jaxcache.core.bad_input import count, said
 from jaxcache.core.explain import Explanation
 from jaxcache.core.lease import Lease
 from jaxcache.core.page_hash import Namespace
@@ -23,7 +23,7 @@ from jaxcache.core.ticket import Ticket
 from jaxcache.pools.device_pool import DevicePools, init_pools
 from jaxcache.pools.pools_check import PoolsCheck
 from jaxcache.runtime.agreement import Agreement
-from jaxcache.runtime.batch_tables import BatchTables
+from jaxcache.runtime.batch_tables import BatchTables, tables_of
 from jaxcache.runtime.controller import Controller
 from jaxcache.runtime.events import EventStream
 from jaxcache.runtime.fleet import Fleet
@@ -64,6 +64,9 @@ class Cache:
         self.config = config
         with all_allocate(mesh, fleet):
             self._allocate(components, mesh, storage, fleet)
+        self._garbage = GarbageControl()
+        if config.collect_in_step:
+            self._garbage.start()
 
     def _allocate(self, components: Sequence[Component], mesh: Mesh, storage: Storage | None, fleet: Fleet) -> None:
         config = self.config
@@ -88,12 +91,9 @@ class Cache:
             deadline_s=config.storage_deadline_s,
             num_threads=config.storage_threads,
         )
-        self._garbage = GarbageControl() if config.collect_in_step else None
         agreement = Agreement(mesh, list(self.layouts), config.max_live_transfers)
         self._controller = Controller(self.core, self.engine, agreement, fleet)
         self._closed = False
-        if self._garbage is not None:
-            self._garbage.start()
 
     def _host_pages(self) -> dict[str, int]:
         return {r.component.name: r.allocator.num_pages for r in self.core.tiers.host}
@@ -142,9 +142,12 @@ class Cache:
         """
         self._check_open()
         self._check_pools(pools)
-        self._controller.step()
-        if self._garbage is not None:
+        try:
+            self._controller.step()
+        finally:
             self._garbage.step(is_idle=not self.core.leases)
+            if self.serving.ended is not None:
+                self._garbage.stop()  # no step comes any more
         return pools
 
     def apply(self, pools: DevicePools) -> DevicePools:
@@ -184,12 +187,7 @@ class Cache:
         if not isinstance(leases, (list, tuple)):
             raise TypeError(f"leases must be a list, not {type(leases).__name__}")
         max_pages = count("max_pages", max_pages, 1)
-        check_runnable(self.core, leases)
-        tables = self._tables.build(leases, max_pages)
-        changed = [lease for lease in leases if lease is not None and lease._duplicates is not None]
-        if changed:
-            self.core.tables_were_read(changed)
-        return tables
+        return tables_of(self.core, self._tables, leases, max_pages)
 
     @property
     def step_number(self) -> int:
@@ -447,8 +445,7 @@ class Cache:
         """
         if not self._closed:
             self._closed = True
-            if self._garbage is not None:
-                self._garbage.stop()
+            self._garbage.stop()
             self._controller.close()
 
 

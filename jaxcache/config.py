@@ -93,8 +93,9 @@ class CacheConfig:
     storage_threads:        workers for storage
     storage_deadline_s:     a storage transfer that takes longer is a miss
     collect_in_step:        Python's garbage collector runs in `step` only, in the whole process, and never goes through
-                            the tree while requests run: pauses of 2 to 3 ms, not of 0.3 s at 10^5 nodes. Dead
-                            cycles of your own objects may then stay until nothing runs
+                            the tree while requests run: pauses of 2 to 5 ms, not of 0.3 s at 10^5 nodes. Dead
+                            cycles of your own objects may then stay until nothing runs, and all of them until `close`
+                            if the loop stops without it
     events:                 what comes and goes is noted for `Cache.take_events`
     max_logged_changes:     changes that wait for it; then what is there now takes their place
     caching:                False: same interface, nothing is ever found (for comparison)

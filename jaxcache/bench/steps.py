@@ -22,11 +22,10 @@ from jaxcache.bench.loaded_core import EVERY_KIND, FULL, LoadedCore, random_toke
 from jaxcache.bench.measure import CPU, clock_cost_us
 from jaxcache.bench.reference_tree import ReferenceTree
 from jaxcache.bench.workload import Workload
-from jaxcache.core.bad_input import check_runnable
 from jaxcache.core.lease import Lease
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.core.sequence import Sequence
-from jaxcache.runtime.batch_tables import BatchTables
+from jaxcache.runtime.batch_tables import BatchTables, tables_of
 from jaxcache.types import Wait
 
 STEP_GOAL = Goal("value", "<=", 200)
@@ -137,9 +136,7 @@ class Scheduler:
 
     def build_tables(self, requests: deque[Request] | list[Request]) -> None:
         """As `Cache.tables` does."""
-        leases = [request.lease for request in requests]
-        check_runnable(self.loaded.core, leases)
-        self.tables.build(leases, self.table_pages)
+        tables_of(self.loaded.core, self.tables, [request.lease for request in requests], self.table_pages)
 
     def sample(self, requests: deque[Request] | list[Request]) -> None:
         """The model has run: what was there is computed, and there is one more token."""

@@ -136,7 +136,6 @@ class PrefixCache:
             bad_input.check_namespace(self, namespace)
         return Sequence(namespace, self.tiers.tree.root(namespace), tokens, self.config.page_tokens, self.planner)
 
-    @changes
     def extend_all(self, sequences: list[Sequence], tokens: Any) -> None:
         """`Sequence.extend` by one token each, for many at once."""
         extend_all(self, sequences, tokens)

@@ -130,7 +130,11 @@ class Sequence:
 
 
 def extend_all(core: PrefixCache, sequences: list[Sequence] | tuple[Sequence, ...], tokens: Any) -> None:
-    """Appends one token to each sequence; one note for all. Refuses before anything changes."""
+    """Appends one token to each sequence; one note for all. Refuses before anything changes.
+
+    What comes out of the tokens when they are read (a model step has failed) comes out here, and serving goes on.
+    """
+    core.serving.check()
     if not isinstance(sequences, (list, tuple)) or not set(map(type, sequences)) <= {Sequence}:
         raise RefusedType("sequences must be a list of Sequence")
     new = token_bytes(tokens)
@@ -143,6 +147,14 @@ def extend_all(core: PrefixCache, sequences: list[Sequence] | tuple[Sequence, ..
                 if sequence.namespace.owner is not core
                 else f"{sequence.num_leases} leases run on a sequence: each needs one of its own to be extended"
             )
+    try:
+        _append(core, sequences, new)
+    except BaseException as error:
+        core.serving.end(error, "extend_all")
+        raise
+
+
+def _append(core: PrefixCache, sequences: list[Sequence] | tuple[Sequence, ...], new: bytes) -> None:
     at = 0
     for sequence in sequences:
         data = sequence.data

@@ -16,7 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxcache.core.bad_input import check_runnable
 from jaxcache.core.lease import Lease
+from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.types import PageIds
 
 MAX_SHAPES = 8  # of batches, such as a prefill's and a decode's, of which the last tables are kept
@@ -43,8 +45,7 @@ class Built(NamedTuple):
                 if len(source) > rows.shape[1]:
                     raise ValueError(f"{leases[row]!r} has {len(source)} pages of {name!r}, max_pages={rows.shape[1]}")
                 rows[row, : len(source)] = source
-        rows.flags.writeable = False
-        return Built(rows, sources)
+        return Built(_read_only(rows), sources)
 
 
 class BatchTables:
@@ -58,7 +59,7 @@ class BatchTables:
         """Per component: int32[len(leases), max_pages]. ValueError for a lease with more pages."""
         shape = (len(leases), max_pages)
         last = self._last.pop(shape, None) or [
-            Built(np.full((len(leases) + 1, max_pages), absent, np.int32), [None] * len(leases))
+            Built(_read_only(np.full((len(leases) + 1, max_pages), absent, np.int32)), [None] * len(leases))
             for absent in self.num_pages.values()
         ]
         self._last[shape] = built = [
@@ -68,3 +69,20 @@ class BatchTables:
         if len(self._last) > MAX_SHAPES:
             self._last.popitem(last=False)
         return {name: table.rows[:-1] for name, table in zip(self.num_pages, built, strict=True)}
+
+
+def tables_of(
+    core: PrefixCache, tables: BatchTables, leases: Sequence[Lease | None], max_pages: int
+) -> dict[str, np.ndarray]:
+    """What a model step reads: refused unless it may run. The loop will use no earlier tables of these leases."""
+    check_runnable(core, leases)
+    built = tables.build(leases, max_pages)
+    changed = [lease for lease in leases if lease is not None and lease._duplicates is not None]
+    if changed:
+        core.tables_were_read(changed)
+    return built
+
+
+def _read_only(table: np.ndarray) -> np.ndarray:
+    table.flags.writeable = False
+    return table

@@ -81,14 +81,19 @@ class CopyEngine:
         targets, sources: uint64[n], addresses of device or pinned memory that stays until this returns
         """
         self._enter()
-        with self._lock:
-            if self.submit_batch is not None:
-                self._submit_all(targets, sources, num_bytes)
-            else:
-                for target, source in zip(targets.tolist(), sources.tolist(), strict=True):
-                    done = self._driver.cuMemcpyAsync(target, source, num_bytes, self._stream)
-                    self._check(done, "cuMemcpyAsync")
-        self._check(self._driver.cuStreamSynchronize(self._stream), "cuStreamSynchronize")
+        try:
+            with self._lock:
+                self._submit(targets, sources, num_bytes)
+        finally:  # also if only some were submitted: the caller's memory may go when this returns
+            done = self._driver.cuStreamSynchronize(self._stream)
+        self._check(done, "cuStreamSynchronize")
+
+    def _submit(self, targets: np.ndarray, sources: np.ndarray, num_bytes: int) -> None:
+        if self.submit_batch is not None:
+            self._submit_all(targets, sources, num_bytes)
+            return
+        for target, source in zip(targets.tolist(), sources.tolist(), strict=True):
+            self._check(self._driver.cuMemcpyAsync(target, source, num_bytes, self._stream), "cuMemcpyAsync")
 
     def _submit_all(self, targets: np.ndarray, sources: np.ndarray, num_bytes: int) -> None:
         assert self.submit_batch is not None

@@ -2,14 +2,15 @@
 
     step, few new objects    nothing: the collector is off
     step, many new objects   those are gone through (ms), and what is left is frozen: it is never gone through again
-    step, idle               now and then all is thawed and gone through, for cycles that died after they were frozen
+    step, nothing runs       now and then all is thawed and gone through, for cycles that died after they were frozen
 
-The collector is the process's: this is for loops that ask for it, and while any cache of the process does.
+The collector is the process's, and so is what is counted here: it stays off while any cache of the process asks for it.
 """
 
 from __future__ import annotations
 
 import gc
+import os
 from typing import ClassVar
 
 NEW_OBJECTS = 5_000  # containers made and not freed since the last time; about 2 ms to go through
@@ -17,42 +18,61 @@ THAW_AFTER = 100  # times of freezing
 
 
 class GarbageControl:
-    """Between `start` and `stop`, collects in `step` only."""
+    """Between `start` and `stop`, collects in `step` only. One for each cache that asks."""
 
-    _running: ClassVar[list[GarbageControl]] = []  # of this process
+    running: ClassVar[list[GarbageControl]] = []
+    num_freezes: ClassVar[int] = 0  # since all was gone through
     _was_enabled: ClassVar[bool] = True
+    _is_watching_forks: ClassVar[bool] = False
 
     def __init__(self):
-        self.num_freezes = 0  # since all was gone through
+        self.is_idle = True
 
     def start(self) -> None:
-        if not self._running:
+        """An application's own `gc.freeze` is undone when the last one stops."""
+        if not self.running:
             GarbageControl._was_enabled = gc.isenabled()
             gc.disable()
-        self._running.append(self)
-        self._collect_all()
+            gc.collect()
+            _freeze(0)
+        if not self._is_watching_forks:
+            GarbageControl._is_watching_forks = True
+            os.register_at_fork(after_in_child=_stop_all)  # there nobody calls `step`
+        self.running.append(self)
 
     def step(self, is_idle: bool) -> None:
-        """To be called in every step of the loop. is_idle: nobody waits for a token."""
-        if is_idle and self.num_freezes >= THAW_AFTER:
-            self._collect_all()
+        """To be called in every step of the loop. is_idle: nobody waits for a token here."""
+        self.is_idle = is_idle
+        if self not in self.running:
+            return
+        if self.num_freezes >= THAW_AFTER and all(control.is_idle for control in self.running):
+            gc.unfreeze()
+            gc.collect()
+            _freeze(0)
         elif gc.get_count()[0] >= NEW_OBJECTS:
             gc.collect()
-            gc.freeze()
-            self.num_freezes += 1
+            _freeze(self.num_freezes + 1)
 
     def stop(self) -> None:
         """The collector is as it was, once the last one has stopped. Harmless when repeated."""
-        if self not in self._running:
-            return
-        self._running.remove(self)
-        if not self._running:
-            gc.unfreeze()
-            if self._was_enabled:
-                gc.enable()
+        if self in self.running:
+            self.running.remove(self)
+            if not self.running:
+                _give_back()
 
-    def _collect_all(self) -> None:
-        gc.unfreeze()
-        gc.collect()
-        gc.freeze()
-        self.num_freezes = 0
+
+def _freeze(num_freezes: int) -> None:
+    gc.freeze()
+    GarbageControl.num_freezes = num_freezes
+
+
+def _stop_all() -> None:
+    if GarbageControl.running:
+        GarbageControl.running.clear()
+        _give_back()
+
+
+def _give_back() -> None:
+    gc.unfreeze()
+    if GarbageControl._was_enabled:
+        gc.enable()

@@ -35,7 +35,7 @@ RUNS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "no full": (("window", "state"), {}),
 }
 ERRORS: tuple[type[BaseException], ...] = (KeyboardInterrupt, MemoryError, ValueError, AssertionError)
-BY_HAND = ("admit", "grow", "insert", "release")  # guarded as `changes` does
+BY_HAND = ("admit", "extend_all", "grow", "insert", "release")  # guarded as `changes` does
 SECOND_LOOKS = 40  # one of so many lines that have been seen before is tried again
 
 

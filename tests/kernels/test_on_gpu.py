@@ -72,9 +72,3 @@ def test_layers(random, ids, num_layers):
     layers = jax.jit(layer_pages.scatter_layers, donate_argnums=0)(layers, ids, pages)
     assert [layer.unsafe_buffer_pointer() for layer in layers] == before
     assert all(same(layer, right) for layer, right in zip(layers, wanted, strict=True))
-
-
-def test_nothing_but_padding_writes_nothing(random):
-    pool = random(NUM_PAGES, 4096, dtype="float32")
-    ids = jnp.full(8, NUM_PAGES, jnp.int32)
-    assert same(jax.jit(scatter_pages.scatter_pages)(pool, ids, jnp.zeros_like(pool)[:8]), pool)

@@ -72,6 +72,12 @@ def test_what_is_unchanged_is_the_same_memory(server):
     assert grown["state"].ctypes.data == first["state"].ctypes.data
 
 
+def test_a_batch_of_nobody_cannot_be_written_either():
+    table = BatchTables(ABSENT).build([None], 4)["full"]
+    with pytest.raises(ValueError, match="read-only"):
+        table[:] = 3
+
+
 def test_a_lease_that_is_too_long_leaves_nothing_behind(server):
     builder, lease = BatchTables(ABSENT), server.admit(prompt(17))
     with pytest.raises(ValueError, match="has 5 pages of 'full', max_pages=4"):

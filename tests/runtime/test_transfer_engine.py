@@ -1,5 +1,6 @@
 """Copies and storage transfers on real pools: bytes, order, faults, and what a bad storage can do."""
 
+import ctypes
 import threading
 import time
 
@@ -10,7 +11,9 @@ import pytest
 from jaxcache.components import FieldSpec, FullAttention, RecurrentState
 from jaxcache.pools.device_pool import bucket_pages, init_pools
 from jaxcache.pools.page_layout import page_layouts
+from jaxcache.runtime import transfer_engine
 from jaxcache.runtime.compiles import compile_count
+from jaxcache.runtime.shard_copies import MemoryCopies
 from jaxcache.runtime.storage_connection import MAX_FAILURES
 from jaxcache.runtime.storage_io import BATCH_PAGES
 from jaxcache.runtime.transfer_engine import TransferEngine
@@ -280,6 +283,41 @@ def test_pools_stay_where_they_are_and_nothing_compiles(make_rig, shape):
     assert rig.engine.drain(WAIT_S)
     assert rig.buffers() == before
     assert compile_count() == num_compiles
+
+
+class StagedCopies(MemoryCopies):
+    """Fills the array that it is given, as copies to a GPU do."""
+
+    needs_staging = True
+
+    def from_rows(self, rows, page_ids, field, bucket, staged):
+        assert staged.shape == (bucket, *field.local_shape) and staged.dtype == field.dtype
+        address = staged.block_until_ready().unsafe_buffer_pointer()
+        memory = np.ctypeslib.as_array((ctypes.c_uint8 * staged.nbytes).from_address(address)).reshape(bucket, -1)
+        memory[: len(page_ids)] = rows[:, field.byte_range][page_ids]
+        return staged
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_copies_that_fill_staging(make_rig, monkeypatch, platform, shape):
+    if platform == "cpu":
+        monkeypatch.setattr(transfer_engine, "shard_copies", StagedCopies)
+    rig = make_rig(shape)
+    rig.pools = rig.engine.warmup(rig.pools)
+    num_compiles = compile_count()
+    for value, (device, host, back) in enumerate((([3, 1, 7], [0, 1, 2], [8, 9, 10]), ([4, 2], [5, 4], [11, 0])), 1):
+        rig.write(device, value)
+        rig.apply(rig.backup(device, host), rig.load_back(host, back))
+        rig.apply()
+        rig.check(back, value)
+    assert compile_count() == num_compiles
+    rig.apply(rig.load_back([0, 1], [12, 13]))
+    rig.engine.discard_load_backs()  # its copy goes on
+    rig.apply(rig.load_back([2], [14]))
+    rig.apply()
+    for pages in (np.array(array, copy=True) for array in rig.pools["full"].values()):
+        np.testing.assert_array_equal(pages[14], pages[10])
+        assert not pages[[12, 13]].any()
 
 
 def test_a_failed_copy_is_a_fault(make_rig, monkeypatch):

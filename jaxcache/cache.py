@@ -143,7 +143,8 @@ class Cache:
         self._check_open()
         self._check_pools(pools)
         try:
-            self._controller.step()
+            with jax.profiler.TraceAnnotation("jaxcache.step"):
+                self._controller.step()
         finally:
             self._garbage.step(is_idle=not self.core.leases)
             if self.serving.ended is not None:
@@ -162,7 +163,8 @@ class Cache:
 
     @changes  # the pools that were given may be gone before the new ones are known
     def _apply(self, pools: DevicePools) -> DevicePools:
-        pools = self._controller.apply(pools)
+        with jax.profiler.TraceAnnotation("jaxcache.apply"):
+            pools = self._controller.apply(pools)
         self._pools_check.handed_back(pools)
         return pools
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -409,3 +410,15 @@ def test_idle(one):
         driver.finish(lease)
         driver.drain()
         assert cache.idle
+
+
+def test_a_profile_names_what_the_cache_does(one, tmp_path):
+    """Copies and storage on their threads, calls of the loop, and the programs that move pages."""
+    with jax.profiler.trace(tmp_path), one.cache(jaxcache.MemoryStorage()) as cache:
+        driver = Driver(one, cache)
+        for seed in (1, *range(3, 10), 1):  # the first one has left the device when it comes again
+            driver.ask(random_tokens(seed, 45))
+            driver.pools = cache.drain(driver.pools)
+    (profile,) = tmp_path.rglob("*.xplane.pb")
+    found = set(re.findall(rb"jaxcache\.[a-z_]+", profile.read_bytes()))
+    assert found >= {b"jaxcache.step", b"jaxcache.apply", b"jaxcache.backup", b"jaxcache.store", b"jaxcache.load_back"}

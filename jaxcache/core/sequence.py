@@ -134,7 +134,8 @@ def extend_all(core: PrefixCache, sequences: list[Sequence] | tuple[Sequence, ..
 
     What comes out of the tokens when they are read (a model step has failed) comes out here, and serving goes on.
     """
-    core.serving.check()
+    if core.serving.ended is not None:
+        core.serving.check()
     if not isinstance(sequences, (list, tuple)) or not set(map(type, sequences)) <= {Sequence}:
         raise RefusedType("sequences must be a list of Sequence")
     new = token_bytes(tokens)

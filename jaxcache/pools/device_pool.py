@@ -133,6 +133,7 @@ def _gather_program(layout: PageLayout, page_kernels: str):
     is_kernel = _is_pallas("gather_pages", layout, page_kernels)
     gather_field = gather_pages if is_kernel else gather_pages_reference
 
+    @jax.named_scope("jaxcache.gather")
     def gather(pools, page_ids):
         return {name: gather_field(pool, page_ids) for name, pool in pools.items()}
 
@@ -151,6 +152,7 @@ def _scatter_program(layout: PageLayout, page_kernels: str):
     is_kernel = _is_pallas("scatter_pages", layout, page_kernels)
     scatter_field = scatter_pages if is_kernel else scatter_pages_reference
 
+    @jax.named_scope("jaxcache.scatter")
     def scatter(pools, page_ids, staging):
         return {name: scatter_field(pool, page_ids, staging[name]) for name, pool in pools.items()}
 

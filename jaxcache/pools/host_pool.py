@@ -56,9 +56,18 @@ def pinned_memory(num_bytes: int, device) -> tuple[Any, np.ndarray]:
     """Touched memory that `device` copies to by DMA: (owner, uint8[num_bytes]).
 
     The owner is a jax array that no program ever sees; writing its buffer directly is visible to later copies.
+    MemoryError where jax may not take so much.
     """
     sharding = SingleDeviceSharding(device, memory_kind="pinned_host")
-    owner = jax.device_put(np.zeros(max(num_bytes, 1), np.uint8), sharding, may_alias=False)
-    address = owner.block_until_ready().unsafe_buffer_pointer()
+    try:
+        owner = jax.device_put(np.zeros(max(num_bytes, 1), np.uint8), sharding, may_alias=False)
+        address = owner.block_until_ready().unsafe_buffer_pointer()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise MemoryError(
+            f"{num_bytes} bytes of pinned host memory do not fit: jax takes 64 GB of it in a process at most, or what "
+            "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB says before jax starts. Set that, or fewer host_pages"
+        ) from error
     memory = np.ctypeslib.as_array((ctypes.c_uint8 * max(num_bytes, 1)).from_address(address))
     return owner, memory[:num_bytes]

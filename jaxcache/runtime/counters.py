@@ -8,6 +8,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import jax
+
 
 class Counters:
     """Counts by name, from zero."""
@@ -23,10 +25,11 @@ class Counters:
 
     @contextmanager
     def busy(self, kind: str) -> Iterator[None]:
-        """Adds the seconds spent inside to `{kind}_seconds`."""
+        """Adds the seconds spent inside to `{kind}_seconds`; in a profile it is jaxcache.{kind}."""
         start = time.perf_counter()
         try:
-            yield
+            with jax.profiler.TraceAnnotation(f"jaxcache.{kind}"):
+                yield
         finally:
             self.add(**{f"{kind}_seconds": time.perf_counter() - start})
 

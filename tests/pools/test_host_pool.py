@@ -39,3 +39,14 @@ def test_memory_is_zeroed_and_writable(allocate):
     memory[:] = np.arange(1000, dtype=np.uint16).astype(np.uint8)
     assert memory[999] == 999 % 256
     del memory, owner
+
+
+def test_pinned_memory_that_jax_may_not_take_says_what_to_set(monkeypatch):
+    """As a GPU raises it: on a CPU all memory is pinned alike, without a limit."""
+
+    def refuse(*args, **options):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Failed to allocate 1000 bytes for host_memory")
+
+    monkeypatch.setattr(jax, "device_put", refuse)
+    with pytest.raises(MemoryError, match=r"1000 bytes of pinned host memory .* XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"):
+        pinned_memory(1000, jax.local_devices()[0])

@@ -71,9 +71,8 @@ class Scheduler:
     floor_us: the stripped tree serving those who finish
     """
 
-    def __init__(self, workload: Workload, kinds: tuple[str, ...], grow: Grow):
+    def __init__(self, workload: Workload, kinds: tuple[str, ...], grow: Grow, page: int):
         self.workload = workload
-        page = workload.page_tokens[0]
         self.loaded = LoadedCore(page, workload.step_capacity // page, kinds)
         self.tree = ReferenceTree(page, workload.step_capacity // page)
         self.tables = BatchTables({r.component.name: r.allocator.num_pages for r in self.loaded.core.tiers.device})
@@ -191,9 +190,16 @@ class Scheduler:
 def steps(workload: Workload) -> list[Figure]:
     num, arriving = workload.running, workload.arriving
     what = f"step: {num} decode, {arriving} come, {arriving} go"
-    together, each, every_kind = (
-        scheduled(workload, kinds, grow)
-        for kinds, grow in ((FULL, grow_all), (FULL, grow_each), (EVERY_KIND, grow_all))
+    small, large = workload.page_tokens[0], workload.page_tokens[-1]
+    together, each, every_kind, whole, whole_every_kind = (
+        scheduled(workload, kinds, grow, page)
+        for kinds, grow, page in (
+            (FULL, grow_all, small),
+            (FULL, grow_each, small),
+            (EVERY_KIND, grow_all, small),
+            (FULL, grow_all, large),
+            (EVERY_KIND, grow_all, large),
+        )
     )
     floor = f"stripped tree serving {arriving}"
     return [
@@ -201,15 +207,15 @@ def steps(workload: Workload) -> list[Figure]:
         p99(f"step_{num}", what, together),
         figure(f"step_{num}_tokens", f"{what}; a token for everybody", together.token_us),
         figure(f"step_{num}_tables", f"{what}; page tables of everybody", together.table_us),
-        figure(f"step_{num}_whole", f"{what}; core, tokens and tables", together.whole_us(), goal=WHOLE_GOAL),
+        figure(f"step_{num}_whole", f"{what}, page {large}; all of it", whole.whole_us(), goal=WHOLE_GOAL),
         figure(f"step_{num}_grow_each", f"{what}, growing one by one / {floor}", each.core_us, each.floor_us),
         p99(f"step_{num}_grow_each", f"{what}, growing one by one", each),
         figure(f"step_{num}_3_components", f"{what}, 3 components / {floor}", every_kind.core_us, every_kind.floor_us),
         p99(f"step_{num}_3_components", f"{what}, 3 components", every_kind),
         figure(
             f"step_{num}_3_components_whole",
-            f"{what}, 3 components; core, tokens and tables",
-            every_kind.whole_us(),
+            f"{what}, page {large}, 3 components; all of it",
+            whole_every_kind.whole_us(),
             goal=WHOLE_GOAL_3_COMPONENTS,
         ),
     ]
@@ -219,8 +225,8 @@ def p99(name: str, meaning: str, scheduler: Scheduler) -> Figure:
     return figure(f"{name}_p99", f"{meaning}; p99", [float(np.percentile(scheduler.core_us, 99))])
 
 
-def scheduled(workload: Workload, kinds: tuple[str, ...], grow: Grow) -> Scheduler:
-    scheduler = Scheduler(workload, kinds, grow)
+def scheduled(workload: Workload, kinds: tuple[str, ...], grow: Grow, page: int) -> Scheduler:
+    scheduler = Scheduler(workload, kinds, grow, page)
     for _ in range(workload.warmup_steps):
         scheduler.step()
     for times in (scheduler.core_us, scheduler.token_us, scheduler.table_us, scheduler.floor_us):

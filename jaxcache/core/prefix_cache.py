@@ -41,6 +41,8 @@ from jaxcache.core.ticket import Ticket
 from jaxcache.core.tiers import Tiers
 from jaxcache.types import Match, Outcome, Plan, PrefetchPolicy, Tier, Wait
 
+ZERO, ONE = 0, 1  # compared by identity: any other object takes the longer way
+
 
 class PrefixCache:
     """Generic over any tuple of components. counters: what `stats` reports, from zero."""
@@ -268,10 +270,10 @@ class PrefixCache:
         try:  # as @changes
             if (
                 type(lease) is Lease
-                and type(num_computed) is type(num_new_tokens) is int
+                and type(num_computed) is int
+                and (num_new_tokens is ONE or (type(num_new_tokens) is int and num_new_tokens > 0))
                 and (end := num_computed + num_new_tokens) <= lease._quiet_end
                 and lease.num_computed <= num_computed <= lease.num_tokens
-                and num_computed < end
                 and lease._tiers is self.tiers
             ):  # one of the many tokens that need no new page
                 if num_computed > lease._last_room:
@@ -309,7 +311,7 @@ class PrefixCache:
         try:  # as @changes
             if self.serving.ended is not None:
                 self.serving.check()
-            is_plain = type(priority) is type(retain_steps) is int and priority == retain_steps == 0
+            is_plain = priority is ZERO and retain_steps is ZERO
             is_stateless = states is NO_POSITIONS or (type(states) is list and not states)
             backbone = self.backbone if is_plain and is_stateless else None
             if backbone is None or not backbone.insert(lease, num_computed):
@@ -440,8 +442,7 @@ class PrefixCache:
         if self.admission.loading:
             self._scatter_is_due |= self.admission.scattered()
         self.retentions.expire()
-        # Of an id that is not live, the transfer was dropped before it was applied.
-        live = [id for id in self.live_transfers() if id in agreed] if agreed else []
+        live = [id for id in self.live_transfers() if id in agreed] if agreed else []  # others were never applied
         for id in live:
             if id in self.stores.live:
                 self.stores.commit(id, agreed[id])

@@ -31,8 +31,12 @@ def test_as_one_by_one(kind):
 
 
 def test_nothing_for_nobody():
+    """But every rank has made the call."""
     server = Server(FULL)
+    before = server.core.digest
     server.core.extend_all([], [])
+    assert server.core.digest != before
+    assert not server.core.leases
 
 
 def test_what_differs_is_in_the_digest():

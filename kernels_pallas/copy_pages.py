@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.page_view import check_pages, page_view
-from kernels_pallas.ring import BLOCK_AXIS, DEFAULT_RING, Boxes, Ring
+from kernels_pallas.ring import DEFAULT_RING, Boxes, Ring
 
 
 def copy_pages_reference(pool: jax.Array, from_ids: jax.Array, to_ids: jax.Array) -> jax.Array:
@@ -35,23 +34,15 @@ def copy_pages(
         raise ValueError(f"{len(from_ids)} pages cannot be copied to {len(to_ids)} places")
     view = page_view(pool.shape[1:], pool.dtype, ring.box_bytes)
     num_pages, num_items = len(pool), len(from_ids) * view.boxes
-    blocks = ring.blocks_for(num_items)
 
-    def copy(stored, sources, targets, slots, barriers):
-        boxes = Boxes(
+    def copy(stored, sources, targets):
+        return Boxes(
             num_items,
             is_wanted=lambda item: targets[view.page(item)] < num_pages,
             source=lambda item: stored.at[view.box(sources[view.page(item)], item)],
             target=lambda item: stored.at[view.box(targets[view.page(item)], item)],
         )
-        ring.copy(boxes, blocks, slots, barriers)
 
     stored = jax.new_ref(view.of(pool))
-    plgpu.kernel(
-        copy,
-        scratch_types=ring.scratch(view.box_shape, pool.dtype),
-        grid=(blocks,),
-        grid_names=(BLOCK_AXIS,),
-        interpret=interpret,
-    )(stored, from_ids, to_ids)
+    ring.kernel(copy, num_items, view.box_shape, pool.dtype, interpret)(stored, from_ids, to_ids)
     return jax.freeze(stored).reshape(pool.shape)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.page_view import check_pages, page_view
-from kernels_pallas.ring import BLOCK_AXIS, DEFAULT_RING, Boxes, Ring
+from kernels_pallas.ring import DEFAULT_RING, Boxes, Ring
 
 
 def gather_pages_reference(pool: jax.Array, page_ids: jax.Array) -> jax.Array:
@@ -30,23 +29,15 @@ def gather_pages(
     check_pages(pool, page_ids)
     view = page_view(pool.shape[1:], pool.dtype, ring.box_bytes)
     num_pages, num_items = len(pool), len(page_ids) * view.boxes
-    blocks = ring.blocks_for(num_items)
 
-    def gather(stored, ids, rows, slots, barriers):
-        boxes = Boxes(
+    def gather(stored, ids, rows):
+        return Boxes(
             num_items,
             is_wanted=lambda item: ids[view.page(item)] < num_pages,
             source=lambda item: stored.at[view.box(ids[view.page(item)], item)],
             target=lambda item: rows.at[item],
         )
-        ring.copy(boxes, blocks, slots, barriers)
 
-    rows = plgpu.kernel(
-        gather,
-        out_type=jax.ShapeDtypeStruct((num_items, *view.box_shape), pool.dtype),
-        scratch_types=ring.scratch(view.box_shape, pool.dtype),
-        grid=(blocks,),
-        grid_names=(BLOCK_AXIS,),
-        interpret=interpret,
-    )(view.of(pool), page_ids)
+    out = jax.ShapeDtypeStruct((num_items, *view.box_shape), pool.dtype)
+    rows = ring.kernel(gather, num_items, view.box_shape, pool.dtype, interpret, out)(view.of(pool), page_ids)
     return rows.reshape(len(page_ids), *pool.shape[1:])

@@ -50,8 +50,34 @@ class Ring:
     box_bytes: int = 32 * 1024
     layers: int = 16
 
-    def blocks_for(self, num_items: int) -> int:
-        return min(self.blocks, num_items)
+    def kernel(
+        self,
+        boxes: Callable[..., Boxes],
+        num_items: int,
+        box_shape: tuple[int, int],
+        dtype: Any,
+        interpret: Any,
+        out_type: Any = (),
+    ) -> Callable[..., Any]:
+        """A kernel that copies what `boxes` makes of its references: operands, then outputs.
+
+        interpret: parameters of Pallas's interpreter; None compiles for the GPU
+        """
+        blocks = min(self.blocks, num_items)
+
+        def body(*refs: Ref) -> None:
+            *others, slots, barriers = refs
+            self.copy(boxes(*others), blocks, slots, barriers)
+
+        body.__name__ = boxes.__name__  # which a profile shows
+        return plgpu.kernel(
+            body,
+            out_type=out_type,
+            scratch_types=self.scratch(box_shape, dtype),
+            grid=(blocks,),
+            grid_names=(BLOCK_AXIS,),
+            interpret=interpret,
+        )
 
     def scratch(self, box_shape: tuple[int, int], dtype: Any) -> Sequence[Any]:
         """What `copy` takes as `slots` and `barriers`."""

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.page_view import check_pages, page_view
-from kernels_pallas.ring import BLOCK_AXIS, DEFAULT_RING, Boxes, Ring
+from kernels_pallas.ring import DEFAULT_RING, Boxes, Ring
 
 
 def scatter_pages_reference(pool: jax.Array, page_ids: jax.Array, pages: jax.Array) -> jax.Array:
@@ -35,23 +34,15 @@ def scatter_pages(
         )
     view = page_view(pool.shape[1:], pool.dtype, ring.box_bytes)
     num_pages, num_items = len(pool), len(page_ids) * view.boxes
-    blocks = ring.blocks_for(num_items)
 
-    def scatter(stored, ids, rows, slots, barriers):
-        boxes = Boxes(
+    def scatter(stored, ids, rows):
+        return Boxes(
             num_items,
             is_wanted=lambda item: ids[view.page(item)] < num_pages,
             source=lambda item: rows.at[item],
             target=lambda item: stored.at[view.box(ids[view.page(item)], item)],
         )
-        ring.copy(boxes, blocks, slots, barriers)
 
     stored = jax.new_ref(view.of(pool))
-    plgpu.kernel(
-        scatter,
-        scratch_types=ring.scratch(view.box_shape, pool.dtype),
-        grid=(blocks,),
-        grid_names=(BLOCK_AXIS,),
-        interpret=interpret,
-    )(stored, page_ids, view.of(pages))
+    ring.kernel(scatter, num_items, view.box_shape, pool.dtype, interpret)(stored, page_ids, view.of(pages))
     return jax.freeze(stored).reshape(pool.shape)

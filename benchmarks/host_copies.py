@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
 
 import jax
 import numpy as np
 
+from benchmarks.timing import seconds
 from jaxcache.components import FieldSpec, FullAttention
 from jaxcache.pools.device_pool import init_pools
 from jaxcache.pools.page_layout import page_layouts
@@ -82,12 +82,6 @@ def measure(row_kib: int) -> dict[str, float]:
         f"{name}_load_back_ratio": load_back_s / memcpy_s,
         f"{name}_ratio": (backup_s + load_back_s) / (2 * memcpy_s),
     }
-
-
-def seconds(action) -> float:
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
 
 
 def run() -> dict[str, float]:

@@ -90,6 +90,9 @@ class Cache:
             page_kernels=config.page_kernels,
             deadline_s=config.storage_deadline_s,
             num_threads=config.storage_threads,
+            store_share=config.store_time_share,
+            page_tokens=config.page_tokens,
+            storage_units={name: config.unit_pages(name) for name in self.layouts},
         )
         agreement = Agreement(mesh, list(self.layouts), config.max_live_transfers)
         self._controller = Controller(self.core, self.engine, agreement, fleet)

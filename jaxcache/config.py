@@ -77,6 +77,9 @@ class CacheConfig:
                             how long PrefetchPolicy.TIMEOUT waits, from the first time that the request was held up
     prefetch_min_tokens:    storage is not asked for less
     prefetch_host_share:    share of the host pages that prefetches may reserve at once
+    store_time_share:       share, in (0, 1], of one thread's processor time that STOREs may take while requests run;
+                            what waits longer than `max_queued_stores` allows is dropped. None: 0.03 where the devices
+                            are the host's own cores, else 1
     max_stores:             STORE transfers in flight; later ones queue
     max_queued_stores:      queued ones; later ones are dropped and counted
     max_stored_beliefs:     pages remembered as already stored
@@ -90,6 +93,8 @@ class CacheConfig:
     page_kernels:           which programs copy pages on GPUs: "pallas", "xla", or "auto": the one that measured faster
     storage_grid:           (cp, tp, pp): into how many values of storage slots, heads and layers of a page are cut, a
                             multiple of the mesh in each axis; meshes with the same grid share storage. None: the mesh
+    storage_unit_pages:     how many consecutive pages at most share a value of storage, a power of two, or
+                            {component name: ...}. None: so many that values reach 256 KiB
     storage_threads:        workers for storage
     storage_deadline_s:     a storage transfer that takes longer is a miss
     collect_in_step:        Python's garbage collector runs in `step` only, in the whole process, and never goes through
@@ -119,6 +124,7 @@ class CacheConfig:
     prefetch_timeout_s_per_1k_tokens: float = 0.25
     prefetch_min_tokens: int = 256
     prefetch_host_share: float = 0.5
+    store_time_share: float | None = None
     max_stores: int = 4
     max_queued_stores: int = 256
     max_stored_beliefs: int = 1 << 20
@@ -128,6 +134,7 @@ class CacheConfig:
     max_transfer_pages: int = 256
     page_kernels: str = "auto"
     storage_grid: tuple[int, int, int] | None = None
+    storage_unit_pages: int | Mapping[str, int] | None = None
     storage_threads: int = 4
     storage_deadline_s: float = 5.0
     collect_in_step: bool = False
@@ -149,6 +156,9 @@ class CacheConfig:
             raise ValueError(f"page_kernels must be one of {PAGE_KERNELS}, not {self.page_kernels!r}")
         if not 0 < self.prefetch_host_share <= 1:
             raise ValueError(f"{self.prefetch_host_share=} must be in (0, 1]")
+        share = self.store_time_share
+        if share is not None and (isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1):
+            raise ValueError(f"store_time_share must be in (0, 1], or None, not {share!r}")
         for name in _SECONDS:
             seconds = self.__dict__[name]
             if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < 1e6:
@@ -160,7 +170,8 @@ class CacheConfig:
             raise ValueError(f"{self.max_retained_share=} must be in [0, 1): retentions must never fill the cache")
         self._check_grid()
         self._check_tenants()
-        for name in ("device_pages", "host_pages", "tenants"):
+        self._check_unit()
+        for name in ("device_pages", "host_pages", "tenants", "storage_unit_pages"):
             self._freeze(name)
 
     def _freeze(self, name: str) -> None:
@@ -174,6 +185,17 @@ class CacheConfig:
             return
         if not isinstance(grid, tuple) or len(grid) != 3 or not all(type(n) is int and n > 0 for n in grid):
             raise ValueError(f"storage_grid must be three positive ints (cp, tp, pp), not {grid!r}")
+
+    def _check_unit(self) -> None:
+        units = self.storage_unit_pages
+        for unit in units.values() if isinstance(units, Mapping) else () if units is None else (units,):
+            if type(unit) is not int or unit < 1 or unit & (unit - 1):
+                raise ValueError(f"storage_unit_pages must be powers of two, not {unit!r}")
+
+    def unit_pages(self, component: str) -> int:
+        """The entry of `storage_unit_pages` for one component; 1 where nothing is said."""
+        units = self.storage_unit_pages
+        return units.get(component, 1) if isinstance(units, Mapping) else units or 1
 
     def _check_tenants(self) -> None:
         if not isinstance(self.tenants, Mapping):

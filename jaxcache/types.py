@@ -72,7 +72,9 @@ class Move(NamedTuple):
     src_page_ids: int32[n]  device ids (BACKUP), host ids (LOAD_BACK, STORE), else empty
     dst_page_ids: int32[n]  host ids (BACKUP, FETCH), device ids (LOAD_BACK), else empty
     page_keys:    n chained keys (STORE, FETCH, QUERY), else empty
-    page_ends:    n positions in tokens: where each page (or the state) ends (QUERY), else empty
+    page_ends:    n positions in tokens: where each page (or the state) ends (STORE, FETCH, QUERY), else empty;
+                  consecutive pages may share values of storage
+    later_keys:   keys of the pages after the last that a value which holds some of these may hold, too (FETCH)
     """
 
     component: str
@@ -80,6 +82,7 @@ class Move(NamedTuple):
     dst_page_ids: PageIds = NO_PAGES
     page_keys: tuple[bytes, ...] = ()
     page_ends: tuple[int, ...] = ()
+    later_keys: tuple[bytes, ...] = ()
 
 
 class Transfer(NamedTuple):

@@ -13,12 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
-
 from jaxcache.core.backbone import Backbone
 from jaxcache.core.planner import Counters, Planner
 from jaxcache.core.radix_tree import Node
-from jaxcache.core.stores import Stores
+from jaxcache.core.stores import Stores, joined
 from jaxcache.core.tiers import Tiers
 from jaxcache.types import Move, PageIds, TransferKind, WritePolicy
 
@@ -171,11 +169,6 @@ class Backups:
         self.counters["backup_pages"] += num_pages
         nodes = {copy.node.id: copy.node for copy in copies}
         self.stores.later(list(nodes.values()))
-
-
-def joined(page_ids: list[PageIds]) -> PageIds:
-    """One array; the ids of an entry never change in place."""
-    return page_ids[0] if len(page_ids) == 1 else np.concatenate(page_ids)
 
 
 def device_pages(copy: Copy) -> PageIds:

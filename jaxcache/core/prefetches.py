@@ -228,14 +228,18 @@ class Prefetches:
         tiers = self.tiers
         page = tiers.page_tokens
         end = prefetch.agreed_end
-        keys = prefetch.sequence.page_keys(end // page)
+        keys = prefetch.sequence.page_keys(prefetch.end // page)
         moves = []
         for c in tiers.top_first:
+            unit = self.stores.units[c]
             count = self._num_pages(c, prefetch.start, end)
             tiers.host[c].allocator.free(prefetch.pages[c][count:])
             prefetch.pages[c] = prefetch.pages[c][:count]
-            mine = tuple(keys[end // page - count : end // page])
-            moves.append(Move(tiers.components[c].name, dst_page_ids=prefetch.pages[c], page_keys=mine))
+            last = end // page
+            mine, later = tuple(keys[last - count : last]), tuple(keys[last : -(-last // unit) * unit])
+            ends = tuple(range(end - (count - 1) * page, end + 1, page))
+            name = tiers.components[c].name
+            moves.append(Move(name, dst_page_ids=prefetch.pages[c], page_keys=mine, page_ends=ends, later_keys=later))
         return tuple(moves)
 
     # ---- its end

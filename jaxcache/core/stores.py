@@ -12,10 +12,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxcache.components.base import Reach
 from jaxcache.core.planner import Counters, Planner
 from jaxcache.core.radix_tree import Node
 from jaxcache.core.tiers import Hold, Tiers
 from jaxcache.types import Move, Outcome, PageIds, TransferKind
+
+PageName = tuple[str, bytes]  # component, page key
 
 MAX_EMPTY = 256  # nodes with nothing to store that one step looks at
 
@@ -32,15 +35,30 @@ class Waiting(NamedTuple):
 
 
 class LiveStore(NamedTuple):
-    """What a STORE pins until it is quiet, and the keys of what it writes, by component."""
+    """What a STORE pins until it is quiet, the keys of what it writes by component, and those that end a run."""
 
     holds: list[Hold]
     keys: dict[str, tuple[bytes, ...]]
+    run_ends: frozenset[PageName]
+
+
+class Run(NamedTuple):
+    """Consecutive host pages of one component on the path to a node: tokens [start, start + n * page_tokens)."""
+
+    node: Node
+    start: int
+    page_ids: PageIds
+    keys: list[bytes]
+
+    def end(self, page_tokens: int) -> int:
+        return self.start + len(self.keys) * page_tokens
 
 
 class Stores:
     """live: STORE id -> what it pins. attached: whether there is a storage at all.
 
+    believed:              pages that are stored, and whether a run of one STORE ended with them
+    units:                 pages of a unit of storage, by component: so many may share a value
     queue:                 runs of one path that have just been backed up; they go first
     unvisited:             nodes, by their first pages, whose host pages are still to be stored, and all below them
     num_awaited_exchanges: no STORE begins, and nothing is asked, before so many exchanges of ranks have been read
@@ -55,7 +73,9 @@ class Stores:
         self.unvisited: list[Waiting] = []
         self.num_awaited_exchanges = 0
         self.live: dict[int, LiveStore] = {}
-        self.believed: OrderedDict[tuple[str, bytes], None] = OrderedDict()
+        self.believed: OrderedDict[PageName, bool] = OrderedDict()
+        config = tiers.config
+        self.units = [config.unit_pages(c.name) if c.reach is not Reach.POINT else 1 for c in tiers.components]
 
     def later(self, nodes: list[Node]) -> None:
         """Queues nodes (of one path, top first) of which something has just been backed up."""
@@ -80,14 +100,17 @@ class Stores:
         while num_live < self.tiers.config.max_stores and self.is_waiting:
             found = self._found(self.queue.popleft()) if self.queue else self._visit()
             nodes = [node for node in found if self._may_be_held(node)]
-            moves = tuple(move for c in self.tiers.top_first if (move := self._move(c, nodes)) is not None)
-            if not moves:
+            runs = {c: found for c in self.tiers.top_first if (found := self._runs(c, nodes))}
+            if not runs:
                 num_empty += 1
                 if num_empty == MAX_EMPTY:
                     return  # a large tree of which little is in host memory: the rest in later steps
                 continue
+            moves = tuple(self._move(c, found) for c, found in runs.items())
             store = self.planner.add(TransferKind.STORE, moves)
-            self.live[store] = LiveStore(self._hold(nodes), {move.component: move.page_keys for move in moves})
+            keys = {move.component: move.page_keys for move in moves}
+            ends = frozenset((self._name(c), run.keys[-1]) for c, found in runs.items() for run in found)
+            self.live[store] = LiveStore(self._hold(nodes, runs), keys, ends)
             self.counters["store_pages"] += sum(len(move.src_page_ids) for move in moves)
             num_live += 1
 
@@ -129,7 +152,7 @@ class Stores:
     def forget(self) -> None:
         """What was believed stored, and what is being stored, may not be there."""
         self.believed.clear()
-        self.live = {id: LiveStore(store.holds, {}) for id, store in self.live.items()}
+        self.live = {id: LiveStore(store.holds, {}, frozenset()) for id, store in self.live.items()}
         for store in self.live.values():
             self.tiers.let_go_of_device(store.holds)
 
@@ -139,7 +162,7 @@ class Stores:
 
     def withdraw(self, store: int) -> None:
         """Takes back one that was not applied and will not be; what it would have stored still has to be."""
-        holds, keys = self.live.pop(store)
+        holds, keys, _ = self.live.pop(store)
         self.tiers.let_go(holds)
         self.counters["store_pages"] -= sum(map(len, keys.values()))
         if self.attached:
@@ -150,7 +173,7 @@ class Stores:
         full = self.tiers.full
         return full is None or node.pages[self.tiers.host[full].index] is not None
 
-    def _hold(self, nodes: list[Node]) -> list[Hold]:
+    def _hold(self, nodes: list[Node], runs: dict[int, list[Run]]) -> list[Hold]:
         """Pins the entries that are there: a node that holds nothing may leave, and pins above it would be lost."""
         tiers = self.tiers
         holds = []
@@ -159,22 +182,73 @@ class Stores:
                 host = tiers.host[c]
                 if node.pages[host.index] is not None:
                     holds += tiers.hold(host, node, node.end - 1 if c == tiers.point else node.start)
+        for c, found in runs.items():
+            for run in found:
+                if run.start < run.node.start or run.node not in nodes:
+                    holds += tiers.hold(tiers.host[c], run.node, run.start)
         return holds
 
-    def _move(self, c: int, nodes: list[Node]) -> Move | None:
-        """The host pages of component c that are there and not believed stored."""
-        name = self.tiers.components[c].name
-        pages: list[PageIds] = []
-        keys: list[bytes] = []
+    def _name(self, c: int) -> str:
+        return self.tiers.components[c].name
+
+    def _runs(self, c: int, nodes: list[Node]) -> list[Run]:
+        """The host pages of component c that are there and not believed stored.
+
+        A run that begins inside a unit, where no run has ended, may leave another prompt inside one of its values,
+        which is of no use here: what is before it in the unit comes, too, as a run of its own that later ones find.
+        """
+        page_tokens = self.tiers.page_tokens
+        found: list[Run] = []
+        above: list[Run] = []
         for node in nodes:
             page_ids = node.pages[self.tiers.host[c].index]
-            if page_ids is not None:
-                pages.append(page_ids)
-                keys += self.tiers.tree.keys(node)[-len(page_ids) :]
-        new = [i for i, key in enumerate(keys) if (name, key) not in self.believed]
-        if not new:
-            return None
-        return Move(name, np.concatenate(pages)[new], page_keys=tuple(keys[i] for i in new))
+            if page_ids is None:
+                continue
+            keys = self.tiers.tree.keys(node)[-len(page_ids) :]
+            first = node.end - len(page_ids) * page_tokens
+            for part in consecutive([i for i, key in enumerate(keys) if (self._name(c), key) not in self.believed]):
+                start = first + part.start * page_tokens
+                if not (found and found[-1].end(page_tokens) == start):
+                    above += self._above(c, node, start)
+                found.append(Run(node, start, page_ids[part.start : part.stop], keys[part.start : part.stop]))
+        return found + above
+
+    def _above(self, c: int, node: Node, start: int) -> list[Run]:
+        """What is before `start` in its unit of storage, on the path to `node`; nothing where a run has ended there."""
+        page_tokens = self.tiers.page_tokens
+        floor = start // (self.units[c] * page_tokens) * self.units[c] * page_tokens
+        if start == node.start and start > floor:
+            assert node.parent is not None
+            node = node.parent
+        if start == floor or self._run_ended(c, self.tiers.tree.keys(node)[(start - node.start) // page_tokens - 1]):
+            return []
+        last, stop = node, start
+        keys: list[bytes] = []
+        page_ids: list[PageIds] = []
+        while node.parent is not None and start > floor:
+            there = node.pages[self.tiers.host[c].index]
+            first = node.end if there is None else max(floor, node.end - len(there) * page_tokens)
+            if there is None or first >= start:
+                break
+            from_end = slice(-((node.end - first) // page_tokens), -((node.end - start) // page_tokens) or None)
+            keys[:0] = self.tiers.tree.keys(node)[from_end]
+            page_ids.insert(0, there[from_end])
+            start = first
+            node = node.parent
+            if node.end != start:
+                break
+        return [Run(last, start, joined(page_ids), keys)] if stop > start else []
+
+    def _run_ended(self, c: int, key: bytes) -> bool:
+        """Whether a stored run, or one on its way, ends with this page."""
+        name = (self._name(c), key)
+        return self.believed.get(name, False) or any(name in store.run_ends for store in self.live.values())
+
+    def _move(self, c: int, runs: list[Run]) -> Move:
+        page = self.tiers.page_tokens
+        ends = tuple(run.start + (i + 1) * page for run in runs for i in range(len(run.keys)))
+        keys = tuple(key for run in runs for key in run.keys)
+        return Move(self._name(c), joined([run.page_ids for run in runs]), page_keys=keys, page_ends=ends)
 
     def commit(self, store: int, outcome: Outcome) -> None:
         """Lets the pages go when every rank is quiet; those on the device when it is decided."""
@@ -182,20 +256,23 @@ class Stores:
             if outcome.done:
                 self.tiers.let_go_of_device(self.live[store].holds)
             return
-        holds, keys = self.live.pop(store)
+        holds, keys, run_ends = self.live.pop(store)
         self.tiers.let_go(holds)
         for component, page_keys in keys.items():
             good = outcome.pages.get(component, 0)
-            self.believe(component, page_keys[:good])
+            self.believe(component, page_keys[:good], run_ends)
             self.counters["stored_pages"] += good
             self.counters["failed_store_pages"] += len(page_keys) - good
         self.planner.note("stored", store)
 
-    def believe(self, component: str, page_keys: tuple[bytes, ...]) -> None:
+    def believe(
+        self, component: str, page_keys: tuple[bytes, ...], run_ends: frozenset[PageName] = frozenset()
+    ) -> None:
         """These need not be written again."""
         for key in page_keys:
-            self.believed[(component, key)] = None
-            self.believed.move_to_end((component, key))
+            name = (component, key)
+            self.believed[name] = self.believed.get(name, False) or name in run_ends
+            self.believed.move_to_end(name)
         while len(self.believed) > self.tiers.config.max_stored_beliefs:
             self.believed.popitem(last=False)
 
@@ -203,3 +280,19 @@ class Stores:
         """Storage has lost these: write them again when there is an occasion."""
         for key in page_keys:
             self.believed.pop((component, key), None)
+
+
+def joined(page_ids: list[PageIds]) -> PageIds:
+    """One array; the ids of an entry never change in place."""
+    return page_ids[0] if len(page_ids) == 1 else np.concatenate(page_ids)
+
+
+def consecutive(numbers: list[int]) -> list[range]:
+    """Numbers in order, as ranges of consecutive ones."""
+    found: list[range] = []
+    for number in numbers:
+        if found and number == found[-1].stop:
+            found[-1] = range(found[-1].start, number + 1)
+        else:
+            found.append(range(number, number + 1))
+    return found

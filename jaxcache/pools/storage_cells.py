@@ -85,6 +85,20 @@ class Cell:
             return row[self.start : self.start + self.num_bytes]
         return np.empty(self.num_bytes, np.uint8)
 
+    def values(self, rows: np.ndarray, page_ids: np.ndarray) -> np.ndarray:
+        """uint8[len(page_ids), num_bytes]: of several pages, copied. rows: uint8[num_pages, row_bytes]"""
+        if self.start is not None:
+            return rows[page_ids, self.start : self.start + self.num_bytes]
+        return np.stack([self.value(rows[page_id]) for page_id in page_ids])
+
+    def put_values(self, values: np.ndarray, rows: np.ndarray, page_ids: np.ndarray) -> None:
+        """Writes `values`, as above, to their places in the rows."""
+        if self.start is not None:
+            rows[page_ids, self.start : self.start + self.num_bytes] = values
+            return
+        for value, page_id in zip(values, page_ids, strict=True):
+            self.put_back(value, rows[page_id])
+
     def put_back(self, value: np.ndarray, row: np.ndarray) -> None:
         """Writes a value that was read into `room` to its places in the row."""
         if self.start is None:
@@ -99,6 +113,12 @@ def storage_cells(layout: PageLayout, coordinates: Coordinates) -> tuple[Cell, .
         for blocks in _cells_of(layout, rank):
             first.setdefault(_name(blocks), rank)
     return tuple(_cell(blocks, first[_name(blocks)] == coordinates) for blocks in _cells_of(layout, coordinates))
+
+
+def largest_cell_bytes(layout: PageLayout) -> int:
+    """Of all cells of all ranks: follows from the grid, not from the mesh."""
+    ranks = np.ndindex(layout.mesh.devices.shape)
+    return max(blocks[-1].byte_range.stop for rank in ranks for blocks in _cells_of(layout, rank))
 
 
 def _cells_of(layout: PageLayout, coordinates: Coordinates) -> Iterator[tuple[Block, ...]]:

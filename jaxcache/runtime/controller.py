@@ -53,6 +53,7 @@ class Controller:
         bad_input.check_applied(self.core)  # before the agreement is taken
         agreed = self._read()
         ended = self.core.commit({}) if agreed is None else self.core.commit(agreed.outcomes, agreed.clock_ms)
+        self.engine.serves(bool(self.core.leases))
         for id in ended:
             self.engine.forget(id)
         for id in self.core.unwanted_transfers():

@@ -13,6 +13,8 @@ their jobs take, and from then on the executor takes no job, although other thre
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import time
 import weakref
@@ -27,15 +29,18 @@ _Ready = SimpleQueue[Callable[[], None] | None]  # jobs whose dependencies are d
 
 
 class JobGraph:
-    """Runs jobs on `num_threads` threads, each after its dependencies. A graph that is dropped ends its threads."""
+    """Runs jobs on `num_threads` threads, each after its dependencies. A graph that is dropped ends its threads.
 
-    def __init__(self, num_threads: int, name: str):
+    niceness: how much lower than the process's the priority of the threads is, where the system has one for threads
+    """
+
+    def __init__(self, num_threads: int, name: str, niceness: int = 0):
         self._ready: _Ready = SimpleQueue()
         self._is_over = threading.Event()
         self._idle = threading.Condition()
         self._num_open = 0
         self._dismiss = weakref.finalize(self, _dismiss, self._ready, num_threads)
-        work = partial(_work, self._ready, self._is_over)  # holds no graph
+        work = partial(_work, self._ready, self._is_over, niceness)  # holds no graph
         self._threads = [threading.Thread(target=work, name=f"{name}-{i}", daemon=True) for i in range(num_threads)]
         for thread in self._threads:
             thread.start()
@@ -101,8 +106,11 @@ class JobGraph:
                 self._idle.notify_all()
 
 
-def _work(ready: _Ready, is_over: threading.Event) -> None:
+def _work(ready: _Ready, is_over: threading.Event, niceness: int) -> None:
     """A thread's outermost frame."""
+    if niceness and sys.platform == "linux":  # elsewhere it would be the whole process's
+        own = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, own, os.getpriority(os.PRIO_PROCESS, own) + niceness)
     while (run := ready.get()) is not None and not is_over.is_set():
         run()
         del run  # while it waits for the next, it keeps nothing of this one alive

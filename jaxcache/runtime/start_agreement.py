@@ -25,9 +25,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxcache import __version__
-from jaxcache.components.base import Component
+from jaxcache.components.base import Component, Reach
 from jaxcache.config import CacheConfig
 from jaxcache.pools.page_layout import PageLayout, check_axes, page_layouts
+from jaxcache.pools.storage_units import unit_pages
 from jaxcache.runtime.fleet import Fleet, State
 from jaxcache.runtime.lanes import CLOCK_MODULUS, DIGEST_LANES, NEUTRAL, are_equal, digest_lanes
 from jaxcache.runtime.process_end import reason
@@ -82,7 +83,8 @@ def agree_on_start(components: Sequence[Component], mesh: Mesh, config: CacheCon
         raise problem or _error("another process refuses its own settings", fleet, failures)
     agreed = iter(row[DIGEST_LANES:NUM_UNANIMOUS].tolist())
     smallest = {tier: {name: next(agreed) for name in names} for tier in CAPACITIES}
-    return Start(config if smallest == own else replace(config, **smallest), layouts, fleet)
+    config = config if smallest == own else replace(config, **smallest)
+    return Start(replace(config, storage_unit_pages=_units(config, components, layouts)), layouts, fleet)
 
 
 @contextmanager
@@ -130,6 +132,16 @@ def settings(
         if field.name not in CAPACITIES:
             said[f"config.{field.name}"] = repr(sorted(value.items()) if isinstance(value, Mapping) else value)
     return said | {"storage": type(storage).__name__}
+
+
+def _units(config: CacheConfig, components: Sequence[Component], layouts: Mapping[str, PageLayout]) -> dict[str, int]:
+    """Pages of a unit of storage, by component. States are not consecutive: each is a value of its own."""
+    units = {}
+    for component in components:
+        asked = None if config.storage_unit_pages is None else config.unit_pages(component.name)
+        is_state = component.reach is Reach.POINT
+        units[component.name] = 1 if is_state else asked or unit_pages(layouts[component.name])
+    return units
 
 
 def _pages(config: CacheConfig, names: Sequence[str], tier: str, at_least: int) -> dict[str, int]:

@@ -2,18 +2,45 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 from jaxcache.runtime.circuit_breaker import CircuitBreaker
 from jaxcache.runtime.job_graph import JobGraph
 from jaxcache.storage.base import Storage
 
 MAX_FAILURES = 3
 REST_S = 5.0
+STORE_NICENESS = 10
 
 
 class StorageConnection:
-    """jobs: the threads that call it. breaker: whether it may be asked now."""
+    """jobs: the threads that ask it. stores: those that write to it, so that a rest holds up no read; one is enough
+    where there are rests. breaker: whether it may be asked now."""
 
-    def __init__(self, storage: Storage, num_threads: int):
+    def __init__(self, storage: Storage, num_threads: int, has_rests: bool):
         self.storage = storage
         self.breaker = CircuitBreaker(MAX_FAILURES, REST_S)
         self.jobs = JobGraph(num_threads, "jaxcache-storage")
+        self.stores = JobGraph(1 if has_rests else num_threads, "jaxcache-store", STORE_NICENESS)
+
+    @property
+    def num_open(self) -> int:
+        """Calls that are waiting or under way."""
+        return self.jobs.num_open + self.stores.num_open
+
+    def drain(self, timeout_s: float | None = None) -> bool:
+        """Waits until there are none; False if that took longer."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        return all(
+            graph.drain(None if deadline is None else deadline - time.monotonic()) for graph in (self.jobs, self.stores)
+        )
+
+    def close(self) -> None:
+        """Waits for the calls that are under way."""
+        self.jobs.close()
+        self.stores.close()
+
+    def end(self) -> list[threading.Thread]:
+        """Begins no further call. Returns the threads, each of which ends with the call that it makes."""
+        return [*self.jobs.end(), *self.stores.end()]

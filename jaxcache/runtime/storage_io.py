@@ -11,25 +11,32 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 
+from jaxcache.core.stores import consecutive
 from jaxcache.pools.device_pool import chunks
 from jaxcache.pools.host_pool import HostPool
 from jaxcache.pools.storage_cells import Cell, storage_cells
+from jaxcache.pools.storage_units import cut
 from jaxcache.runtime.counters import Counters
 from jaxcache.runtime.host_page_order import HostPageOrder
 from jaxcache.runtime.job_graph import Job
 from jaxcache.runtime.storage_connection import StorageConnection
 from jaxcache.runtime.storage_operation import Status, StorageOperation
+from jaxcache.runtime.store_budget import StoreBudget
 from jaxcache.storage.base import ObjectKey, Storage
 from jaxcache.types import Move, Transfer, TransferKind
 
 BATCH_PAGES = 8  # of one STORE or FETCH job: small, so that several threads share a transfer and a cancel takes effect
 QUERY_PAGES = 256
+
+# move, pages of it -> which are done, and whether they are good, as they come
+Copy = Callable[[Move, slice], Iterator[tuple[slice, bool]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,40 +44,52 @@ class Share:
     """One local rank's share of a component's pages.
 
     rows:  uint8[num_pages, row_bytes]
-    cells: what of a row are values of their own
+    cells: what of a row is stored apart
     """
 
     rows: np.ndarray
     cells: tuple[Cell, ...]
 
 
-def local_shares(pool: HostPool) -> tuple[Share, ...]:
-    """One share per device of this process."""
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One component's share of this process, and its unit of storage."""
+
+    component: str
+    shares: tuple[Share, ...]
+    cell_names: tuple[str, ...]
+    unit: int
+
+
+def local_part(pool: HostPool, unit: int) -> Part:
+    """The share of this process's devices."""
     layout = pool.layout
-    return tuple(Share(pool.rows[device], storage_cells(layout, layout.coordinates(device))) for device in pool.devices)
+    shares = tuple(
+        Share(pool.rows[device], storage_cells(layout, layout.coordinates(device))) for device in pool.devices
+    )
+    names = dict.fromkeys(cell.name for share in shares for cell in share.cells)
+    return Part(layout.component, shares, tuple(names), unit)
 
 
 class _Pages:
-    """The pages of one STORE or FETCH job, one after the other.
+    """The pages of one STORE or FETCH job, value after value.
 
-    jobs: one per page, done when that page is no longer touched, so that a native call that hangs on one page holds up
+    jobs: one per page, done when that page is no longer touched, so that a native call that hangs on one value holds up
           nobody who needs another
     """
 
-    def __init__(self, page_io, operation: StorageOperation, move: Move, batch: slice, page_ids: np.ndarray):
-        self._page_io, self._operation, self._move, self._batch = page_io, operation, move, batch
-        self._page_ids = page_ids.tolist()
-        self.jobs = [Job() for _ in self._page_ids]
+    def __init__(self, copy: Copy, operation: StorageOperation, move: Move, batch: slice, page_ids: np.ndarray):
+        self._copy, self._operation, self._move, self._batch = copy, operation, move, batch
+        self.jobs = [Job() for _ in page_ids]
 
     def run(self) -> None:
         """Worker: until the pages or the operation end."""
-        for offset, (page_id, job) in enumerate(zip(self._page_ids, self.jobs, strict=True)):
+        for done, is_good in self._copy(self._move, self._batch):
+            self._operation.deliver(self._move.component, done, np.full(done.stop - done.start, is_good))
+            for job in self.jobs[done.start - self._batch.start : done.stop - self._batch.start]:
+                job.set_result(None)
             if not self._operation.keep_going():
                 return
-            index = self._batch.start + offset
-            good = self._page_io(self._move.component, self._move.page_keys[index], page_id)
-            self._operation.deliver(self._move.component, slice(index, index + 1), np.array([good]))
-            job.set_result(None)
 
     def job_ended(self, ended: Job) -> None:
         """Lets go of the pages that `run` did not come to. A job fails only with the copy that it waited for."""
@@ -92,18 +111,29 @@ class StorageIO:
         deadline_s: float,
         num_threads: int,
         counters: Counters,
+        page_tokens: int = 1,
+        units: Mapping[str, int] | None = None,
+        store_share: float = 1.0,
     ):
+        """
+        units:       pages that may share a value, by component; 1 where nothing is said
+        store_share: of one thread's time, that STOREs may take while requests run
+        """
+        self.budget = StoreBudget(store_share)
         self._num_threads = num_threads
         self._connections: list[StorageConnection] = []  # the present one, and old ones that a thread still calls
         self._connection: StorageConnection | None = None
         self.connect(storage)
-        self._shares = {name: local_shares(pool) for name, pool in host_pools.items()}
+        self._parts = {name: local_part(pool, (units or {}).get(name, 1)) for name, pool in host_pools.items()}
+        self._page_tokens = page_tokens
         self._orders, self._deadline_s, self._counters = orders, deadline_s, counters
         self._live: dict[int, StorageOperation] = {}
 
     def connect(self, storage: Storage | None) -> None:
         """From now on asks this storage; transfers under way stay with the one that they began with."""
-        self._connection = None if storage is None else StorageConnection(storage, self._num_threads)
+        self._connection = (
+            None if storage is None else StorageConnection(storage, self._num_threads, self.budget.share < 1)
+        )
         if self._connection is not None:
             self._connections = [*self._connections, self._connection]
         self.close_idle()
@@ -111,17 +141,17 @@ class StorageIO:
     @property
     def num_open(self) -> int:
         """Calls of storages that are waiting or under way."""
-        return sum(connection.jobs.num_open for connection in self._connections)
+        return sum(connection.num_open for connection in self._connections)
 
     def calls(self, storage: Storage) -> bool:
         """Whether a call of this one is waiting or under way."""
-        return any(c.jobs.num_open > 0 for c in self._connections if c.storage is storage)
+        return any(c.num_open > 0 for c in self._connections if c.storage is storage)
 
     def drain(self, timeout_s: float | None = None) -> bool:
         """Waits until there are none; False if that took longer."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         return all(
-            connection.jobs.drain(None if deadline is None else deadline - time.monotonic())
+            connection.drain(None if deadline is None else deadline - time.monotonic())
             for connection in self._connections
         )
 
@@ -129,7 +159,8 @@ class StorageIO:
         """Submits a transfer; without a storage, or with the breaker open, it is done at once, with nothing."""
         assert transfer.id not in self._live, f"{transfer.id=} is live already"
         connection = self._connection
-        operation = self._live[transfer.id] = StorageOperation(transfer, connection, self._deadline_s)
+        clock = self.budget.clock if transfer.kind is TransferKind.STORE else time.monotonic
+        operation = self._live[transfer.id] = StorageOperation(transfer, connection, self._deadline_s, clock)
         if connection is None or connection.breaker.is_open():
             operation.stop()
             self._counters.add(storage_not_asked=1)
@@ -164,12 +195,12 @@ class StorageIO:
         """Stops all operations; waits for the calls that are under way."""
         self._stop()
         for connection in self._connections:
-            connection.jobs.close()
+            connection.close()
 
     def end(self) -> list[threading.Thread]:
         """Stops all operations; returns the threads, each of which ends with the call that it makes."""
         self._stop()
-        return [thread for connection in self._connections for thread in connection.jobs.end()]
+        return [thread for connection in self._connections for thread in connection.end()]
 
     def _stop(self) -> None:
         for operation in self._live.values():
@@ -179,10 +210,10 @@ class StorageIO:
         """Ends the threads of old storages that none of them calls any more."""
         kept = []
         for connection in self._connections:
-            if connection is self._connection or connection.jobs.num_open:
+            if connection is self._connection or connection.num_open:
                 kept.append(connection)
             else:
-                connection.jobs.close()
+                connection.close()
         self._connections = kept
 
     def _failed(self, connection: StorageConnection | None, **counts: int) -> None:
@@ -192,9 +223,9 @@ class StorageIO:
 
     def _start_store(self, connection: StorageConnection, operation: StorageOperation, move: Move) -> None:
         order = self._orders[move.component]
-        for batch in chunks(len(move.page_keys), BATCH_PAGES):
+        for batch in self._batches(move, BATCH_PAGES):
             page_ids = move.src_page_ids[batch]
-            pages = _Pages(partial(self._store_page, connection.storage), operation, move, batch, page_ids)
+            pages = _Pages(partial(self._store, connection.storage, operation), operation, move, batch, page_ids)
             after = order.before_read(page_ids)
             for page_id, job in zip(page_ids, pages.jobs, strict=True):
                 order.add_reader(page_id[None], job)
@@ -202,23 +233,41 @@ class StorageIO:
 
     def _start_fetch(self, connection: StorageConnection, operation: StorageOperation, move: Move) -> None:
         order = self._orders[move.component]
-        for batch in chunks(len(move.page_keys), BATCH_PAGES):
+        for batch in self._batches(move, BATCH_PAGES):
             page_ids = move.dst_page_ids[batch]
-            pages = _Pages(partial(self._fetch_page, connection.storage), operation, move, batch, page_ids)
+            pages = _Pages(partial(self._fetch, connection.storage), operation, move, batch, page_ids)
             after = order.before_write(page_ids)
             for page_id, job in zip(page_ids, pages.jobs, strict=True):
                 order.add_writer(page_id[None], job)
             self._submit(connection, operation, pages.run, after).add_done_callback(pages.job_ended)
 
     def _start_query(self, connection: StorageConnection, operation: StorageOperation, move: Move) -> None:
-        for batch in chunks(len(move.page_keys), QUERY_PAGES):
+        for batch in self._batches(move, QUERY_PAGES):
             self._submit(connection, operation, partial(self._query, connection.storage, operation, move, batch), ())
+
+    def _numbers(self, move: Move, batch: slice) -> list[int]:
+        """Where these pages stand in their prompt, counted from 0; of no interest where none share a value."""
+        if self._parts[move.component].unit == 1:
+            return list(range(len(move.page_keys)))[batch]
+        return [end // self._page_tokens - 1 for end in move.page_ends[batch]]
+
+    def _batches(self, move: Move, num_pages: int) -> list[slice]:
+        """In pieces of at most so many pages, or a unit of storage, cut where no value may go across."""
+        unit = self._parts[move.component].unit
+        size = max(num_pages, unit)
+        if unit == 1:
+            return list(chunks(len(move.page_keys), size))
+        numbers = self._numbers(move, slice(None))
+        cuts = [i for i in range(1, len(numbers)) if numbers[i] // size != numbers[i - 1] // size]
+        return [slice(start, stop) for start, stop in pairwise([0, *cuts, len(numbers)])]
 
     def _submit(
         self, connection: StorageConnection, operation: StorageOperation, work: Callable[[], None], after: Sequence[Job]
     ) -> Job:
         operation.add_job()
-        job = connection.jobs.submit(partial(self._guarded, connection, operation, work), after)
+        is_store = operation.transfer.kind is TransferKind.STORE
+        graph = connection.stores if is_store else connection.jobs
+        job = graph.submit(partial(self._guarded, connection, operation, work), after)
         job.add_done_callback(operation.job_ended)
         return job
 
@@ -236,24 +285,63 @@ class StorageIO:
             if operation.keep_going():
                 connection.breaker.succeeded()
 
-    def _store_page(self, storage: Storage, component: str, page_key: bytes, page_id: int) -> bool:
+    def _store(
+        self, storage: Storage, operation: StorageOperation, move: Move, batch: slice
+    ) -> Iterator[tuple[slice, bool]]:
+        """Yields which pages are done and whether they are stored, value after value."""
+        part = self._parts[move.component]
+        at = batch.start
+        for run in consecutive(self._numbers(move, batch)):
+            for pages in cut(run, part.unit):
+                done = slice(at, at + len(pages))
+                self.budget.rest(operation.keep_going)
+                if not operation.keep_going():
+                    return
+                with self.budget.work():
+                    good = self._store_value(storage, part, move.page_keys[done.stop - 1], move.src_page_ids[done])
+                yield done, good
+                at = done.stop
+
+    def _store_value(self, storage: Storage, part: Part, key: bytes, page_ids: np.ndarray) -> bool:
+        """One value of each cell that this process writes; `key` is that of the last page."""
         good = True
-        for share in self._shares[component]:
+        for share in part.shares:
             for cell in share.cells:
                 if cell.is_writer:
-                    value = cell.value(share.rows[page_id])
-                    good &= _answer(storage.put(ObjectKey(page_key, component, cell.name), memoryview(value)))
+                    is_one = len(page_ids) == 1
+                    value = cell.value(share.rows[page_ids[0]]) if is_one else cell.values(share.rows, page_ids)
+                    name = _object_key(key, part.component, cell.name, len(page_ids))
+                    good &= _answer(storage.put(name, memoryview(value.reshape(-1))))
                     self._counters.add(store_bytes=value.nbytes)
-        self._counters.add(store_pages=1, store_misses=not good)
+        self._counters.add(store_pages=len(page_ids), store_misses=0 if good else len(page_ids))
         return good
 
-    def _fetch_page(self, storage: Storage, component: str, page_key: bytes, page_id: int) -> bool:
+    def _fetch(self, storage: Storage, move: Move, batch: slice) -> Iterator[tuple[slice, bool]]:
+        """Yields which pages are done and whether they have come, value after value."""
+        part = self._parts[move.component]
+        page_ids = move.dst_page_ids
+        if part.unit == 1:
+            for i in range(batch.start, batch.stop):
+                yield slice(i, i + 1), self._fetch_page(storage, part, move.page_keys[i], page_ids[i])
+            return
+        numbers = self._numbers(move, batch)
+        first = self._numbers(move, slice(0, 1))[0]
+        keys = dict(enumerate([*move.page_keys, *move.later_keys], first))
+        for pages in sorted(_found(storage, part, keys, numbers), key=lambda pages: pages.start):
+            wanted = range(max(pages.start, numbers[0]), min(pages.stop, numbers[-1] + 1))
+            done = slice(wanted.start - first, wanted.stop - first)
+            if len(pages) == 1:
+                yield done, self._fetch_page(storage, part, keys[pages[0]], page_ids[done.start])
+            else:
+                yield done, self._fetch_value(storage, part, keys[pages[-1]], pages, wanted, page_ids[done])
+
+    def _fetch_page(self, storage: Storage, part: Part, key: bytes, page_id: int) -> bool:
         """Good only if every cell of every local share is; the first bad one decides."""
-        for share in self._shares[component]:
+        for share in part.shares:
             row = share.rows[page_id]
             for cell in share.cells:
                 value = cell.room(row)
-                if not _answer(storage.get(ObjectKey(page_key, component, cell.name), memoryview(value))):
+                if not _answer(storage.get(_object_key(key, part.component, cell.name, 1), memoryview(value))):
                     self._counters.add(fetch_misses=1)
                     return False
                 cell.put_back(value, row)
@@ -261,14 +349,56 @@ class StorageIO:
         self._counters.add(fetch_pages=1)
         return True
 
+    def _fetch_value(
+        self, storage: Storage, part: Part, key: bytes, pages: range, wanted: range, page_ids: np.ndarray
+    ) -> bool:
+        """The same for a value that holds `pages`, of which `wanted` are for `page_ids`."""
+        mine = slice(wanted.start - pages.start, wanted.stop - pages.start)
+        for share in part.shares:
+            for cell in share.cells:
+                values = np.empty((len(pages), cell.num_bytes), np.uint8)
+                if not _answer(
+                    storage.get(_object_key(key, part.component, cell.name, len(pages)), memoryview(values))
+                ):
+                    self._counters.add(fetch_misses=len(page_ids))
+                    return False
+                cell.put_values(values[mine], share.rows, page_ids)
+                self._counters.add(fetch_bytes=values.nbytes)
+        self._counters.add(fetch_pages=len(page_ids))
+        return True
+
     def _query(self, storage: Storage, operation: StorageOperation, move: Move, batch: slice) -> None:
-        names = list(dict.fromkeys(cell.name for share in self._shares[move.component] for cell in share.cells))
-        page_keys = move.page_keys[batch]
-        keys = [ObjectKey(key, move.component, name) for key in page_keys for name in names]
-        answers = [_answer(answer) for answer in storage.exists(keys)]
-        found = np.array(answers).reshape(len(page_keys), len(names)).all(axis=1)
-        operation.deliver(move.component, batch, found)
-        self._counters.add(query_pages=len(found), query_misses=int((~found).sum()))
+        part = self._parts[move.component]
+        numbers = self._numbers(move, batch)
+        found = _found(storage, part, dict(zip(numbers, move.page_keys[batch], strict=True)), numbers)
+        there = {page for pages in found for page in pages}
+        good = np.array([number in there for number in numbers])
+        operation.deliver(move.component, batch, good)
+        self._counters.add(query_pages=len(good), query_misses=int((~good).sum()))
+
+
+def _object_key(key: bytes, component: str, cell_name: str, num_pages: int) -> ObjectKey:
+    return ObjectKey(key, component, cell_name if num_pages == 1 else f"{num_pages} x {cell_name}")
+
+
+def _found(storage: Storage, part: Part, keys: Mapping[int, bytes], wanted: Sequence[int]) -> list[range]:
+    """The values, by their pages, that are probably there and hold pages that are wanted, largest first.
+
+    keys: page -> key, of all pages with which such a value may end
+    """
+    left, found = set(wanted), []
+    size = part.unit
+    while size and left:
+        starts = sorted({page // size * size for page in left})
+        spans = [range(start, start + size) for start in starts if start + size - 1 in keys]
+        for cell_name in part.cell_names:  # mostly the first says no to all
+            names = [_object_key(keys[pages[-1]], part.component, cell_name, size) for pages in spans]
+            answers = storage.exists(names) if names else []
+            spans = [pages for pages, answer in zip(spans, answers, strict=True) if _answer(answer)]
+        found += spans
+        left.difference_update(page for pages in spans for page in pages)
+        size //= 2
+    return found
 
 
 def _answer(value: object) -> bool:

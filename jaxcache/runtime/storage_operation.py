@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -42,13 +42,21 @@ class StorageOperation:
     """Results of one transfer, filled by workers and read by the serving thread.
 
     connection: the storage that it began with, and stays with
+    clock:      monotonic seconds that its deadline goes by
     """
 
-    def __init__(self, transfer: Transfer, connection: StorageConnection | None, deadline_s: float):
+    def __init__(
+        self,
+        transfer: Transfer,
+        connection: StorageConnection | None,
+        deadline_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ):
         self.transfer = transfer
         self.connection = connection
         self._good = {move.component: np.zeros(len(move.page_keys), bool) for move in transfer.moves}
-        self._deadline = time.monotonic() + deadline_s
+        self._clock = clock
+        self._deadline = clock() + deadline_s
         self._lock = threading.Lock()
         self._num_open = 0
         self._stopped = False
@@ -72,7 +80,7 @@ class StorageOperation:
     def expire(self) -> bool:
         """Stops it if its deadline has passed while it was running; True if so."""
         with self._lock:
-            if self._is_done() or time.monotonic() < self._deadline:
+            if self._is_done() or self._clock() < self._deadline:
                 return False
             self._stop()
             return True

@@ -53,6 +53,9 @@ class _LoadBack:
     job: Job | None = None
 
 
+SHARE_OF_CORES = 0.03  # of one
+
+
 class TransferEngine:
     """All transfers of one process. Every method is called on the serving thread."""
 
@@ -67,7 +70,15 @@ class TransferEngine:
         num_threads: int,
         max_bucket: int = DEFAULT_MAX_BUCKET,
         page_kernels: str = "auto",
+        page_tokens: int = 1,
+        storage_units: Mapping[str, int] | None = None,
+        store_share: float | None = None,
     ):
+        """
+        storage_units: pages that may share a value of storage, by component; 1 where nothing is said
+        store_share:   of one thread's time, that STOREs may take while requests run. None: SHARE_OF_CORES where the
+                       devices are the host's own cores, else all of it
+        """
         self.mover = PageMover(layouts, mesh, num_pages, max_bucket, page_kernels)
         self.host_pools = {name: HostPool(layout, host_pages[name], mesh) for name, layout in layouts.items()}
         self.fault: BaseException | None = None
@@ -76,7 +87,17 @@ class TransferEngine:
         self._needs_staging = any(copies.needs_staging for copies in self._shard_copies.values())
         self._orders = {name: HostPageOrder[Job]() for name in layouts}
         self._copies = JobGraph(num_threads, "jaxcache-copy")
-        self._storage_io = StorageIO(self.host_pools, self._orders, storage, deadline_s, num_threads, self._counters)
+        self._storage_io = StorageIO(
+            self.host_pools,
+            self._orders,
+            storage,
+            deadline_s,
+            num_threads,
+            self._counters,
+            page_tokens,
+            storage_units,
+            store_share or (SHARE_OF_CORES if local_devices(mesh)[0].platform == "cpu" else 1.0),
+        )
         self._load_backs: list[_LoadBack] = []
         self._close_at_exit = partial(_close, weakref.ref(self))
         atexit.register(self._close_at_exit)  # runs before jax ends its backends, which copies use
@@ -105,6 +126,10 @@ class TransferEngine:
             else:
                 self._storage_io.start(transfer)
         return pools
+
+    def serves(self, is_serving: bool) -> None:
+        """Whether requests run: only then what is stored is bounded."""
+        self._storage_io.budget.is_serving = is_serving
 
     def poll(self) -> dict[int, Status]:
         """The state of every live STORE, QUERY and FETCH, by transfer id."""

@@ -274,5 +274,6 @@ def make_config(rng: random.Random, kinds: Sequence[str], page_tokens: int) -> C
         "max_live_transfers": rng.choice([5, 8, 16]),
         "agreement_every_steps": rng.choice([1, 8]),
         "max_states_per_path": rng.choice([2, 4]),
+        "storage_unit_pages": rng.choice([1, 1, 4, 16]),
     }
     return CacheConfig(**choices)

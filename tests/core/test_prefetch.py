@@ -121,6 +121,24 @@ def test_a_missing_window_is_asked_for_although_the_pages_are_there():
     assert server.match(prompt(24)).num_tokens == 24
 
 
+def test_a_fetch_names_all_values_that_may_hold_its_pages():
+    """An end that is agreed on may lie inside a unit of storage, and inside a value that goes on after it."""
+    server = server_with_storage(FULL, state(4), storage_unit_pages={"full": 8})
+    server.store(prompt(60))
+    for end in range(24, 61, 4):
+        forget(server, "state", prompt(end))
+    ticket = server.prefetch(prompt(60))
+    server.step()
+    server.step()
+    fetch = server.plane.io.live[ticket.prefetch.id].transfer
+    assert fetch.kind is TransferKind.FETCH
+    full, of_state = fetch.moves
+    keys = server.sequence(prompt(60)).page_keys(15)
+    assert (list(full.page_keys), list(full.later_keys)) == (keys[:5], keys[5:8])
+    assert full.page_ends == (4, 8, 12, 16, 20)
+    assert (of_state.page_ends, of_state.later_keys) == ((20,), ())
+
+
 # ---- agreement
 
 

@@ -26,6 +26,7 @@ from jaxcache.types import RanksDiverged, RankUnresponsive, TransferFault
 KV = jaxcache.FieldSpec("kv", (2, 2, 4, 1, 8), "float32", ("layers", None, "slots", "heads", None))
 COMPONENT = jaxcache.FullAttention("full", (KV,))
 CONFIG = jaxcache.CacheConfig(page_tokens=4, device_pages=64, host_pages={"full": 8}, agreement_timeout_s=0.5)
+WITH_UNITS = replace(CONFIG, storage_unit_pages={"full": 64})  # of 2 KiB
 DECISIONS = [(3, "admit", 4, 32, 9, 8, 1), (3, "release", 4, 0, 0, 0, 0)]
 STATE = State(3, 0xABC, "last agreed in step 2 on transfers [7]", 2, DECISIONS, {"nodes": 5, "leases": 0})
 
@@ -156,7 +157,7 @@ def other_rank(monkeypatch, change) -> None:
 
 
 def test_one_process_keeps_its_config(make_mesh):
-    assert agree_on_start([COMPONENT], make_mesh(), CONFIG, None).config == CONFIG
+    assert agree_on_start([COMPONENT], make_mesh(), CONFIG, None).config == WITH_UNITS
 
 
 def test_the_smallest_capacities_are_used_before_anything_is_allocated(make_mesh, monkeypatch):
@@ -165,7 +166,7 @@ def test_the_smallest_capacities_are_used_before_anything_is_allocated(make_mesh
 
     other_rank(monkeypatch, change)
     with jaxcache.Cache([COMPONENT], make_mesh(), CONFIG) as cache:
-        assert cache.config == replace(CONFIG, device_pages={"full": 48})
+        assert cache.config == replace(WITH_UNITS, device_pages={"full": 48})
         assert cache.init_pools()["full"]["kv"].shape[0] == cache.device_pages["full"] == 48
 
 
@@ -174,7 +175,7 @@ def test_larger_capacities_of_others_change_nothing(make_mesh, monkeypatch):
         row[DIGEST_LANES : DIGEST_LANES + 2] += 1
 
     other_rank(monkeypatch, change)
-    assert agree_on_start([COMPONENT], make_mesh(), CONFIG, None).config == CONFIG
+    assert agree_on_start([COMPONENT], make_mesh(), CONFIG, None).config == WITH_UNITS
 
 
 def test_other_settings_are_refused_before_anything_is_allocated(make_mesh, monkeypatch):

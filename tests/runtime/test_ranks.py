@@ -244,9 +244,9 @@ def test_r6_one_mesh_reaches_every_part(make_mesh):
         layout, pool = cache.layouts["full"], cache.engine.host_pools["full"]
         assert layout.mesh is mesh and pool.layout is layout and set(pool.devices) == set(mesh.devices.flat)
         cells = {cell.name for at in np.ndindex(mesh.devices.shape) for cell in storage_cells(layout, at)}
-        assert {c.name for share in cache.engine._storage_io._shares["full"] for c in share.cells} == cells and len(
-            cells
-        ) == 8
+        assert {
+            c.name for share in cache.engine._storage_io._parts["full"].shares for c in share.cells
+        } == cells and len(cells) == 8
 
 
 def test_r6_the_order_of_the_axes_does_not_matter(make_mesh, rng):

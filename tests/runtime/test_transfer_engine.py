@@ -368,7 +368,7 @@ def test_a_page_counts_only_up_to_the_first_gap_and_on_all_ranks(make_rig, stora
     store = rig.store([0, 1, 2], keys(1, 2, 3))
     rig.apply(store)
     rig.wait(store)
-    cell = rig.engine._storage_io._shares["full"][1].cells[0].name
+    cell = rig.engine._storage_io._parts["full"].shares[1].cells[0].name
     key = storage.object_name(transfer_key(2, cell))
     del storage.values[key]
     query, fetch = rig.query(keys(1, 2, 3)), rig.fetch([4, 5, 6], keys(1, 2, 3))

@@ -1,0 +1,153 @@
+"""Several pages to a value of storage: few values, and hits that end where a prompt ended or prompts parted."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import jaxcache
+from jaxcache.core.stores import Stores
+from jaxcache.storage.base import ObjectKey
+from tests.models.serving import PAGE_TOKENS, Driver, Rig, check_equal, random_tokens, reference, rig_on
+
+UNIT = 8
+PROMPT = random_tokens(1, 20 * PAGE_TOKENS)
+WHOLE = 1000
+
+
+class Values(jaxcache.MemoryStorage):
+    """num_pages: of every value that was put"""
+
+    def __init__(self):
+        super().__init__()
+        self.num_pages: list[int] = []
+
+    def put(self, key: ObjectKey, buffer: memoryview) -> bool:
+        count, is_several, _ = key.cell.partition(" x ")
+        self.num_pages.append(int(count) if is_several else 1)
+        return super().put(key, buffer)
+
+
+def prompt(num_shared_pages: int, seed: int, num_pages: int = 20) -> np.ndarray:
+    own = random_tokens(seed, (num_pages - num_shared_pages) * PAGE_TOKENS)
+    return np.concatenate([PROMPT[: num_shared_pages * PAGE_TOKENS], own])
+
+
+def served(rig: Rig, storage: jaxcache.Storage, *prompts: np.ndarray, **changes) -> None:
+    """Serves the prompts without asking storage, one after the other, and stores what they leave."""
+    with rig.cache(storage, **{"storage_unit_pages": UNIT, **changes}) as cache:
+        driver = Driver(rig, cache)
+        for tokens in prompts:
+            driver.finish(driver.admit(driver.sequence(tokens)), num_decode=1)
+            driver.pools = cache.drain(driver.pools)
+
+
+def found(rig: Rig, storage: jaxcache.Storage, tokens: np.ndarray, **changes) -> int:
+    """Pages of a prompt that a new cache finds in storage, its answer checked."""
+    with rig.cache(storage, **{"storage_unit_pages": UNIT, **changes}) as cache:
+        answer = Driver(rig, cache).ask_storage(np.append(tokens, 1).astype(np.int32))
+    check_equal(answer, reference(rig.mesh, tuple(np.append(tokens, 1).tolist())))
+    assert answer.hits[:2] == (0, 0)
+    return answer.hits[2] // PAGE_TOKENS
+
+
+@pytest.fixture(params=[(1, 1, 1), (2, 2, 2)], ids=str)
+def rig(make_mesh, request) -> Rig:
+    return rig_on(make_mesh(*request.param))
+
+
+def test_values_hold_units_and_a_restart_finds_all(rig):
+    storage = Values()
+    served(rig, storage, PROMPT)
+    num_ranks = rig.mesh.size
+    assert sorted(storage.num_pages) == [*[4] * num_ranks, *[8] * 2 * num_ranks]
+    assert found(rig, storage, PROMPT) == 20
+
+
+def test_a_hit_ends_inside_a_unit_where_a_prompt_ended(rig):
+    storage = Values()
+    served(rig, storage, PROMPT[: 11 * PAGE_TOKENS])
+    assert found(rig, storage, PROMPT) == 11
+
+
+def test_what_follows_a_stored_prompt_is_stored_from_there(rig):
+    """No page is written twice."""
+    storage = Values()
+    served(rig, storage, PROMPT[: 11 * PAGE_TOKENS], PROMPT)
+    assert sum(storage.num_pages) == 20 * rig.mesh.size
+    assert found(rig, storage, PROMPT) == 20
+
+
+def test_a_prompt_that_parts_inside_a_value_finds_what_ends_before(rig):
+    storage = Values()
+    served(rig, storage, PROMPT)  # values of pages 0-7, 8-15, 16-19
+    assert found(rig, storage, prompt(13, seed=2)) == 8
+    assert found(rig, storage, prompt(16, seed=2)) == 16
+
+
+def test_a_shared_beginning_is_found_once_it_was_shared(rig):
+    storage = Values()
+    one, other, third = prompt(13, seed=2), prompt(13, seed=3), prompt(13, seed=4)
+    served(rig, storage, PROMPT, one)
+    assert [found(rig, storage, tokens) for tokens in (PROMPT, one, other, third)] == [20, 20, 13, 13]
+
+
+def test_the_next_one_that_shares_it_writes_only_its_own(rig):
+    storage = Values()
+    served(rig, storage, PROMPT, prompt(13, seed=2), prompt(13, seed=3))
+    own, shared_again = 20 + 7 + 7, 13 - 8
+    assert sum(storage.num_pages) == (own + shared_again) * rig.mesh.size
+    assert found(rig, storage, prompt(13, seed=3)) == 20
+
+
+def test_mutation_without_what_is_above_a_branch_cannot_be_found(rig, monkeypatch):
+    monkeypatch.setattr(Stores, "_above", lambda *args: [])
+    storage = Values()
+    served(rig, storage, PROMPT, prompt(13, seed=2))
+    assert found(rig, storage, prompt(13, seed=2)) == 8
+
+
+@pytest.mark.parametrize(("writer", "reader"), [(8, 16), (16, 8), (1, 8), (4, 64)])
+def test_another_unit_finds_what_both_could_have_written(make_mesh, writer, reader):
+    """Smaller values are of use to larger units; larger ones are not looked for."""
+    rig = rig_on(make_mesh())
+    storage = Values()
+    served(rig, storage, PROMPT, storage_unit_pages=writer)
+    expected = 20 if writer <= reader else 0
+    assert found(rig, storage, PROMPT, storage_unit_pages=reader) == expected
+
+
+def test_a_damaged_value_is_a_miss_of_its_pages(make_mesh):
+    rig = rig_on(make_mesh())
+
+    class Damaged(Values):
+        def get(self, key, buffer):
+            return not key.cell.startswith("4 x") and super().get(key, buffer)
+
+    storage = Damaged()
+    served(rig, storage, PROMPT)
+    assert found(rig, storage, PROMPT) == 16
+
+
+def test_a_hit_that_begins_inside_a_value_reads_only_the_rest(make_mesh):
+    """The tree holds the first pages of a value already."""
+    rig = rig_on(make_mesh())
+    storage = Values()
+    served(rig, storage, PROMPT)
+    with rig.cache(storage, storage_unit_pages=UNIT, write_policy=jaxcache.WritePolicy.NONE) as cache:
+        driver = Driver(rig, cache)
+        driver.finish(driver.admit(driver.sequence(PROMPT[: 5 * PAGE_TOKENS])), num_decode=1)
+        answer = driver.ask_storage(np.append(PROMPT, 1).astype(np.int32))
+    check_equal(answer, reference(rig.mesh, tuple(np.append(PROMPT, 1).tolist())))
+    assert answer.hits == (5 * PAGE_TOKENS, 0, 15 * PAGE_TOKENS)
+
+
+def test_units_follow_from_the_pages(make_mesh):
+    with rig_on(make_mesh()).cache(storage_unit_pages=None) as cache:
+        assert cache.config.storage_unit_pages == {"full": 64}
+
+
+@pytest.mark.parametrize("wrong", [0, 3, -4, True, 2.0, "8", {"full": 6}])
+def test_a_unit_that_cannot_be_is_refused(wrong):
+    with pytest.raises(ValueError, match="storage_unit_pages must be powers of two"):
+        jaxcache.CacheConfig(page_tokens=4, device_pages=8, storage_unit_pages=wrong)

@@ -1,0 +1,66 @@
+"""What storing may cost while requests run."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from jaxcache.runtime.store_budget import SLICE_S, StoreBudget
+
+
+def spin(seconds: float) -> None:
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        pass
+
+
+def test_work_is_made_up_for_by_rest():
+    budget = StoreBudget(0.2)
+    budget.is_serving = True
+    with budget.work():
+        spin(0.02)
+    start, clock = time.monotonic(), budget.clock()
+    budget.rest(lambda: True)
+    assert time.monotonic() - start >= 0.07  # 4 x 0.02, less the thread's clock ticks
+    assert budget.clock() - clock < 0.07, "deadlines must not run meanwhile"
+
+
+@pytest.mark.parametrize("share", [0.001, 1.0])
+def test_nothing_rests_while_no_request_runs(share):
+    budget = StoreBudget(share)
+    with budget.work():
+        spin(0.02)
+    clock = budget.clock()
+    budget.rest(lambda: True)
+    assert budget.clock() - clock < SLICE_S
+
+
+def test_without_a_limit_nothing_rests():
+    budget = StoreBudget(1.0)
+    budget.is_serving = True
+    with budget.work():
+        spin(0.02)
+    start = time.monotonic()
+    budget.rest(lambda: True)
+    assert time.monotonic() - start < SLICE_S
+
+
+@pytest.mark.parametrize("end", ["the last request", "a cancel"])
+def test_a_rest_ends_with(end):
+    budget = StoreBudget(0.0001)
+    budget.is_serving = True
+    with budget.work():
+        spin(0.02)  # 200 s of rest
+    is_wanted = True
+    worker = threading.Thread(target=budget.rest, args=(lambda: is_wanted,), daemon=True)
+    worker.start()
+    worker.join(2 * SLICE_S)
+    assert worker.is_alive()
+    if end == "a cancel":
+        is_wanted = False
+    else:
+        budget.is_serving = False
+    worker.join(10)
+    assert not worker.is_alive()

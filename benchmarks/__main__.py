@@ -1,6 +1,7 @@
 """Runs the benchmarks of every host: python -m benchmarks [--json FILE]. Exit code 1 if a figure misses its goal.
 
-Others by name: python -m benchmarks overhead | gpu [options]; --help lists them.
+Others by name: python -m benchmarks overhead | gpu [options]; --help lists them. `python -m benchmarks results` makes
+the page about what was measured on GPUs.
 
 First the core's and the agreement's (python -m jaxcache bench core, bench agreement), then host copies; each in a
 process of its own, untouched by the memory and threads of the one before.
@@ -21,6 +22,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+OTHERS = {"overhead": "overhead", "gpu": "gpu", "results": "results_page"}
 GOALS = {"host_copies_ratio": (2.0, "backup + load-back / memcpy of the same bytes, 64 KiB a page and rank")}
 
 
@@ -47,8 +49,8 @@ def host_copies(console: Console) -> tuple[dict[str, float], bool]:
 
 
 def main(argv: list[str]) -> int:
-    if argv[:1] in (["overhead"], ["gpu"]):
-        return importlib.import_module(f"benchmarks.{argv[0]}").main(argv[1:])
+    if argv[:1] and argv[0] in OTHERS:
+        return importlib.import_module(f"benchmarks.{OTHERS[argv[0]]}").main(argv[1:])
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--json", metavar="FILE", help="write the figures there; - is standard output")
     args = parser.parse_args(argv)

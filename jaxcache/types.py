@@ -74,7 +74,7 @@ class Move(NamedTuple):
     page_keys:    n chained keys (STORE, FETCH, QUERY), else empty
     page_ends:    n positions in tokens: where each page (or the state) ends (STORE, FETCH, QUERY), else empty;
                   consecutive pages may share values of storage
-    later_keys:   keys of the pages after the last that a value which holds some of these may hold, too (FETCH)
+    later_keys:   keys of the pages after the last that a value which holds some of these may hold, too (QUERY, FETCH)
     """
 
     component: str

@@ -147,8 +147,16 @@ class Prefetches:
                 low = prefetch.start if c == tiers.full else tiers.required_start(c, first_end)
                 ends = list(range(low + page, prefetch.end + 1, page))
             page_keys = tuple(keys[end // page - 1] for end in ends)
-            moves.append(Move(tiers.components[c].name, page_keys=page_keys, page_ends=tuple(ends)))
+            later = self._later_keys(prefetch, c, prefetch.end)
+            moves.append(Move(tiers.components[c].name, page_keys=page_keys, page_ends=tuple(ends), later_keys=later))
         return tuple(moves)
+
+    def _later_keys(self, prefetch: Prefetch, c: int, end: int) -> tuple[bytes, ...]:
+        """Of the whole pages of the prompt after `end`, as far as a value of storage goes that holds what is before."""
+        first, unit = end // self.tiers.page_tokens, self.stores.units[c]
+        sequence = prefetch.sequence
+        num_whole = len(sequence.data) // sequence.page_bytes
+        return tuple(sequence.page_keys(min(-(-first // unit) * unit, num_whole))[first:])
 
     def largest_end(self, prefetch: Prefetch, exists: Mapping[str, Any]) -> int:
         """The largest end <= bound that one rank's storage can serve, or 0. exists: component -> bools."""
@@ -228,15 +236,13 @@ class Prefetches:
         tiers = self.tiers
         page = tiers.page_tokens
         end = prefetch.agreed_end
-        keys = prefetch.sequence.page_keys(prefetch.end // page)
+        keys = prefetch.sequence.page_keys(end // page)
         moves = []
         for c in tiers.top_first:
-            unit = self.stores.units[c]
             count = self._num_pages(c, prefetch.start, end)
             tiers.host[c].allocator.free(prefetch.pages[c][count:])
             prefetch.pages[c] = prefetch.pages[c][:count]
-            last = end // page
-            mine, later = tuple(keys[last - count : last]), tuple(keys[last : -(-last // unit) * unit])
+            mine, later = tuple(keys[end // page - count :]), self._later_keys(prefetch, c, end)
             ends = tuple(range(end - (count - 1) * page, end + 1, page))
             name = tiers.components[c].name
             moves.append(Move(name, dst_page_ids=prefetch.pages[c], page_keys=mine, page_ends=ends, later_keys=later))

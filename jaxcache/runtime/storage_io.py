@@ -370,7 +370,10 @@ class StorageIO:
     def _query(self, storage: Storage, operation: StorageOperation, move: Move, batch: slice) -> None:
         part = self._parts[move.component]
         numbers = self._numbers(move, batch)
-        found = _found(storage, part, dict(zip(numbers, move.page_keys[batch], strict=True)), numbers)
+        keys = dict(zip(numbers, move.page_keys[batch], strict=True))
+        if batch.stop == len(move.page_keys):
+            keys |= dict(enumerate(move.later_keys, numbers[-1] + 1))
+        found = _found(storage, part, keys, numbers)
         there = {page for pages in found for page in pages}
         good = np.array([number in there for number in numbers])
         operation.deliver(move.component, batch, good)

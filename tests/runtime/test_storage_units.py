@@ -12,7 +12,6 @@ from tests.models.serving import PAGE_TOKENS, Driver, Rig, check_equal, random_t
 
 UNIT = 8
 PROMPT = random_tokens(1, 20 * PAGE_TOKENS)
-WHOLE = 1000
 
 
 class Values(jaxcache.MemoryStorage):
@@ -68,6 +67,14 @@ def test_a_hit_ends_inside_a_unit_where_a_prompt_ended(rig):
     storage = Values()
     served(rig, storage, PROMPT[: 11 * PAGE_TOKENS])
     assert found(rig, storage, PROMPT) == 11
+
+
+def test_a_prompt_of_whole_pages_finds_all_but_its_last(rig):
+    """One token must be computed, so the last page is not asked for; the value that ends with it is of use."""
+    storage = Values()
+    served(rig, storage, PROMPT[: 16 * PAGE_TOKENS])
+    with rig.cache(storage, storage_unit_pages=UNIT) as cache:
+        assert Driver(rig, cache).ask_storage(PROMPT[: 16 * PAGE_TOKENS]).hits == (0, 0, 15 * PAGE_TOKENS)
 
 
 def test_what_follows_a_stored_prompt_is_stored_from_there(rig):

@@ -31,6 +31,7 @@ from jaxcache.pools.page_layout import PageLayout, local_devices
 from jaxcache.runtime.backup_merging import merged
 from jaxcache.runtime.counters import Counters
 from jaxcache.runtime.host_page_order import HostPageOrder
+from jaxcache.runtime.inline_backup import back_up_now
 from jaxcache.runtime.job_graph import Job, JobGraph
 from jaxcache.runtime.process_end import EXIT_S, is_exiting
 from jaxcache.runtime.shard_copies import local_shards, shard_copies
@@ -184,6 +185,12 @@ class TransferEngine:
                 self._back_up_chunk(pools, move.component, move.src_page_ids[piece], move.dst_page_ids[piece])
 
     def _back_up_chunk(self, pools: DevicePools, component: str, src: PageIds, dst: PageIds) -> None:
+        if not self._orders[component].before_write(dst):
+            with self._counters.busy("backup"):
+                is_done = back_up_now(pools[component], self.host_pools[component], src, dst)
+            if is_done:
+                self._count("backup", component, len(dst))
+                return
         staging = self.mover.gather(component, pools[component], src)
         shards = {name: local_shards(array, self.host_pools[component].devices) for name, array in staging.items()}
         order = self._orders[component]

@@ -157,8 +157,20 @@ def storage():
     storage.gate.set()
 
 
+@pytest.fixture(params=["inline", "staged"])
+def way(request, monkeypatch):
+    """How backups are made: CPU devices take the first way where they can, GPUs always the second."""
+    if request.param == "staged":
+        staged_only(monkeypatch)
+    return request.param
+
+
+def staged_only(monkeypatch):
+    monkeypatch.setattr(transfer_engine, "back_up_now", lambda *args: False)
+
+
 @pytest.fixture
-def make_rig(make_mesh, storage):
+def make_rig(make_mesh, storage, way):
     rigs = []
 
     def make(shape=(1, 1, 1), **options):
@@ -206,6 +218,7 @@ def test_a_backup_is_a_snapshot_even_if_it_is_copied_late(make_rig):
 
 
 def test_a_load_waits_for_the_backup_that_fills_its_source(make_rig, monkeypatch):
+    staged_only(monkeypatch)
     rig = make_rig(num_threads=2)
     gate, copies = threading.Event(), rig.shard_copies()
     copy = copies.to_rows
@@ -321,6 +334,7 @@ def test_copies_that_fill_staging(make_rig, monkeypatch, platform, shape):
 
 
 def test_a_failed_copy_is_a_fault(make_rig, monkeypatch):
+    staged_only(monkeypatch)
     rig = make_rig()
 
     def fail(*args):

@@ -1,0 +1,72 @@
+"""Backups of CPU devices in one copy, where that can be."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from jaxcache.components import FieldSpec, FullAttention
+from jaxcache.pools.device_pool import init_pools
+from jaxcache.pools.host_pool import HostPool
+from jaxcache.pools.page_layout import page_layouts
+from jaxcache.runtime.inline_backup import back_up_now
+
+NUM_PAGES = 16
+SRC, DST = np.array([3, 14, 0], np.int32), np.array([7, 1, 9], np.int32)
+FIELDS = (
+    FieldSpec("kv", (2, 2, 8, 2, 64), "bfloat16", ("layers", None, "slots", "heads", None)),
+    FieldSpec("scale", (2, 8), "int8", ("layers", "slots")),
+    FieldSpec("large", (2, 2, 8, 2, 512), "float32", ("layers", None, "slots", "heads", None)),
+)
+
+
+@pytest.fixture(params=[(1, 1, 1), (2, 2, 2)], ids=str)
+def parts(make_mesh, request):
+    """(pools of random bits, host pool)"""
+    mesh = make_mesh(*request.param)
+    layouts = page_layouts([FullAttention("full", FIELDS)], mesh)
+    pools = init_pools(layouts, {"full": NUM_PAGES}, mesh)["full"]
+    rng = np.random.default_rng(0)
+
+    def bits(array):
+        values = rng.integers(0, 256, (*array.shape[:-1], array.shape[-1] * array.dtype.itemsize), np.uint8)
+        return jax.device_put(values.view(array.dtype), array.sharding)
+
+    return jax.block_until_ready({name: bits(array) for name, array in pools.items()}), HostPool(
+        layouts["full"], 12, mesh
+    )
+
+
+def rows(pool: HostPool, name: str, device) -> np.ndarray:
+    field = next(field for field in pool.layout.fields if field.spec.name == name)
+    return pool.rows[device][:, field.byte_range]
+
+
+def test_the_rows_are_the_pages(parts):
+    pools, pool = parts
+    assert back_up_now(pools, pool, SRC, DST)
+    for name, array in pools.items():
+        for shard in array.addressable_shards:
+            pages = np.asarray(shard.data)[SRC].reshape(len(SRC), -1).view(np.uint8)
+            assert np.array_equal(rows(pool, name, shard.device)[DST], pages), name
+            others = np.setdiff1d(np.arange(pool.num_pages), DST)
+            assert not rows(pool, name, shard.device)[others].any()
+
+
+def test_the_pools_are_still_updated_in_place(parts):
+    pools, pool = parts
+    assert back_up_now(pools, pool, SRC, DST)
+    add = jax.jit(lambda x: x + x, donate_argnums=0)
+    before = [shard.data.unsafe_buffer_pointer() for shard in pools["large"].addressable_shards]
+    old = pools["large"]
+    new = add(old)
+    assert old.is_deleted()
+    assert [shard.data.unsafe_buffer_pointer() for shard in new.addressable_shards] == before
+
+
+def test_pools_that_are_not_computed_are_left_to_the_gather(parts, monkeypatch):
+    pools, pool = parts
+    monkeypatch.setattr(type(pools["kv"]), "is_ready", lambda self: False)
+    assert not back_up_now(pools, pool, SRC, DST)
+    assert not any(memory.any() for memory in pool.rows.values())

@@ -75,10 +75,10 @@ class Controller:
         return agreed
 
     def _issue(self) -> None:
-        """Nothing is exchanged by a process that has nobody to differ from and nothing in flight."""
+        """Nothing is exchanged by a process that has nobody to differ from and nothing new to say."""
         core = self.core
         is_alone = len(self.fleet.processes) == 1
-        if not (core.needs_exchange() if is_alone else carried.is_due(core)):
+        if not (self._has_news() if is_alone else carried.is_due(core)):
             return
         outcomes = carried.outcomes(core, self.engine.poll())
         ok = self.engine.fault is None
@@ -86,6 +86,12 @@ class Controller:
             self.agreement.issue(core.step_number, carried.digest(core), outcomes, _clock_ms(), ok)
         except RankUnresponsive as error:
             raise self._unresponsive("the agreement", error) from error
+
+    def _has_news(self) -> bool:
+        """Of STOREs only the end; what prefetches bring is of use before theirs."""
+        core = self.core
+        is_awaited = core.prefetches.live or core.stores.num_awaited_exchanges
+        return bool(is_awaited) or (bool(core.stores.live) and self.engine.has_ended())
 
     def wait(self, arrays: Sequence[jax.Array]) -> None:
         """Until these are computed, which may need all ranks. Raises RankUnresponsive."""

@@ -35,8 +35,8 @@ from jaxcache.types import Move, Transfer, TransferKind
 BATCH_PAGES = 8  # of one STORE or FETCH job: small, so that several threads share a transfer and a cancel takes effect
 QUERY_PAGES = 256
 
-# move, pages of it -> which are done, and whether they are good, as they come
-Copy = Callable[[Move, slice], Iterator[tuple[slice, bool]]]
+# move -> which of its pages are done, and whether they are good, as they come
+Copy = Callable[[Move], Iterator[tuple[slice, bool]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,20 +74,21 @@ def local_part(pool: HostPool, unit: int) -> Part:
 class _Pages:
     """The pages of one STORE or FETCH job, value after value.
 
-    jobs: one per page, done when that page is no longer touched, so that a native call that hangs on one value holds up
-          nobody who needs another
+    jobs: one per group of pages, done when they are no longer touched, so that a native call that hangs on one value
+          holds up nobody who needs another
     """
 
-    def __init__(self, copy: Copy, operation: StorageOperation, move: Move, batch: slice, page_ids: np.ndarray):
-        self._copy, self._operation, self._move, self._batch = copy, operation, move, batch
-        self.jobs = [Job() for _ in page_ids]
+    def __init__(self, copy: Copy, operation: StorageOperation, move: Move, groups: Sequence[slice]):
+        self._copy, self._operation, self._move, self.groups = copy, operation, move, groups
+        self.jobs = [Job() for _ in groups]
 
     def run(self) -> None:
         """Worker: until the pages or the operation end."""
-        for done, is_good in self._copy(self._move, self._batch):
+        for done, is_good in self._copy(self._move):
             self._operation.deliver(self._move.component, done, np.full(done.stop - done.start, is_good))
-            for job in self.jobs[done.start - self._batch.start : done.stop - self._batch.start]:
-                job.set_result(None)
+            for group, job in zip(self.groups, self.jobs, strict=True):
+                if done.start <= group.start and group.stop <= done.stop:
+                    job.set_result(None)
             if not self._operation.keep_going():
                 return
 
@@ -175,11 +176,19 @@ class StorageIO:
 
     def poll(self) -> dict[int, Status]:
         """What every live transfer has delivered; here deadlines are noticed, and the end of calls of old storages."""
+        self._expire()
+        return {transfer_id: operation.status() for transfer_id, operation in self._live.items()}
+
+    def has_ended(self) -> bool:
+        """Whether a live transfer will deliver nothing more."""
+        self._expire()
+        return any(operation.is_done for operation in self._live.values())
+
+    def _expire(self) -> None:
         self.close_idle()
         for operation in self._live.values():
             if operation.expire():
                 self._failed(operation.connection, storage_timeouts=1)
-        return {transfer_id: operation.status() for transfer_id, operation in self._live.items()}
 
     def cancel(self, transfer_id: int) -> None:
         """Stops delivering; pages not yet asked for are not read. Nothing to do for one that was not started yet."""
@@ -224,21 +233,22 @@ class StorageIO:
     def _start_store(self, connection: StorageConnection, operation: StorageOperation, move: Move) -> None:
         order = self._orders[move.component]
         for batch in self._batches(move, BATCH_PAGES):
-            page_ids = move.src_page_ids[batch]
-            pages = _Pages(partial(self._store, connection.storage, operation), operation, move, batch, page_ids)
-            after = order.before_read(page_ids)
-            for page_id, job in zip(page_ids, pages.jobs, strict=True):
-                order.add_reader(page_id[None], job)
+            values = self._values(move, batch)
+            copy = partial(self._store, connection.storage, operation, values)
+            pages = _Pages(copy, operation, move, values)
+            after = order.before_read(move.src_page_ids[batch])
+            for value, job in zip(values, pages.jobs, strict=True):
+                order.add_reader(move.src_page_ids[value], job)
             self._submit(connection, operation, pages.run, after).add_done_callback(pages.job_ended)
 
     def _start_fetch(self, connection: StorageConnection, operation: StorageOperation, move: Move) -> None:
         order = self._orders[move.component]
         for batch in self._batches(move, BATCH_PAGES):
-            page_ids = move.dst_page_ids[batch]
-            pages = _Pages(partial(self._fetch, connection.storage), operation, move, batch, page_ids)
-            after = order.before_write(page_ids)
-            for page_id, job in zip(page_ids, pages.jobs, strict=True):
-                order.add_writer(page_id[None], job)
+            each = [slice(i, i + 1) for i in range(batch.start, batch.stop)]
+            pages = _Pages(partial(self._fetch, connection.storage, batch), operation, move, each)
+            after = order.before_write(move.dst_page_ids[batch])
+            for page, job in zip(each, pages.jobs, strict=True):
+                order.add_writer(move.dst_page_ids[page], job)
             self._submit(connection, operation, pages.run, after).add_done_callback(pages.job_ended)
 
     def _start_query(self, connection: StorageConnection, operation: StorageOperation, move: Move) -> None:
@@ -285,22 +295,25 @@ class StorageIO:
             if operation.keep_going():
                 connection.breaker.succeeded()
 
+    def _values(self, move: Move, batch: slice) -> list[slice]:
+        """The values that these pages are cut into, by their places in the move."""
+        ends = [0]
+        for run in consecutive(self._numbers(move, batch)):
+            ends += [len(pages) for pages in cut(run, self._parts[move.component].unit)]
+        return [slice(start, stop) for start, stop in pairwise(np.cumsum(ends) + batch.start)]
+
     def _store(
-        self, storage: Storage, operation: StorageOperation, move: Move, batch: slice
+        self, storage: Storage, operation: StorageOperation, values: Sequence[slice], move: Move
     ) -> Iterator[tuple[slice, bool]]:
         """Yields which pages are done and whether they are stored, value after value."""
         part = self._parts[move.component]
-        at = batch.start
-        for run in consecutive(self._numbers(move, batch)):
-            for pages in cut(run, part.unit):
-                done = slice(at, at + len(pages))
-                self.budget.rest(operation.keep_going)
-                if not operation.keep_going():
-                    return
-                with self.budget.work():
-                    good = self._store_value(storage, part, move.page_keys[done.stop - 1], move.src_page_ids[done])
-                yield done, good
-                at = done.stop
+        for value in values:
+            self.budget.rest(operation.keep_going)
+            if not operation.keep_going():
+                return
+            with self.budget.work():
+                good = self._store_value(storage, part, move.page_keys[value.stop - 1], move.src_page_ids[value])
+            yield value, good
 
     def _store_value(self, storage: Storage, part: Part, key: bytes, page_ids: np.ndarray) -> bool:
         """One value of each cell that this process writes; `key` is that of the last page."""
@@ -316,7 +329,7 @@ class StorageIO:
         self._counters.add(store_pages=len(page_ids), store_misses=0 if good else len(page_ids))
         return good
 
-    def _fetch(self, storage: Storage, move: Move, batch: slice) -> Iterator[tuple[slice, bool]]:
+    def _fetch(self, storage: Storage, batch: slice, move: Move) -> Iterator[tuple[slice, bool]]:
         """Yields which pages are done and whether they have come, value after value."""
         part = self._parts[move.component]
         page_ids = move.dst_page_ids

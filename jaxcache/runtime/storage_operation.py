@@ -97,6 +97,12 @@ class StorageOperation:
                 self._stop()
             self._num_open -= 1
 
+    @property
+    def is_done(self) -> bool:
+        """Nothing more will be delivered."""
+        with self._lock:
+            return self._is_done()
+
     def status(self) -> Status:
         """A consistent view; once done, it stays the same but for `quiet`."""
         with self._lock:

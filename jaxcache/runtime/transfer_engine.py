@@ -136,6 +136,10 @@ class TransferEngine:
         """The state of every live STORE, QUERY and FETCH, by transfer id."""
         return self._storage_io.poll()
 
+    def has_ended(self) -> bool:
+        """Whether a live storage transfer will deliver nothing more: less work than `poll`."""
+        return self._storage_io.has_ended()
+
     def cancel(self, transfer_id: int) -> None:
         """Ends a storage transfer's deliveries; its pages are untouched once it is quiet. Repeating it is harmless."""
         self._storage_io.cancel(transfer_id)

@@ -9,6 +9,8 @@ DirectCopies  GPUs: between the shard and the rows, nothing in between
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -18,8 +20,6 @@ from jax.sharding import SingleDeviceSharding
 
 from jaxcache.pools.page_layout import FieldLayout
 from jaxcache.runtime.cuda_copies import CudaCopies, driver
-
-BUFFER_ALIGNMENT = 64  # bytes; below this the CPU client copies the buffer once more
 
 
 class ShardCopies(ABC):
@@ -50,12 +50,13 @@ class MemoryCopies(ShardCopies):
 
     def __init__(self, device: Any):
         self.sharding = SingleDeviceSharding(device, memory_kind=device.default_memory().kind)
+        self.buffers = Buffers()
 
     def to_rows(self, pages, field, rows, page_ids):
         rows_from_pages(rows[:, field.byte_range], page_ids, np.asarray(pages))
 
     def from_rows(self, rows, page_ids, field, bucket, staged):
-        pages = pages_from_rows(rows[:, field.byte_range], page_ids, bucket)
+        pages = pages_from_rows(rows[:, field.byte_range], page_ids, self.buffers.take(bucket, field.local_bytes))
         shard = jax.device_put(pages.view(field.dtype).reshape(bucket, *field.local_shape), self.sharding)
         return jax.block_until_ready(shard)
 
@@ -107,18 +108,46 @@ def rows_from_pages(rows: np.ndarray, page_ids: np.ndarray, pages: np.ndarray) -
     rows[page_ids] = pages.reshape(len(pages), -1).view(np.uint8)[: len(page_ids)]
 
 
-def pages_from_rows(rows: np.ndarray, page_ids: np.ndarray, bucket: int) -> np.ndarray:
-    """rows[page_ids] in a new buffer uint8[bucket, n] that nobody writes again; further pages are undefined."""
-    pages = _aligned_empty(bucket, rows.shape[1])
+def pages_from_rows(rows: np.ndarray, page_ids: np.ndarray, buffer: np.ndarray) -> np.ndarray:
+    """buffer[: len(page_ids)] = rows[page_ids]. Returns the buffer: uint8[bucket, n]; further pages are undefined."""
+    pages = buffer[: len(page_ids)]
     if rows.flags.c_contiguous:
-        np.take(rows, page_ids, axis=0, out=pages[: len(page_ids)], mode="clip")
+        np.take(rows, page_ids, axis=0, out=pages, mode="clip")
     else:  # np.take would copy all rows first
-        for target, page_id in zip(pages, page_ids.tolist(), strict=False):
+        for target, page_id in zip(pages, page_ids.tolist(), strict=True):
             target[...] = rows[page_id]
-    return pages
+    return buffer
 
 
-def _aligned_empty(num_rows: int, row_bytes: int) -> np.ndarray:
-    memory = np.empty(num_rows * row_bytes + BUFFER_ALIGNMENT, np.uint8)
-    skip = -memory.ctypes.data % BUFFER_ALIGNMENT
-    return memory[skip : skip + num_rows * row_bytes].reshape(num_rows, row_bytes)
+class Buffers:
+    """Memory that CPU arrays take over without a copy, and that comes back when the last of them is gone: new memory
+    costs as much as copying to it twice, since the system clears it page by page.
+
+    kept: bytes -> memory that nobody uses
+    """
+
+    def __init__(self):
+        self.kept: dict[int, list[mmap.mmap]] = {}
+
+    def take(self, num_rows: int, row_bytes: int) -> np.ndarray:
+        """uint8[num_rows, row_bytes], undefined, aligned to a page of the system: nobody else writes to it while any
+        view of it, or an array that aliases it, is alive."""
+        num_bytes = max(num_rows * row_bytes, 1)
+        kept = self.kept.setdefault(num_bytes, [])
+        try:
+            memory = kept.pop()
+        except IndexError:
+            memory = mmap.mmap(-1, num_bytes)
+        return np.asarray(_Loan(memory, kept))[: num_rows * row_bytes].reshape(num_rows, row_bytes)
+
+
+class _Loan:
+    """What the arrays over a piece of memory keep alive; gives it back when the last one goes, on any thread."""
+
+    def __init__(self, memory: mmap.mmap, kept: list[mmap.mmap]):
+        self._memory, self._kept = memory, kept
+        address = ctypes.addressof(ctypes.c_uint8.from_buffer(memory))
+        self.__array_interface__ = {"shape": (len(memory),), "typestr": "|u1", "data": (address, False), "version": 3}
+
+    def __del__(self):
+        self._kept.append(self._memory)

@@ -80,6 +80,7 @@ class Service:
             prefetch_policy=jaxcache.PrefetchPolicy.WAIT_COMPLETE,
             prefetch_min_tokens=self.page,
             prefetch_host_share=1.0,
+            prefetch_if_faster=False,
             storage_deadline_s=60.0,
             store_time_share=1.0,
         )

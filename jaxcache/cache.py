@@ -267,7 +267,10 @@ class Cache:
 
     def grow(self, lease: Lease, num_computed: int, num_new_tokens: int) -> bool:
         """Room for `num_new_tokens` after `num_computed`; False: nothing has changed, somebody must be retracted."""
-        return self.core.grow(lease, num_computed, num_new_tokens)
+        has_room = self.core.grow(lease, num_computed, num_new_tokens)
+        if has_room and num_new_tokens > 1:
+            self.engine.rates.prefills(int(num_new_tokens))
+        return has_room
 
     def grow_all(self, leases: list[Lease], num_computed: list[int], num_new_tokens: int = 1) -> int:
         """`grow` for all that decode in a step, in a third of the time. Returns how many, from the first on, have room.

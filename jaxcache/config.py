@@ -76,6 +76,8 @@ class CacheConfig:
     prefetch_timeout_s, prefetch_timeout_s_per_1k_tokens:
                             how long PrefetchPolicy.TIMEOUT waits, from the first time that the request was held up
     prefetch_min_tokens:    storage is not asked for less
+    prefetch_if_faster:     what storage has is fetched only if storage has brought tokens faster, so far, than prefill
+                            computes them on this host (every 16th is fetched all the same, to measure again)
     prefetch_host_share:    share of the host pages that prefetches may reserve at once
     store_time_share:       share, in (0, 1], of one thread's processor time that STOREs may take while requests run;
                             what waits longer than `max_queued_stores` allows is dropped. None: 0.03 where the devices
@@ -123,6 +125,7 @@ class CacheConfig:
     prefetch_timeout_s: float = 1.0
     prefetch_timeout_s_per_1k_tokens: float = 0.25
     prefetch_min_tokens: int = 256
+    prefetch_if_faster: bool = True
     prefetch_host_share: float = 0.5
     store_time_share: float | None = None
     max_stores: int = 4

@@ -21,6 +21,7 @@ PageIds = np.ndarray  # int32[n], read-only once handed out
 NO_PAGES: PageIds = np.empty(0, np.int32)
 NO_PAGES.flags.writeable = False
 
+DECLINED = -1  # instead of an end that storage can serve, by a rank that computes faster than storage brings pages
 CLOCK_MODULUS = 1 << 31  # ms; the agreed clock wraps after 24 days
 
 
@@ -107,7 +108,8 @@ class Outcome(NamedTuple):
     quiet:        no thread touches the transfer's host pages any more
     pages:        FETCH: how many leading pages of each component are good; a failed or pending one counts zero
     smallest_end, largest_end:
-                  QUERY: min and max over ranks of "the largest end <= bound that I can serve"; equal for one rank
+                  QUERY: min and max over ranks of "the largest end <= bound that I can serve", or DECLINED; equal for
+                  one rank
     """
 
     done: bool

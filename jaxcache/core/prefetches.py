@@ -24,7 +24,7 @@ from jaxcache.core.sequence import Sequence
 from jaxcache.core.stores import Stores
 from jaxcache.core.ticket import Ticket
 from jaxcache.core.tiers import Tiers
-from jaxcache.types import CLOCK_MODULUS, NO_PAGES, Move, Outcome, PageIds, TransferKind
+from jaxcache.types import CLOCK_MODULUS, DECLINED, NO_PAGES, Move, Outcome, PageIds, TransferKind
 
 MAX_HELD_MS = CLOCK_MODULUS // 2  # what looks longer is a clock that went back
 
@@ -198,6 +198,10 @@ class Prefetches:
 
     def _commit_query(self, prefetch: Prefetch, outcome: Outcome) -> None:
         if not outcome.done:
+            return
+        if not prefetch.cancelled and outcome.smallest_end == DECLINED:  # what is stored stays so
+            self.counters["prefetch_declined"] += 1
+            prefetch.state = PrefetchState.DRAIN
             return
         if not prefetch.cancelled and outcome.smallest_end != outcome.largest_end:
             prefetch.bound = outcome.smallest_end

@@ -5,11 +5,11 @@ Pure, and the same on every rank but for the outcomes: `Controller` and the simu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.runtime.storage_operation import Status
-from jaxcache.types import Outcome
+from jaxcache.types import DECLINED, Outcome
 
 
 def is_due(core: PrefixCache) -> bool:
@@ -22,13 +22,14 @@ def digest(core: PrefixCache) -> int:
     return hash((core.digest, *core.sizes())) & (2**64 - 1)
 
 
-def outcomes(core: PrefixCache, statuses: Mapping[int, Status]) -> dict[int, Outcome]:
+def outcomes(core: PrefixCache, statuses: Mapping[int, Status], pays: Callable[[int], bool]) -> dict[int, Outcome]:
     """By id, of as many live storage transfers as there are lanes.
 
+    pays: whether this rank would fetch what a QUERY, by its id, has found
     Where those are too few, the undecided ones have all but one, in the order of their ids; those which only await
     quiet share that one by turns: neither keeps the other waiting for ever.
     """
-    return {id: _outcome(core, id, statuses.get(id)) for id in sorted(_carried(core))}
+    return {id: _outcome(core, id, statuses.get(id), pays) for id in sorted(_carried(core))}
 
 
 def _carried(core: PrefixCache) -> list[int]:
@@ -41,7 +42,7 @@ def _carried(core: PrefixCache) -> list[int]:
     return undecided + (unwanted[turn:] + unwanted[:turn])[: num_lanes - len(undecided)]
 
 
-def _outcome(core: PrefixCache, id: int, status: Status | None) -> Outcome:
+def _outcome(core: PrefixCache, id: int, status: Status | None, pays: Callable[[int], bool]) -> Outcome:
     if status is None:  # planned, but not applied yet
         return Outcome(done=False, quiet=False)
     if status.exists is None:
@@ -49,4 +50,6 @@ def _outcome(core: PrefixCache, id: int, status: Status | None) -> Outcome:
     if not status.done:
         return Outcome(done=False, quiet=status.quiet)
     end = core.largest_end(id, status.exists)
+    if end > 0 and not pays(id):
+        end = DECLINED
     return Outcome(True, status.quiet, smallest_end=end, largest_end=end)

@@ -53,7 +53,9 @@ class Controller:
         bad_input.check_applied(self.core)  # before the agreement is taken
         agreed = self._read()
         ended = self.core.commit({}) if agreed is None else self.core.commit(agreed.outcomes, agreed.clock_ms)
-        self.engine.serves(bool(self.core.leases))
+        is_busy = bool(self.core.leases)
+        self.engine.serves(is_busy)
+        self.engine.rates.step(is_busy)
         for id in ended:
             self.engine.forget(id)
         for id in self.core.unwanted_transfers():
@@ -80,12 +82,15 @@ class Controller:
         is_alone = len(self.fleet.processes) == 1
         if not (self._has_news() if is_alone else carried.is_due(core)):
             return
-        outcomes = carried.outcomes(core, self.engine.poll())
+        outcomes = carried.outcomes(core, self.engine.poll(), self._pays)
         ok = self.engine.fault is None
         try:
             self.agreement.issue(core.step_number, carried.digest(core), outcomes, _clock_ms(), ok)
         except RankUnresponsive as error:
             raise self._unresponsive("the agreement", error) from error
+
+    def _pays(self, query_id: int) -> bool:
+        return not self.core.config.prefetch_if_faster or self.engine.rates.pays(query_id)
 
     def _has_news(self) -> bool:
         """Of STOREs only the end; what prefetches bring is of use before theirs."""

@@ -195,10 +195,15 @@ class StorageIO:
         if transfer_id in self._live:
             self._live[transfer_id].stop()
 
-    def forget(self, transfer_id: int) -> None:
-        """The caller has seen that it is quiet."""
-        assert self._live[transfer_id].status().quiet, f"{transfer_id=} is forgotten before it is quiet"
+    def forget(self, transfer_id: int) -> tuple[int, float] | None:
+        """The caller has seen that it is quiet. Of a FETCH: how many tokens it has brought, in how many seconds."""
+        operation = self._live[transfer_id]
+        status = operation.status()
+        assert status.quiet, f"{transfer_id=} is forgotten before it is quiet"
         del self._live[transfer_id]
+        if operation.transfer.kind is not TransferKind.FETCH or operation.seconds is None:
+            return None
+        return max(status.pages.values(), default=0) * self._page_tokens, operation.seconds
 
     def close(self) -> None:
         """Stops all operations; waits for the calls that are under way."""

@@ -55,7 +55,9 @@ class StorageOperation:
         self.transfer = transfer
         self.connection = connection
         self._good = {move.component: np.zeros(len(move.page_keys), bool) for move in transfer.moves}
+        self.seconds: float | None = None  # from the start until the last job ended
         self._clock = clock
+        self._start = clock()
         self._deadline = clock() + deadline_s
         self._lock = threading.Lock()
         self._num_open = 0
@@ -96,6 +98,8 @@ class StorageOperation:
             if job.exception() is not None:
                 self._stop()
             self._num_open -= 1
+            if not self._num_open:
+                self.seconds = self._clock() - self._start
 
     @property
     def is_done(self) -> bool:

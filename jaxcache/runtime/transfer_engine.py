@@ -34,6 +34,7 @@ from jaxcache.runtime.host_page_order import HostPageOrder
 from jaxcache.runtime.inline_backup import back_up_now
 from jaxcache.runtime.job_graph import Job, JobGraph
 from jaxcache.runtime.process_end import EXIT_S, is_exiting
+from jaxcache.runtime.rates import Rates
 from jaxcache.runtime.shard_copies import local_shards, shard_copies
 from jaxcache.runtime.storage_io import StorageIO
 from jaxcache.runtime.storage_operation import Status
@@ -88,6 +89,7 @@ class TransferEngine:
         self._needs_staging = any(copies.needs_staging for copies in self._shard_copies.values())
         self._orders = {name: HostPageOrder[Job]() for name in layouts}
         self._copies = JobGraph(num_threads, "jaxcache-copy")
+        self.rates = Rates()
         self._storage_io = StorageIO(
             self.host_pools,
             self._orders,
@@ -146,7 +148,9 @@ class TransferEngine:
 
     def forget(self, transfer_id: int) -> None:
         """The core is finished with a quiet storage transfer."""
-        self._storage_io.forget(transfer_id)
+        took = self._storage_io.forget(transfer_id)
+        if took is not None:
+            self.rates.fetched(*took)
 
     def discard_load_backs(self) -> None:
         """What is on its way to the device will not be scattered; its host pages are still read to the end."""

@@ -14,6 +14,7 @@ class Delays:
     deadline_us: of a storage transfer
     rest_us:     how long the breaker stays open
     piece_pages: pages of storage that are moved as one; num_threads: pieces of one transfer at a time
+    declines:    whether ranks would now and then rather compute than fetch
     """
 
     seed: int = 0
@@ -25,6 +26,7 @@ class Delays:
     rest_us: int = 100_000
     piece_pages: int = 3
     num_threads: int = 2
+    declines: bool = False
 
     def step_us(self, rank: int, step: int) -> int:
         return self._draw(self.steps, rank, step, 1)

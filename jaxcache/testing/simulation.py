@@ -108,7 +108,12 @@ class Simulation:
         self.config = make_config(rng, settings.components, page_tokens)
         self.faults = StorageFaults(settings.seed, settings.num_ranks, settings.faults)
         self.scenario = Scenario(
-            components, self.config, settings.seed, settings.mesh, self.faults, delays or Delays(settings.seed)
+            components,
+            self.config,
+            settings.seed,
+            settings.mesh,
+            self.faults,
+            delays or Delays(settings.seed, declines=True),
         )
         self.scenario.num_namespaces = 3
         self.scenario.decode_tokens = (1, *[2 * page_tokens] * 7)

@@ -50,8 +50,8 @@ class Rig:
     extend: Callable
 
     def cache(self, storage: jaxcache.Storage | None = None, **changes: Any) -> jaxcache.Cache:
-        """A cache of this model's pages; prefetches are waited for, nothing is too short for them, and every page is a
-        value of storage, so that a hit ends where the prompts part."""
+        """A cache of this model's pages; prefetches are waited for, nothing is too short or too slow for them, and
+        every page is a value of storage, so that a hit ends where the prompts part."""
         choices = {
             "page_tokens": PAGE_TOKENS,
             "device_pages": DEVICE_PAGES,
@@ -60,6 +60,7 @@ class Rig:
             "prefetch_min_tokens": PAGE_TOKENS,
             "max_transfer_pages": 8,
             "storage_threads": 2,
+            "prefetch_if_faster": False,
             "storage_unit_pages": 1,
             "store_time_share": 1.0,
             "storage_deadline_s": 60.0,

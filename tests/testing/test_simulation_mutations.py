@@ -25,7 +25,7 @@ from jaxcache.testing.exchange import Exchange
 from jaxcache.testing.schedule import RATES
 from jaxcache.testing.simulation import Settings, Simulation
 from jaxcache.testing.virtual_rank import VirtualRank
-from jaxcache.types import NO_PAGES, Outcome, PrefetchPolicy, RanksDiverged, WritePolicy
+from jaxcache.types import DECLINED, NO_PAGES, Outcome, PrefetchPolicy, RanksDiverged, WritePolicy
 
 MESH = (2, 2, 2)
 NUM_STEPS = 600
@@ -113,10 +113,10 @@ def failed_transfers_are_left_out(patch: Patch) -> None:
     """On the rank where they failed: its later ones move up by one place."""
     outcomes = carried.outcomes
 
-    def without_failed(core, statuses):
+    def without_failed(core, statuses, pays):
         unwanted = core.unwanted_transfers()
         failed = [id for id, status in statuses.items() if not status.ok and id not in unwanted]
-        return {id: said for id, said in outcomes(core, statuses).items() if id not in failed}
+        return {id: said for id, said in outcomes(core, statuses, pays).items() if id not in failed}
 
     patch.setattr(carried, "outcomes", without_failed)
 
@@ -133,6 +133,24 @@ def lanes_are_matched_by_position(patch: Patch) -> None:
 
 
 # ---- what is decided with it
+
+
+def a_rank_that_would_rather_compute_decides_alone(patch: Patch) -> None:
+    """By what it has measured itself, instead of by the least end that all ranks name."""
+    outcomes, commit = carried.outcomes, Prefetches._commit_query
+    declined: set[tuple[int, int]] = set()  # of which core, and which QUERY
+
+    def noted(core, statuses, pays):
+        declined.update((id(core.prefetches), query) for query in statuses if not pays(query))
+        return outcomes(core, statuses, lambda query: True)
+
+    def own(self, prefetch, outcome):
+        if outcome.done and (id(self), prefetch.id) in declined:
+            outcome = outcome._replace(smallest_end=DECLINED)
+        commit(self, prefetch, outcome)
+
+    patch.setattr(carried, "outcomes", noted)
+    patch.setattr(Prefetches, "_commit_query", own)
 
 
 def the_first_minimum_is_the_answer_for_windows_and_states(patch: Patch) -> None:
@@ -203,6 +221,7 @@ MUTATIONS = (
     a_set_is_iterated_in_eviction_order,
     failed_transfers_are_left_out,
     lanes_are_matched_by_position,
+    a_rank_that_would_rather_compute_decides_alone,
 )
 
 

@@ -304,6 +304,8 @@ class Cache:
     def release(self, lease: Lease) -> None:
         """Gives back what the lease holds; raises ValueError the second time."""
         self.core.release(lease)
+        if not self.core.leases:
+            self.engine.serves(False)
 
     def explain(self, sequence: TokenSequence) -> Explanation:
         """Why a prompt is a hit or a miss: first page that differs, tier of every page, who evicted the missing one."""
@@ -431,6 +433,13 @@ class Cache:
         """
         if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not timeout_s >= 0:
             raise ValueError(f"timeout_s must be seconds, not {said(timeout_s)}")
+        self._controller.is_draining = True
+        try:
+            return self._drain(pools, timeout_s)
+        finally:
+            self._controller.is_draining = False
+
+    def _drain(self, pools: DevicePools, timeout_s: float) -> DevicePools:
         pools = self.apply(pools)
         first_step, start_ms = self.core.step_number, None
         while True:

@@ -127,18 +127,26 @@ class Stores:
         return nodes
 
     def _found(self, runs: list[Waiting]) -> list[Node]:
-        """The nodes that now are where these runs were, each once, top first."""
+        """The nodes of one path that now are where these runs were, each once, top first.
+
+        Where the tree has changed meanwhile they may be on several paths: a run that is not below the one before it
+        waits by itself.
+        """
         page_bytes = self.tiers.tree.page_bytes
-        found: dict[int, Node] = {}
-        for node, edge in runs:
+        path: list[Node] = []
+        for i, (node, edge) in enumerate(runs):
+            if path and not _is_at_or_below(node, path[-1]):
+                self.queue.appendleft(runs[i:])
+                break
             at = 0
             while at < len(edge):
                 child = node.children.get(bytes(edge[at : at + page_bytes]))
                 if child is None:
                     break
-                found[child.id] = node = child
+                node = child
+                path.append(node)
                 at += len(child.edge)
-        return list(found.values())
+        return path
 
     def drop_waiting(self) -> None:
         self.counters["dropped_stores"] += len(self.queue)
@@ -184,8 +192,11 @@ class Stores:
                     holds += tiers.hold(host, node, node.end - 1 if c == tiers.point else node.start)
         for c, found in runs.items():
             for run in found:
-                if run.start < run.node.start or run.node not in nodes:
-                    holds += tiers.hold(tiers.host[c], run.node, run.start)
+                node: Node | None = run.node
+                while node is not None and node.end > run.start:  # each for itself: a split or a drop may part them
+                    if node not in nodes:
+                        holds += tiers.hold(tiers.host[c], node, node.start)
+                    node = node.parent
         return holds
 
     def _name(self, c: int) -> str:
@@ -208,7 +219,7 @@ class Stores:
             first = node.end - len(page_ids) * page_tokens
             for part in consecutive([i for i, key in enumerate(keys) if (self._name(c), key) not in self.believed]):
                 start = first + part.start * page_tokens
-                if not (found and found[-1].end(page_tokens) == start):
+                if not (found and found[-1].end(page_tokens) == start and _is_at_or_below(node, found[-1].node)):
                     above += self._above(c, node, start)
                 found.append(Run(node, start, page_ids[part.start : part.stop], keys[part.start : part.stop]))
         return found + above
@@ -296,3 +307,11 @@ def consecutive(numbers: list[int]) -> list[range]:
         else:
             found.append(range(number, number + 1))
     return found
+
+
+def _is_at_or_below(node: Node, above: Node) -> bool:
+    """Whether `above` is this node, or on the path to it."""
+    at: Node | None = node
+    while at is not None and at.end > above.end:
+        at = at.parent
+    return at is above

@@ -37,6 +37,7 @@ class Controller:
         self.fleet = fleet
         self.serving = core.serving
         self._has_told = False
+        self.is_draining = False  # the loop does nothing else: storing does not rest, and each step tells the clock
         self.agreed = Agreed(0, {}, 0)  # the last one
         fleet.watch(self._state)
 
@@ -54,7 +55,7 @@ class Controller:
         agreed = self._read()
         ended = self.core.commit({}) if agreed is None else self.core.commit(agreed.outcomes, agreed.clock_ms)
         is_busy = bool(self.core.leases)
-        self.engine.serves(is_busy)
+        self.engine.serves(is_busy and not self.is_draining)
         self.engine.rates.step(is_busy)
         for id in ended:
             self.engine.forget(id)
@@ -95,6 +96,8 @@ class Controller:
     def _has_news(self) -> bool:
         """Of STOREs only the end; what prefetches bring is of use before theirs."""
         core = self.core
+        if self.is_draining:
+            return core.needs_exchange()
         is_awaited = core.prefetches.live or core.stores.num_awaited_exchanges
         return bool(is_awaited) or (bool(core.stores.live) and self.engine.has_ended())
 

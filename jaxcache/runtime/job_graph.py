@@ -20,6 +20,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from queue import SimpleQueue
 from typing import Any
@@ -110,7 +111,8 @@ def _work(ready: _Ready, is_over: threading.Event, niceness: int) -> None:
     """A thread's outermost frame."""
     if niceness and sys.platform == "linux":  # elsewhere it would be the whole process's
         own = threading.get_native_id()
-        os.setpriority(os.PRIO_PROCESS, own, os.getpriority(os.PRIO_PROCESS, own) + niceness)
+        with suppress(OSError):  # a sandbox refuses
+            os.setpriority(os.PRIO_PROCESS, own, os.getpriority(os.PRIO_PROCESS, own) + niceness)
     while (run := ready.get()) is not None and not is_over.is_set():
         run()
         del run  # while it waits for the next, it keeps nothing of this one alive

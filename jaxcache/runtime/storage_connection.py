@@ -15,14 +15,14 @@ STORE_NICENESS = 10
 
 
 class StorageConnection:
-    """jobs: the threads that ask it. stores: those that write to it, so that a rest holds up no read; one is enough
-    where there are rests. breaker: whether it may be asked now."""
+    """jobs: the threads that ask it. stores: those that write to it, so that no rest of theirs holds up a read.
+    breaker: whether it may be asked now."""
 
-    def __init__(self, storage: Storage, num_threads: int, has_rests: bool):
+    def __init__(self, storage: Storage, num_threads: int):
         self.storage = storage
         self.breaker = CircuitBreaker(MAX_FAILURES, REST_S)
         self.jobs = JobGraph(num_threads, "jaxcache-storage")
-        self.stores = JobGraph(1 if has_rests else num_threads, "jaxcache-store", STORE_NICENESS)
+        self.stores = JobGraph(num_threads, "jaxcache-store", STORE_NICENESS)
 
     @property
     def num_open(self) -> int:

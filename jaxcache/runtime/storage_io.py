@@ -132,9 +132,7 @@ class StorageIO:
 
     def connect(self, storage: Storage | None) -> None:
         """From now on asks this storage; transfers under way stay with the one that they began with."""
-        self._connection = (
-            None if storage is None else StorageConnection(storage, self._num_threads, self.budget.share < 1)
-        )
+        self._connection = None if storage is None else StorageConnection(storage, self._num_threads)
         if self._connection is not None:
             self._connections = [*self._connections, self._connection]
         self.close_idle()
@@ -270,7 +268,7 @@ class StorageIO:
         """In pieces of at most so many pages, or a unit of storage, cut where no value may go across."""
         unit = self._parts[move.component].unit
         size = max(num_pages, unit)
-        if unit == 1:
+        if unit == 1 or not move.page_keys:
             return list(chunks(len(move.page_keys), size))
         numbers = self._numbers(move, slice(None))
         cuts = [i for i in range(1, len(numbers)) if numbers[i] // size != numbers[i - 1] // size]

@@ -17,14 +17,28 @@ SLICE_S = 0.05  # after so long a rest sees that no request runs any more, or th
 
 
 class StoreBudget:
-    """share: in (0, 1]; 1: no limit. The serving thread says whether requests run; workers work and rest."""
+    """share: in (0, 1]; 1: no limit. The serving thread says whether requests run; workers work and rest, all at once.
+
+    What is done while no request runs need not be made up for.
+    """
 
     def __init__(self, share: float):
         self.share = share
         self.is_serving = False
-        self._rest_until = 0.0
-        self._rested_s = 0.0
+        self._rest_until = 0.0  # monotonic seconds
+        self._rest_s = 0.0  # of all rests, up to `_rest_until`
         self._lock = threading.Lock()
+
+    def serves(self, is_serving: bool) -> None:
+        """Whether requests run."""
+        if is_serving == self.is_serving:
+            return
+        with self._lock:
+            self.is_serving = is_serving
+            left_s = self._rest_until - time.monotonic()
+            if left_s > 0:
+                self._rest_until -= left_s
+                self._rest_s -= left_s
 
     @contextmanager
     def work(self) -> Iterator[None]:
@@ -35,16 +49,17 @@ class StoreBudget:
         finally:
             rest_s = (time.thread_time() - start) * (1 / self.share - 1)
             with self._lock:
-                self._rest_until = max(self._rest_until, time.monotonic()) + rest_s
+                if self.is_serving:
+                    self._rest_until = max(self._rest_until, time.monotonic()) + rest_s
+                    self._rest_s += rest_s
 
     def rest(self, keep_going: Callable[[], bool]) -> None:
         """Before more is done: until the share is kept, no request runs, or `keep_going` says no."""
-        while self.is_serving and keep_going() and (left_s := self._rest_until - time.monotonic()) > 0:
-            slice_s = min(left_s, SLICE_S)
-            time.sleep(slice_s)
-            with self._lock:
-                self._rested_s += slice_s
+        while keep_going() and (left_s := self._rest_until - time.monotonic()) > 0:
+            time.sleep(min(left_s, SLICE_S))
 
     def clock(self) -> float:
-        """Monotonic seconds, less those of all rests: what deadlines of STOREs go by."""
-        return time.monotonic() - self._rested_s
+        """Monotonic seconds, less those of all rests so far: what deadlines of STOREs go by."""
+        with self._lock:
+            now = time.monotonic()
+            return now - self._rest_s + max(0.0, self._rest_until - now)

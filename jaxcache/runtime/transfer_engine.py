@@ -132,7 +132,7 @@ class TransferEngine:
 
     def serves(self, is_serving: bool) -> None:
         """Whether requests run: only then what is stored is bounded."""
-        self._storage_io.budget.is_serving = is_serving
+        self._storage_io.budget.serves(is_serving)
 
     def poll(self) -> dict[int, Status]:
         """The state of every live STORE, QUERY and FETCH, by transfer id."""

@@ -1,6 +1,8 @@
 """Jobs wait for their dependencies without occupying threads."""
 
 import gc
+import os
+import sys
 import threading
 import time
 import weakref
@@ -121,3 +123,25 @@ def test_a_graph_that_is_dropped_ends_its_threads_and_keeps_nothing_alive():
     for thread in threads:
         thread.join(10)
         assert not thread.is_alive()
+
+
+def test_a_refused_priority_is_no_end(monkeypatch):
+    """A sandbox may refuse it: the thread works at the usual one."""
+
+    def refuse(*args):
+        raise PermissionError("setpriority")
+
+    monkeypatch.setattr(os, "setpriority", refuse)
+    graph = JobGraph(1, "test", niceness=10)
+    assert graph.submit(lambda: 7).result(10) == 7
+    graph.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priority of their own there")
+def test_threads_of_lower_priority():
+    def priority() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    graph = JobGraph(1, "test", niceness=3)
+    assert graph.submit(priority).result(10) == min(priority() + 3, 19)
+    graph.close()

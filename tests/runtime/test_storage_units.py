@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
+import jax
 import numpy as np
 import pytest
 
@@ -158,3 +162,100 @@ def test_units_follow_from_the_pages(make_mesh):
 def test_a_unit_that_cannot_be_is_refused(wrong):
     with pytest.raises(ValueError, match="storage_unit_pages must be powers of two"):
         jaxcache.CacheConfig(page_tokens=4, device_pages=8, storage_unit_pages=wrong)
+
+
+class Slow(jaxcache.MemoryStorage):
+    """A put takes so long; `works` is processor time."""
+
+    def __init__(self, seconds: float, works: bool = False):
+        super().__init__()
+        self.seconds, self.works = seconds, works
+        self.gate = threading.Event()
+
+    def put(self, key: ObjectKey, buffer: memoryview) -> bool:
+        if self.works:
+            end = time.thread_time() + self.seconds
+            while time.thread_time() < end:
+                pass
+        else:
+            self.gate.wait(self.seconds)
+        return super().put(key, buffer)
+
+
+def test_a_hanging_store_cannot_hold_up_drain_for_longer(make_mesh):
+    """Although a process alone tells itself of STOREs only when they end."""
+    rig, storage = rig_on(make_mesh()), Slow(60.0)
+    with rig.cache(storage, storage_unit_pages=UNIT, storage_deadline_s=600.0) as cache:
+        driver = Driver(rig, cache)
+        driver.finish(driver.admit(driver.sequence(PROMPT)), num_decode=1)
+        with pytest.raises(TimeoutError, match="still running after"):
+            driver.pools = cache.drain(driver.pools, timeout_s=0.2)
+        storage.gate.set()
+
+
+def test_drain_does_not_rest_although_a_request_runs(make_mesh):
+    rig = rig_on(make_mesh())
+    with rig.cache(Slow(0.005, works=True), store_time_share=1e-5) as cache:  # one rest would take 500 s
+        driver = Driver(rig, cache)
+        running = driver.admit(driver.sequence(random_tokens(9, 2 * PAGE_TOKENS)))
+        driver.finish(driver.admit(driver.sequence(PROMPT)), num_decode=1)
+        driver.pools = cache.drain(driver.pools, timeout_s=60.0)
+        assert cache.stats()["counters"]["stored_pages"] == 20
+        cache.release(running)
+
+
+def test_stores_that_wait_for_their_storage_keep_their_deadline(make_mesh):
+    """As many threads write as read, however small the share: it is of processor time."""
+    rig = rig_on(make_mesh())
+    choices = {"storage_threads": 4, "storage_deadline_s": 2.0, "store_time_share": 0.03}
+    with rig.cache(Slow(0.04), **choices) as cache:
+        driver = Driver(rig, cache)
+        for seed in range(4):  # 80 pages: 3.2 s of one thread
+            driver.finish(driver.admit(driver.sequence(random_tokens(seed, 20 * PAGE_TOKENS))), num_decode=1)
+        driver.pools = cache.drain(driver.pools)
+        assert cache.stats()["counters"]["stored_pages"] == 80
+
+
+def test_a_window_alone_is_fetched(make_mesh):
+    """The pages of full attention are there, so of them nothing is asked: a move without pages is no failure."""
+    axes = ("layers", "slots", "heads", None)
+    fields = (jaxcache.FieldSpec("k", (1, PAGE_TOKENS, 2, 8), "float32", axes),)
+    components = [
+        jaxcache.FullAttention("full", fields),
+        jaxcache.SlidingWindow("window", fields, window_tokens=3 * PAGE_TOKENS),
+    ]
+    few = {"full": 64, "window": 16}
+    config = jaxcache.CacheConfig(
+        page_tokens=PAGE_TOKENS,
+        device_pages=few,
+        host_pages=few,
+        prefetch_min_tokens=1,
+        prefetch_policy=jaxcache.PrefetchPolicy.WAIT_COMPLETE,
+    )
+    model_step = jax.jit(lambda pools: jax.tree.map(lambda array: array + 0, pools))
+    with jaxcache.Cache(components, make_mesh(), config, storage=jaxcache.MemoryStorage()) as cache:
+        pools, namespace = cache.init_pools(), cache.new_namespace(model="hybrid")
+        prompts = [np.arange(10 * PAGE_TOKENS), np.arange(16 * PAGE_TOKENS)]
+        others = [np.arange(10_000 * i, 10_000 * i + 8 * PAGE_TOKENS) for i in range(1, 5)]
+        for tokens in prompts + others:
+            sequence = cache.sequence(tokens, namespace)
+            lease = cache.admit(sequence, len(tokens) - cache.match(sequence).num_tokens)
+            assert isinstance(lease, jaxcache.Lease)
+            pools = cache.apply(pools)
+            while lease.first_step > cache.step_number:
+                pools = cache.apply(cache.step(pools))
+            pools = model_step(pools)
+            cache.insert(lease, len(tokens))
+            pools = cache.apply(pools)
+            cache.release(lease)
+            pools = cache.drain(pools)
+        sequence = cache.sequence([*prompts[0].tolist(), 9_999], namespace)
+        assert cache.match(sequence).num_tokens == 0, "the window has left the device and host memory"
+        ticket = cache.prefetch(sequence)
+        assert ticket is not None
+        assert not cache.core.planner.transfers[-1].moves[0].page_keys
+        while not ticket.done:
+            pools = cache.apply(cache.step(pools))
+            cache.engine.drain(1)
+        assert cache.match(sequence).num_tokens == 10 * PAGE_TOKENS
+        assert "storage_failures" not in cache.stats()["transfers"]

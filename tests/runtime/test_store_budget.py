@@ -18,7 +18,7 @@ def spin(seconds: float) -> None:
 
 def test_work_is_made_up_for_by_rest():
     budget = StoreBudget(0.2)
-    budget.is_serving = True
+    budget.serves(True)
     with budget.work():
         spin(0.02)
     start, clock = time.monotonic(), budget.clock()
@@ -39,7 +39,7 @@ def test_nothing_rests_while_no_request_runs(share):
 
 def test_without_a_limit_nothing_rests():
     budget = StoreBudget(1.0)
-    budget.is_serving = True
+    budget.serves(True)
     with budget.work():
         spin(0.02)
     start = time.monotonic()
@@ -50,7 +50,7 @@ def test_without_a_limit_nothing_rests():
 @pytest.mark.parametrize("end", ["the last request", "a cancel"])
 def test_a_rest_ends_with(end):
     budget = StoreBudget(0.0001)
-    budget.is_serving = True
+    budget.serves(True)
     with budget.work():
         spin(0.02)  # 200 s of rest
     is_wanted = True
@@ -61,6 +61,30 @@ def test_a_rest_ends_with(end):
     if end == "a cancel":
         is_wanted = False
     else:
-        budget.is_serving = False
+        budget.serves(False)
     worker.join(10)
     assert not worker.is_alive()
+
+
+def test_what_was_done_while_no_request_ran_is_not_made_up_for():
+    budget = StoreBudget(0.001)
+    with budget.work():
+        spin(0.02)
+    budget.serves(True)
+    start = time.monotonic()
+    budget.rest(lambda: True)
+    assert time.monotonic() - start < SLICE_S
+
+
+def test_the_clock_of_deadlines_stands_still_in_rests_only():
+    budget = StoreBudget(0.001)
+    budget.serves(True)
+    with budget.work():
+        spin(0.02)  # 20 s of rest
+    clock = budget.clock()
+    time.sleep(0.1)
+    assert budget.clock() - clock < 0.02
+    budget.serves(False)
+    clock = budget.clock()
+    time.sleep(0.1)
+    assert budget.clock() - clock >= 0.1

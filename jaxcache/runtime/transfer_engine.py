@@ -102,8 +102,8 @@ class TransferEngine:
             store_share or (SHARE_OF_CORES if local_devices(mesh)[0].platform == "cpu" else 1.0),
         )
         self._load_backs: list[_LoadBack] = []
-        self._close_at_exit = partial(_close, weakref.ref(self))
-        atexit.register(self._close_at_exit)  # runs before jax ends its backends, which copies use
+        self._end_at_exit = partial(_end, weakref.ref(self._storage_io), weakref.ref(self._copies))
+        atexit.register(self._end_at_exit)  # runs before jax ends its backends, which copies use
 
     def warmup(self, pools: DevicePools) -> DevicePools:
         """Compiles every program that `apply` can run; pools are donated and come back unchanged."""
@@ -173,14 +173,12 @@ class TransferEngine:
 
         At the end of the interpreter it waits for EXIT_S at most, and what has not begun is left undone.
         """
-        atexit.unregister(self._close_at_exit)
-        if not is_exiting():
+        atexit.unregister(self._end_at_exit)
+        if is_exiting():
+            self._end_at_exit()
+        else:
             self._storage_io.close()
             self._copies.close()
-            return
-        deadline = time.monotonic() + EXIT_S
-        for thread in (*self._storage_io.end(), *self._copies.end()):
-            thread.join(max(0.0, deadline - time.monotonic()))
 
     def stats(self) -> dict[str, float]:
         """Sums since the start, and the present queues."""
@@ -285,8 +283,13 @@ class TransferEngine:
             raise TransferFault(f"a copy between device and host failed: {self.fault!r}") from self.fault
 
 
-def _close(engine: weakref.ref[TransferEngine]) -> None:
-    """Closes an engine if it still exists: the handler at exit must keep no engine, and no host memory, alive."""
-    found = engine()
-    if found is not None:
-        found.close()
+def _end(*working: weakref.ref[StorageIO] | weakref.ref[JobGraph]) -> None:
+    """Ends those that still exist, and waits for what they have begun, EXIT_S at most.
+
+    What is under way keeps its part of an engine alive, and not the engine: the handler at exit must keep neither, nor
+    any host memory.
+    """
+    deadline = time.monotonic() + EXIT_S
+    threads = [thread for part in working if (found := part()) is not None for thread in found.end()]
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))

@@ -31,7 +31,7 @@ def parts(make_mesh, request):
 
     def bits(array):
         values = rng.integers(0, 256, (*array.shape[:-1], array.shape[-1] * array.dtype.itemsize), np.uint8)
-        return jax.device_put(values.view(array.dtype), array.sharding)
+        return jax.device_put(values.view(array.dtype), array.sharding).copy()  # numpy's memory cannot be donated
 
     return jax.block_until_ready({name: bits(array) for name, array in pools.items()}), HostPool(
         layouts["full"], 12, mesh

@@ -2,6 +2,9 @@
 
     a hit of n tokens in storage pays if  n * seconds per token fetched  <  n * seconds per token computed
 
+Both are of many requests together: the loop computes several prompts in a step, and all threads of storage fetch; how
+long one request waits for its own fetch is no measure, since that passes while others are served.
+
 One process's answer is its own. Ranks agree on the least of the ends that they name for a QUERY, so one that would
 rather compute is enough. Every PROBE_EVERY-th hit is fetched all the same: what was slow once may be fast again.
 """

@@ -194,14 +194,15 @@ class StorageIO:
             self._live[transfer_id].stop()
 
     def forget(self, transfer_id: int) -> tuple[int, float] | None:
-        """The caller has seen that it is quiet. Of a FETCH: how many tokens it has brought, in how many seconds."""
+        """The caller has seen that it is quiet. Of a FETCH: how many tokens it has brought, and how many seconds that
+        takes if all threads share in it, as they do where many requests wait."""
         operation = self._live[transfer_id]
         status = operation.status()
         assert status.quiet, f"{transfer_id=} is forgotten before it is quiet"
         del self._live[transfer_id]
-        if operation.transfer.kind is not TransferKind.FETCH or operation.seconds is None:
+        if operation.transfer.kind is not TransferKind.FETCH:
             return None
-        return max(status.pages.values(), default=0) * self._page_tokens, operation.seconds
+        return max(status.pages.values(), default=0) * self._page_tokens, operation.busy_s / self._num_threads
 
     def close(self) -> None:
         """Stops all operations; waits for the calls that are under way."""
@@ -288,6 +289,7 @@ class StorageIO:
         """A worker's outermost frame: whatever storage raises becomes a miss, and no user of its host pages sees it."""
         if not operation.keep_going():
             return
+        start = time.perf_counter()
         try:
             with self._counters.busy(operation.transfer.kind.name.lower()):
                 work()
@@ -297,6 +299,8 @@ class StorageIO:
         else:
             if operation.keep_going():
                 connection.breaker.succeeded()
+        finally:
+            operation.worked(time.perf_counter() - start)
 
     def _values(self, move: Move, batch: slice) -> list[slice]:
         """The values that these pages are cut into, by their places in the move."""

@@ -55,9 +55,8 @@ class StorageOperation:
         self.transfer = transfer
         self.connection = connection
         self._good = {move.component: np.zeros(len(move.page_keys), bool) for move in transfer.moves}
-        self.seconds: float | None = None  # from the start until the last job ended
+        self.busy_s = 0.0  # that threads have worked on it, all together
         self._clock = clock
-        self._start = clock()
         self._deadline = clock() + deadline_s
         self._lock = threading.Lock()
         self._num_open = 0
@@ -98,8 +97,11 @@ class StorageOperation:
             if job.exception() is not None:
                 self._stop()
             self._num_open -= 1
-            if not self._num_open:
-                self.seconds = self._clock() - self._start
+
+    def worked(self, seconds: float) -> None:
+        """A thread has worked on it for so long."""
+        with self._lock:
+            self.busy_s += seconds
 
     @property
     def is_done(self) -> bool:

@@ -1,9 +1,9 @@
 """Time to first token of one request by where its prompt comes from, on the first device.
 
 recompute  nothing is found: chunks of the prompt, one after the other
-device     all but the last token is in the device pools
+device     all but the last page is in the device pools
 host       it was backed up, and the device pools were lost
-storage    another cache stored it: prefetch, load-back and the last token
+storage    another cache stored it: prefetch, load-back and the last page
 
 model      Qwen3-like with experts (all of them computed), random bfloat16 weights: 1.3e9 parameters on a GPU
 of_matmul  floating-point operations of the prefill's weights per second, as a share of what a large matmul does
@@ -25,6 +25,7 @@ import jaxcache
 from benchmarks.timing import seconds
 from models.paged_attention import ExtendBatch
 from models.qwen3 import Qwen3Config, components, make_extend, param_targets
+from models.serve import WAIT_S
 
 LARGE = Qwen3Config(
     vocab_size=32_768,
@@ -97,7 +98,7 @@ class Session:
         self.service, self.cache = service, cache
         self.pools = cache.warmup(cache.step(cache.init_pools()))
         self.namespace = cache.new_namespace(model="first token")
-        for num_columns in (service.chunk, 1):  # compiles both steps; nothing is written
+        for num_columns in (service.chunk, service.page):  # compiles both steps; nothing is written
             self._compute(None, np.zeros(0, np.int32), 0, num_columns)
 
     def first_token_s(self, prompt: np.ndarray, is_stored: bool = False) -> tuple[float, int]:
@@ -108,6 +109,7 @@ class Session:
         ticket = cache.prefetch(sequence) if is_stored else None
         while ticket is not None and not ticket.done:
             self.pools = cache.apply(cache.step(self.pools))
+            time.sleep(WAIT_S)  # a loop that spins keeps the interpreter from the threads of storage
         found = cache.match(sequence).num_tokens
         lease = cache.admit(sequence, min(chunk, len(prompt) - found), ticket)
         assert isinstance(lease, jaxcache.Lease), lease
@@ -119,7 +121,8 @@ class Session:
             end = min(computed + chunk, len(prompt))
             assert cache.grow(lease, computed, end - computed)
             self.pools = cache.apply(self.pools)
-            logits = self._compute(lease, prompt[computed:end], computed, chunk if end - computed > 1 else 1)
+            num_columns = chunk if end - computed > self.service.page else self.service.page
+            logits = self._compute(lease, prompt[computed:end], computed, num_columns)
             computed = end
         np.asarray(cache.wait(logits))
         took = time.perf_counter() - start

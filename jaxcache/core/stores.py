@@ -203,7 +203,7 @@ class Stores:
         return self.tiers.components[c].name
 
     def _runs(self, c: int, nodes: list[Node]) -> list[Run]:
-        """The host pages of component c that are there and not believed stored.
+        """The host pages of component c that are there and not believed stored. nodes: of one path, top first
 
         A run that begins inside a unit, where no run has ended, may leave another prompt inside one of its values,
         which is of no use here: what is before it in the unit comes, too, as a run of its own that later ones find.
@@ -219,7 +219,7 @@ class Stores:
             first = node.end - len(page_ids) * page_tokens
             for part in consecutive([i for i, key in enumerate(keys) if (self._name(c), key) not in self.believed]):
                 start = first + part.start * page_tokens
-                if not (found and found[-1].end(page_tokens) == start and _is_at_or_below(node, found[-1].node)):
+                if not (found and found[-1].end(page_tokens) == start):
                     above += self._above(c, node, start)
                 found.append(Run(node, start, page_ids[part.start : part.stop], keys[part.start : part.stop]))
         return found + above
@@ -276,9 +276,7 @@ class Stores:
             self.counters["failed_store_pages"] += len(page_keys) - good
         self.planner.note("stored", store)
 
-    def believe(
-        self, component: str, page_keys: tuple[bytes, ...], run_ends: frozenset[PageName] = frozenset()
-    ) -> None:
+    def believe(self, component: str, page_keys: tuple[bytes, ...], run_ends: frozenset[PageName]) -> None:
         """These need not be written again."""
         for key in page_keys:
             name = (component, key)

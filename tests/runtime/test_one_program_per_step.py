@@ -28,15 +28,19 @@ def compiled(mesh, lanes: Lanes):
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
 @pytest.mark.parametrize("lanes", [Lanes(("full",), 1), Lanes(("full", "window", "state"), 16)], ids=["few", "many"])
-def test_collectives_of_the_compiled_program(make_mesh, shape, lanes):
+def test_collectives_of_the_compiled_program(make_mesh, shape, lanes, platform):
+    if platform == "gpu" and shape == (1, 1, 1):
+        pytest.skip("for one GPU XLA leaves the reduction out")
     found = Counter(COLLECTIVE.findall(compiled(make_mesh(*shape), lanes).as_text()))
     hops = shape[2] - 1  # without stages XLA makes one of both reductions, as they are over the same ranks
     assert found == (Counter({"all-reduce": 2, "collective-permute": hops}) if hops else Counter({"all-reduce": 1}))
 
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
-def test_a_dispatch_does_not_wait_for_the_other_ranks(make_mesh, shape):
+def test_a_dispatch_does_not_wait_for_the_other_ranks(make_mesh, shape, platform):
     """On CPU a program of few operations runs inside the dispatch, which nothing can bound."""
+    if platform != "cpu":
+        pytest.skip("other devices run none inside the dispatch, and their costs are not known")
     cost = compiled(make_mesh(*shape), Lanes(("full",), 1)).cost_analysis()
     assert cost["flops"] >= INLINE_BELOW
 

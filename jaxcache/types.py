@@ -76,6 +76,7 @@ class Move(NamedTuple):
     page_ends:    n positions in tokens: where each page (or the state) ends (STORE, FETCH, QUERY), else empty;
                   consecutive pages may share values of storage
     later_keys:   keys of the pages after the last that a value which holds some of these may hold, too (QUERY, FETCH)
+    in_order:     no page is of use without those before it (QUERY)
     """
 
     component: str
@@ -84,6 +85,7 @@ class Move(NamedTuple):
     page_keys: tuple[bytes, ...] = ()
     page_ends: tuple[int, ...] = ()
     later_keys: tuple[bytes, ...] = ()
+    in_order: bool = False
 
 
 class Transfer(NamedTuple):

@@ -148,7 +148,8 @@ class Prefetches:
                 ends = list(range(low + page, prefetch.end + 1, page))
             page_keys = tuple(keys[end // page - 1] for end in ends)
             later = self._later_keys(prefetch, c, prefetch.end)
-            moves.append(Move(tiers.components[c].name, page_keys=page_keys, page_ends=tuple(ends), later_keys=later))
+            move = Move(tiers.components[c].name, page_keys=page_keys, page_ends=tuple(ends), later_keys=later)
+            moves.append(move._replace(in_order=c == tiers.full))
         return tuple(moves)
 
     def _later_keys(self, prefetch: Prefetch, c: int, end: int) -> tuple[bytes, ...]:

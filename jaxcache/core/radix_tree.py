@@ -199,7 +199,10 @@ class RadixTree:
 
     def common_bytes(self, edge: Any, data: bytes | bytearray, offset: int, stop: int) -> int:
         """How many bytes of whole pages of `edge` agree with data[offset:stop]. Compares in growing blocks."""
-        num_tokens = min(len(edge), stop - offset) // 4
+        num_bytes = min(len(edge), stop - offset)
+        if data.startswith(memoryview(edge)[:num_bytes], offset):  # a prompt that is sent again
+            return num_bytes
+        num_tokens = num_bytes // 4
         ours = np.frombuffer(edge, np.int32, num_tokens)
         theirs = np.frombuffer(data, np.int32, num_tokens, offset)
         low, block = 0, 256

@@ -4,6 +4,7 @@
     gather       pool --page ids--> staging [bucket, *padded page]     the pool is only read
     scatter      staging --page ids--> the same pool buffers           donated, in place
 
+Fields that are alike are staged as one array, see `page_layout.Stack`: {first field: [bucket, fields, *padded page]}.
 Both are local to each shard. Buckets are powers of two, so that `warmup` can compile every shape that will ever run.
 A padding id is `num_pages`, which a scatter drops. Never -1: that wraps around to the last page.
 """
@@ -19,14 +20,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxcache.pools.page_layout import PageLayout, local_devices
+from jaxcache.pools.page_layout import PageLayout, Stack, local_devices
 from kernels_pallas.form import is_pallas
 from kernels_pallas.gather_pages import gather_pages, gather_pages_reference
+from kernels_pallas.layer_pages import (
+    gather_layers,
+    gather_layers_reference,
+    scatter_layers,
+    scatter_layers_reference,
+)
 from kernels_pallas.page_view import page_view
 from kernels_pallas.ring import DEFAULT_RING
 from kernels_pallas.scatter_pages import scatter_pages, scatter_pages_reference
 
 ComponentPools = dict[str, jax.Array]  # by field
+Staging = dict[str, jax.Array]  # by the first field of a stack
 DevicePools = dict[str, ComponentPools]  # by component
 
 
@@ -75,17 +83,15 @@ class PageMover:
         self._gathers = {name: _gather_program(layout, page_kernels) for name, layout in self.layouts.items()}
         self._scatters = {name: _scatter_program(layout, page_kernels) for name, layout in self.layouts.items()}
 
-    def gather(self, component: str, pools: ComponentPools, page_ids: np.ndarray) -> ComponentPools:
+    def gather(self, component: str, pools: ComponentPools, page_ids: np.ndarray) -> Staging:
         """Dispatches a copy of at most `max_bucket` pages; afterwards the pages may be overwritten.
 
         pools:   not donated
-        returns: staging {field: [bucket, *padded page]}, sharded like the pools
+        returns: staging {first field: [bucket, *padded shape of the stack]}, sharded like the pools
         """
         return self._gathers[component](pools, self._padded(component, page_ids))
 
-    def scatter(
-        self, component: str, pools: ComponentPools, page_ids: np.ndarray, staging: ComponentPools
-    ) -> ComponentPools:
+    def scatter(self, component: str, pools: ComponentPools, page_ids: np.ndarray, staging: Staging) -> ComponentPools:
         """Dispatches the write of at most `max_bucket` pages, in place.
 
         pools:   donated
@@ -93,8 +99,15 @@ class PageMover:
         """
         return self._scatters[component](pools, self._padded(component, page_ids), staging)
 
-    def staging(self, component: str, bucket: int) -> ComponentPools:
-        """Dispatches the making of arrays that a load-back fills: {field: [bucket, *padded page]}, zeroed."""
+    def renewed(self, component: str, pools: ComponentPools) -> ComponentPools:
+        """The same buffers as new arrays, when they are computed and nobody reads the old ones any more.
+
+        pools: donated
+        """
+        return jax.block_until_ready(_renewal_program(self.layouts[component])(pools))
+
+    def staging(self, component: str, bucket: int) -> Staging:
+        """Dispatches the making of arrays that a load-back fills: as `gather` returns them, zeroed."""
         return _staging_program(self.layouts[component], bucket)()
 
     def warmup_staging(self) -> None:
@@ -102,9 +115,10 @@ class PageMover:
         jax.block_until_ready([self.staging(name, bucket) for name in self.layouts for bucket in self.buckets()])
 
     def warmup(self, pools: DevicePools) -> DevicePools:
-        """Compiles every bucket of every component. Moves padding only: pools (donated) come back unchanged."""
+        """Compiles every program of every component. Moves padding only: pools (donated) come back unchanged."""
         pools = dict(pools)
         for name in self.layouts:
+            pools[name] = self.renewed(name, pools[name])
             for bucket in self.buckets():
                 no_pages = np.full(bucket, self._num_pages[name], np.int32)
                 staging = self.gather(name, pools[name], no_pages)
@@ -127,49 +141,83 @@ class PageMover:
 @functools.cache  # caches of equal layout on one mesh share their programs
 def _gather_program(layout: PageLayout, page_kernels: str):
     """jit (pools, ids) -> staging."""
-    specs = {f.spec.name: f.pool_spec for f in layout.fields}
-    shardings, replicated = layout.shardings(), NamedSharding(layout.mesh, PartitionSpec())
+    is_kernel = {stack: _is_pallas("gather", stack, layout, page_kernels) for stack in layout.stacks}
 
-    is_kernel = _is_pallas("gather_pages", layout, page_kernels)
-    gather_field = gather_pages if is_kernel else gather_pages_reference
+    def gather_stack(stack: Stack, pools, page_ids):
+        if len(stack.names) == 1:
+            return (gather_pages if is_kernel[stack] else gather_pages_reference)(pools[stack.names[0]], page_ids)
+        layers = [pools[name] for name in stack.names]
+        return (gather_layers if is_kernel[stack] else gather_layers_reference)(layers, page_ids)
 
     @jax.named_scope("jaxcache.gather")
     def gather(pools, page_ids):
-        return {name: gather_field(pool, page_ids) for name, pool in pools.items()}
+        return {stack.field.spec.name: gather_stack(stack, pools, page_ids) for stack in layout.stacks}
 
+    pool_specs, staging_specs = _specs(layout)
     local = jax.shard_map(
-        gather, mesh=layout.mesh, in_specs=(specs, PartitionSpec()), out_specs=specs, check_vma=not is_kernel
+        gather,
+        mesh=layout.mesh,
+        in_specs=(pool_specs, PartitionSpec()),
+        out_specs=staging_specs,
+        check_vma=not any(is_kernel.values()),
     )
-    return jax.jit(local, in_shardings=(shardings, replicated), out_shardings=shardings)
+    replicated = NamedSharding(layout.mesh, PartitionSpec())
+    return jax.jit(local, in_shardings=(layout.shardings(), replicated), out_shardings=layout.staging_shardings())
 
 
 @functools.cache
 def _scatter_program(layout: PageLayout, page_kernels: str):
     """jit (pools, ids, staging) -> pools, in place."""
-    specs = {f.spec.name: f.pool_spec for f in layout.fields}
-    shardings, replicated = layout.shardings(), NamedSharding(layout.mesh, PartitionSpec())
+    is_kernel = {stack: _is_pallas("scatter", stack, layout, page_kernels) for stack in layout.stacks}
 
-    is_kernel = _is_pallas("scatter_pages", layout, page_kernels)
-    scatter_field = scatter_pages if is_kernel else scatter_pages_reference
+    def scatter_stack(stack: Stack, pools, page_ids, staged):
+        if len(stack.names) == 1:
+            scatter_one = scatter_pages if is_kernel[stack] else scatter_pages_reference
+            return (scatter_one(pools[stack.names[0]], page_ids, staged),)
+        layers = [pools[name] for name in stack.names]
+        return (scatter_layers if is_kernel[stack] else scatter_layers_reference)(layers, page_ids, staged)
 
     @jax.named_scope("jaxcache.scatter")
     def scatter(pools, page_ids, staging):
-        return {name: scatter_field(pool, page_ids, staging[name]) for name, pool in pools.items()}
+        written = {}
+        for stack in layout.stacks:
+            arrays = scatter_stack(stack, pools, page_ids, staging[stack.field.spec.name])
+            written |= zip(stack.names, arrays, strict=True)
+        return written
 
+    pool_specs, staging_specs = _specs(layout)
     local = jax.shard_map(
-        scatter, mesh=layout.mesh, in_specs=(specs, PartitionSpec(), specs), out_specs=specs, check_vma=not is_kernel
+        scatter,
+        mesh=layout.mesh,
+        in_specs=(pool_specs, PartitionSpec(), staging_specs),
+        out_specs=pool_specs,
+        check_vma=not any(is_kernel.values()),
     )
-    in_shardings = (shardings, replicated, shardings)
+    shardings, replicated = layout.shardings(), NamedSharding(layout.mesh, PartitionSpec())
+    in_shardings = (shardings, replicated, layout.staging_shardings())
     return jax.jit(local, donate_argnums=0, in_shardings=in_shardings, out_shardings=shardings)
 
 
-def _is_pallas(operation: str, layout: PageLayout, page_kernels: str) -> bool:
+def _specs(layout: PageLayout) -> tuple[dict[str, PartitionSpec], dict[str, PartitionSpec]]:
+    """Of the pools, by field, and of the staging."""
+    pools = {f.spec.name: f.pool_spec for f in layout.fields}
+    return pools, {stack.field.spec.name: stack.field.pool_spec for stack in layout.stacks}
+
+
+def _is_pallas(direction: str, stack: Stack, layout: PageLayout, page_kernels: str) -> bool:
     """Whether a kernel runs; ValueError where one was asked for that cannot."""
+    operation = f"{direction}_pages" if len(stack.names) == 1 else f"{direction}_layers"
     if not is_pallas(operation, page_kernels, layout.mesh.devices.flat[0].platform):
         return False
-    for f in layout.fields:
-        page_view(f.local_shape, f.dtype, DEFAULT_RING.box_bytes)
+    page_view(stack.field.local_shape, stack.field.dtype, DEFAULT_RING.box_bytes)
     return True
+
+
+@functools.cache
+def _renewal_program(layout: PageLayout):
+    """jit pools -> pools, in place."""
+    shardings = layout.shardings()
+    return jax.jit(lambda pools: pools, donate_argnums=0, in_shardings=(shardings,), out_shardings=shardings)
 
 
 @functools.cache
@@ -177,9 +225,10 @@ def _staging_program(layout: PageLayout, bucket: int):
     """jit () -> staging."""
 
     def zeros():
-        return {f.spec.name: jnp.zeros((bucket, *f.padded_shape), f.dtype) for f in layout.fields}
+        fields = [stack.field for stack in layout.stacks]
+        return {f.spec.name: jnp.zeros((bucket, *f.padded_shape), f.dtype) for f in fields}
 
-    return jax.jit(zeros, out_shardings=layout.shardings())
+    return jax.jit(zeros, out_shardings=layout.staging_shardings())
 
 
 def _check_fit(layouts: Mapping[str, PageLayout], num_pages: Mapping[str, int], mesh: Mesh) -> None:

@@ -4,6 +4,8 @@ one page, unsharded                      one rank's row (bytes, the same on devi
 kv   [layers, 2, slots, heads, dim]      | kv: its layers, slots, heads | index: its layers, slots |
 index[layers, slots, dim]                0                              offset             row_bytes
 layers -> pp (padded), slots -> cp (or repeated), heads -> tp (or repeated); None is never sharded
+
+Neighbouring fields that are alike, such as the layers of a pool that is a list of arrays, are moved as one stack.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
 
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -60,6 +64,18 @@ class FieldLayout:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """What is moved as one array: a field, or neighbouring fields that are alike, one after the other in a row.
+
+    names: of these fields
+    field: of the array [pages, *local_shape] that holds them all; of several, its first dimension counts them
+    """
+
+    names: tuple[str, ...]
+    field: FieldLayout
+
+
+@dataclass(frozen=True)
 class PageLayout:
     """One component's pages on a mesh with the axes cp, tp and pp.
 
@@ -77,9 +93,18 @@ class PageLayout:
         """Bytes of a page over all ranks, without padding and repetition."""
         return sum(math.prod(f.spec.shape) * f.dtype.itemsize for f in self.fields)
 
+    @cached_property
+    def stacks(self) -> tuple[Stack, ...]:
+        """All fields, in order."""
+        return tuple(_stack(list(fields)) for _, fields in groupby(self.fields, _likeness))
+
     def shardings(self) -> dict[str, NamedSharding]:
         """Of the arrays [pages, ...] of each field."""
         return {f.spec.name: NamedSharding(self.mesh, f.pool_spec) for f in self.fields}
+
+    def staging_shardings(self) -> dict[str, NamedSharding]:
+        """Of the arrays [pages, ...] of each stack, by the name of its first field."""
+        return {s.field.spec.name: NamedSharding(self.mesh, s.field.pool_spec) for s in self.stacks}
 
     def coordinates(self, device) -> Coordinates:
         """Where a device sits in the mesh."""
@@ -123,6 +148,22 @@ def _field_layout(spec: FieldSpec, mesh: Mesh, offset: int) -> FieldLayout:
     padded_shape, axes = tuple(n for n, _ in placed), tuple(axis for _, axis in placed)
     local = tuple(n if axis is None else n // mesh.shape[axis] for n, axis in placed)
     return FieldLayout(spec, padded_shape, axes, local, offset)
+
+
+def _likeness(field: FieldLayout) -> tuple:
+    """Equal for neighbours that may be stacked: nothing lies between them in a row."""
+    is_alone = field.local_bytes % ROW_ALIGNMENT
+    return field.dtype, field.padded_shape, field.axes, field.offset if is_alone else None
+
+
+def _stack(fields: list[FieldLayout]) -> Stack:
+    first, n = fields[0], len(fields)
+    names = tuple(f.spec.name for f in fields)
+    if n == 1:
+        return Stack(names, first)
+    spec = FieldSpec(names[0], (n, *first.spec.shape), first.spec.dtype, (None, *first.spec.axes))
+    local_shape = (n, *first.local_shape)
+    return Stack(names, FieldLayout(spec, (n, *first.padded_shape), (None, *first.axes), local_shape, first.offset))
 
 
 def _dimension(spec: FieldSpec, dim: int, mesh: Mesh) -> tuple[int, str | None]:

@@ -9,8 +9,6 @@ DirectCopies  GPUs: between the shard and the rows, nothing in between
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -50,13 +48,13 @@ class MemoryCopies(ShardCopies):
 
     def __init__(self, device: Any):
         self.sharding = SingleDeviceSharding(device, memory_kind=device.default_memory().kind)
-        self.buffers = Buffers()
 
     def to_rows(self, pages, field, rows, page_ids):
         rows_from_pages(rows[:, field.byte_range], page_ids, np.asarray(pages))
 
     def from_rows(self, rows, page_ids, field, bucket, staged):
-        pages = pages_from_rows(rows[:, field.byte_range], page_ids, self.buffers.take(bucket, field.local_bytes))
+        buffer = np.empty((bucket, field.local_bytes), np.uint8)
+        pages = pages_from_rows(rows[:, field.byte_range], page_ids, buffer)
         shard = jax.device_put(pages.view(field.dtype).reshape(bucket, *field.local_shape), self.sharding)
         return jax.block_until_ready(shard)
 
@@ -117,37 +115,3 @@ def pages_from_rows(rows: np.ndarray, page_ids: np.ndarray, buffer: np.ndarray) 
         for target, page_id in zip(pages, page_ids.tolist(), strict=True):
             target[...] = rows[page_id]
     return buffer
-
-
-class Buffers:
-    """Memory that CPU arrays take over without a copy, and that comes back when the last of them is gone: new memory
-    costs as much as copying to it twice, since the system clears it page by page.
-
-    kept: bytes -> memory that nobody uses
-    """
-
-    def __init__(self):
-        self.kept: dict[int, list[mmap.mmap]] = {}
-
-    def take(self, num_rows: int, row_bytes: int) -> np.ndarray:
-        """uint8[num_rows, row_bytes], undefined, aligned to a page of the system: nobody else writes to it while any
-        view of it, or an array that aliases it, is alive."""
-        num_bytes = max(num_rows * row_bytes, 1)
-        kept = self.kept.setdefault(num_bytes, [])
-        try:
-            memory = kept.pop()
-        except IndexError:
-            memory = mmap.mmap(-1, num_bytes)
-        return np.asarray(_Loan(memory, kept))[: num_rows * row_bytes].reshape(num_rows, row_bytes)
-
-
-class _Loan:
-    """What the arrays over a piece of memory keep alive; gives it back when the last one goes, on any thread."""
-
-    def __init__(self, memory: mmap.mmap, kept: list[mmap.mmap]):
-        self._memory, self._kept = memory, kept
-        address = ctypes.addressof(ctypes.c_uint8.from_buffer(memory))
-        self.__array_interface__ = {"shape": (len(memory),), "typestr": "|u1", "data": (address, False), "version": 3}
-
-    def __del__(self):
-        self._kept.append(self._memory)

@@ -393,7 +393,8 @@ class StorageIO:
         keys = dict(zip(numbers, move.page_keys[batch], strict=True))
         if batch.stop == len(move.page_keys):
             keys |= dict(enumerate(move.later_keys, numbers[-1] + 1))
-        found = _found(storage, part, keys, numbers)
+        is_of_use = not move.in_order or _may_hold(storage, part, keys, numbers[0])
+        found = _found(storage, part, keys, numbers) if is_of_use else []
         there = {page for pages in found for page in pages}
         good = np.array([number in there for number in numbers])
         operation.deliver(move.component, batch, good)
@@ -422,6 +423,19 @@ def _found(storage: Storage, part: Part, keys: Mapping[int, bytes], wanted: Sequ
         left.difference_update(page for pages in spans for page in pages)
         size //= 2
     return found
+
+
+def _may_hold(storage: Storage, part: Part, keys: Mapping[int, bytes], page: int) -> bool:
+    """Whether some value may hold this page: one call of a few names, since most prompts are new to storage."""
+    names = []
+    size = part.unit
+    while size:
+        last = page // size * size + size - 1
+        if last in keys:
+            names.append(_object_key(keys[last], part.component, part.cell_names[0], size))
+        size //= 2
+    answers = [_answer(answer) for _, answer in zip(names, storage.exists(names), strict=True)]
+    return any(answers)
 
 
 def _answer(value: object) -> bool:

@@ -31,7 +31,7 @@ from jaxcache.pools.page_layout import PageLayout, local_devices
 from jaxcache.runtime.backup_merging import merged
 from jaxcache.runtime.counters import Counters
 from jaxcache.runtime.host_page_order import HostPageOrder
-from jaxcache.runtime.inline_backup import back_up_now
+from jaxcache.runtime.inline_copies import back_up_now, load_back_now
 from jaxcache.runtime.job_graph import Job, JobGraph
 from jaxcache.runtime.process_end import EXIT_S, is_exiting
 from jaxcache.runtime.rates import Rates
@@ -51,7 +51,7 @@ class _LoadBack:
     step: int
     component: str
     page_ids: PageIds
-    shards: dict[str, list[Any]] = field(default_factory=dict)  # by field; arrays to be filled, or None, until loaded
+    shards: dict[str, list[Any]] = field(default_factory=dict)  # by stack; arrays to be filled, or None, until loaded
     job: Job | None = None
 
 
@@ -125,7 +125,7 @@ class TransferEngine:
             if transfer.kind is TransferKind.BACKUP:
                 self._back_up(pools, transfer)
             elif transfer.kind is TransferKind.LOAD_BACK:
-                self._load_back(transfer, step)
+                self._load_back(pools, transfer, step)
             else:
                 self._storage_io.start(transfer)
         return pools
@@ -204,15 +204,22 @@ class TransferEngine:
         works = [partial(self._copy_to_rows, pool, rank, dst, shards) for rank in range(len(pool.devices))]
         order.add_writer(dst, self._submit_copies("backup", component, len(dst), works, order.before_write(dst)))
 
-    def _load_back(self, transfer: Transfer, step: int) -> None:
+    def _load_back(self, pools: DevicePools, transfer: Transfer, step: int) -> None:
         for move in transfer.moves:
             for piece in chunks(len(move.src_page_ids), self.mover.max_bucket):
-                self._load_back_chunk(_LoadBack(step, move.component, move.dst_page_ids[piece]), move, piece)
+                self._load_back_chunk(pools, _LoadBack(step, move.component, move.dst_page_ids[piece]), move, piece)
 
-    def _load_back_chunk(self, load: _LoadBack, move: Move, piece: slice) -> None:
-        src, order = move.src_page_ids[piece], self._orders[move.component]
+    def _load_back_chunk(self, pools: DevicePools, load: _LoadBack, move: Move, piece: slice) -> None:
+        src, order, name = move.src_page_ids[piece], self._orders[move.component], move.component
+        if not order.before_read(src):
+            with self._counters.busy("load_back"):
+                loaded = load_back_now(self.mover, name, pools[name], self.host_pools[name], src, load.page_ids)
+            if loaded is not None:
+                pools[name] = loaded
+                self._count("load_back", name, len(src))
+                return
         pool = self.host_pools[move.component]
-        load.shards = {f.spec.name: [None] * len(pool.devices) for f in pool.layout.fields}
+        load.shards = {stack.field.spec.name: [None] * len(pool.devices) for stack in pool.layout.stacks}
         if self._needs_staging:
             staging = self.mover.staging(move.component, bucket_pages(len(src)))
             load.shards = {name: local_shards(array, pool.devices) for name, array in staging.items()}
@@ -236,19 +243,20 @@ class TransferEngine:
     def _assembled(self, load: _LoadBack) -> dict[str, jax.Array]:
         """The staging arrays over all devices, made of this process's shards."""
         layout, bucket = self._layouts[load.component], bucket_pages(len(load.page_ids))
-        shardings = layout.shardings()
+        shardings = layout.staging_shardings()
+        fields = {stack.field.spec.name: stack.field for stack in layout.stacks}
         return {
-            f.spec.name: jax.make_array_from_single_device_arrays(
-                (bucket, *f.padded_shape), shardings[f.spec.name], load.shards[f.spec.name]
+            name: jax.make_array_from_single_device_arrays(
+                (bucket, *f.padded_shape), shardings[name], load.shards[name]
             )
-            for f in layout.fields
+            for name, f in fields.items()
         }
 
     def _copy_to_rows(self, pool: HostPool, rank: int, page_ids: PageIds, shards: dict[str, list[jax.Array]]) -> None:
         """Worker: one local device's share of the staged pages into its host rows."""
         device = pool.devices[rank]
         with self._counters.busy("backup"):
-            for f in pool.layout.fields:
+            for f in (stack.field for stack in pool.layout.stacks):
                 self._shard_copies[device].to_rows(shards[f.spec.name][rank], f, pool.rows[device], page_ids)
 
     def _copy_to_device(self, pool: HostPool, rank: int, page_ids: PageIds, load: _LoadBack) -> None:
@@ -256,7 +264,7 @@ class TransferEngine:
         device, bucket = pool.devices[rank], bucket_pages(len(page_ids))
         copies, rows = self._shard_copies[device], pool.rows[device]
         with self._counters.busy("load_back"):
-            for f in pool.layout.fields:
+            for f in (stack.field for stack in pool.layout.stacks):
                 shards = load.shards[f.spec.name]
                 shards[rank] = copies.from_rows(rows, page_ids, f, bucket, shards[rank])
 

@@ -250,10 +250,17 @@ def test_host_row_of_another_request_shows(rig):
         must_differ(rig, driver, "host")
 
 
+def by_programs(monkeypatch):
+    """Copies as GPUs have them; CPU devices do without the programs where they can."""
+    monkeypatch.setattr(transfer_engine, "back_up_now", lambda *args: False)
+    monkeypatch.setattr(transfer_engine, "load_back_now", lambda *args: None)
+
+
 @pytest.mark.parametrize("tier", ["host", "storage"])
 def test_load_back_to_the_wrong_pages_shows(rig, tier, monkeypatch):
     """One page of the request lands where no page of it belongs. (Pages of a prefix that change places would not show:
     keys carry their positions, and attention sees all of them.)"""
+    by_programs(monkeypatch)
     with cached(rig, tier, "whole") as driver:
         mover, scatter = driver.cache.engine.mover, driver.cache.engine.mover.scatter
 
@@ -269,6 +276,7 @@ def test_load_back_to_the_wrong_pages_shows(rig, tier, monkeypatch):
 
 @pytest.mark.parametrize("tier", ["host", "storage"])
 def test_load_back_that_never_lands_shows(rig, tier, monkeypatch):
+    by_programs(monkeypatch)
     with cached(rig, tier, "whole") as driver:
         driver.edit_pool(lambda pool: pool.fill(0))
         monkeypatch.setattr(driver.cache.engine.mover, "scatter", lambda name, pools, ids, staging: pools)
@@ -277,7 +285,7 @@ def test_load_back_that_never_lands_shows(rig, tier, monkeypatch):
 
 def test_backup_of_pages_that_were_overwritten_shows(rig, monkeypatch):
     """A gather that reads its pages after they were reused: what snapshots prevent."""
-    monkeypatch.setattr(transfer_engine, "back_up_now", lambda *args: False)  # what CPU devices do instead
+    by_programs(monkeypatch)
     with rig.cache() as cache:
         driver = Driver(rig, cache)
         mover, gather, late = cache.engine.mover, cache.engine.mover.gather, cache.init_pools()

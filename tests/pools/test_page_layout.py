@@ -59,3 +59,32 @@ def test_rows_hold_whole_fields(make_mesh):
     assert layout.fields[1].offset % 16 == 0
     assert layout.row_bytes % 16 == 0
     assert np.dtype("float32") == layout.fields[1].dtype
+
+
+def test_fields_that_are_alike_are_moved_as_one(make_mesh):
+    layers = [FieldSpec(f"layer{i}", (8, 2, 4), "bfloat16", ("slots", "heads", None)) for i in range(3)]
+    layout = layout_of(make_mesh(2, 2, 1), KV, *layers, INDEX)
+    assert [stack.names for stack in layout.stacks] == [("kv",), ("layer0", "layer1", "layer2"), ("index",)]
+    kv, stack, index = (stack.field for stack in layout.stacks)
+    assert (kv, index) == (layout.fields[0], layout.fields[4])
+    assert (stack.padded_shape, stack.local_shape) == ((3, 8, 2, 4), (3, 4, 1, 4))
+    assert stack.pool_spec == P(None, None, "cp", "tp", None)
+    assert stack.byte_range == slice(layout.fields[1].byte_range.start, layout.fields[3].byte_range.stop)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        FieldSpec("other", (8, 4), "int16", ("slots", None)),  # the same bytes
+        FieldSpec("other", (8, 4), "bfloat16", (None, None)),
+        FieldSpec("other", (8, 8), "bfloat16", ("slots", None)),
+    ],
+)
+def test_fields_that_differ_are_moved_apart(make_mesh, other):
+    layer = FieldSpec("layer", (8, 4), "bfloat16", ("slots", None))
+    assert [stack.names for stack in layout_of(make_mesh(), layer, other).stacks] == [("layer",), ("other",)]
+
+
+def test_fields_with_gaps_between_them_are_moved_apart(make_mesh):
+    odd = [FieldSpec(f"odd{i}", (3,), "float32", (None,)) for i in range(2)]
+    assert [stack.names for stack in layout_of(make_mesh(), *odd).stacks] == [("odd0",), ("odd1",)]

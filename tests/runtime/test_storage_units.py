@@ -19,11 +19,16 @@ PROMPT = random_tokens(1, 20 * PAGE_TOKENS)
 
 
 class Values(jaxcache.MemoryStorage):
-    """num_pages: of every value that was put"""
+    """num_pages: of every value that was put; num_asked: names in each call of `exists`"""
 
     def __init__(self):
         super().__init__()
         self.num_pages: list[int] = []
+        self.num_asked: list[int] = []
+
+    def exists(self, keys):
+        self.num_asked.append(len(keys))
+        return super().exists(keys)
 
     def put(self, key: ObjectKey, buffer: memoryview) -> bool:
         count, is_several, _ = key.cell.partition(" x ")
@@ -65,6 +70,15 @@ def test_values_hold_units_and_a_restart_finds_all(rig):
     num_ranks = rig.mesh.size
     assert sorted(storage.num_pages) == [*[4] * num_ranks, *[8] * 2 * num_ranks]
     assert found(rig, storage, PROMPT) == 20
+
+
+def test_a_prompt_that_is_new_to_storage_costs_one_small_question(rig):
+    """One value of 1, 2, 4 and 8 pages each could hold its first page; all that could hold any of it are 36."""
+    storage = Values()
+    served(rig, storage, PROMPT)
+    storage.num_asked.clear()
+    assert found(rig, storage, prompt(0, 2)) == 0
+    assert storage.num_asked == [4]
 
 
 def test_a_hit_ends_inside_a_unit_where_a_prompt_ended(rig):

@@ -3,6 +3,7 @@
 import ctypes
 import threading
 import time
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -26,7 +27,10 @@ KV = FieldSpec("kv", (3, 2, 4, 2, 4), "bfloat16", ("layers", None, "slots", "hea
 INDEX = FieldSpec("index", (3, 4, 4), "float32", ("layers", "slots", None))
 LATENT = FieldSpec("latent", (3, 1, 4), "int32", ("layers", "slots", None))
 STATE = FieldSpec("state", (3, 2, 8), "float32", ("layers", "heads", None))
-COMPONENTS = (FullAttention("full", (KV, INDEX, LATENT)), RecurrentState("state", (STATE,)))
+PART = FieldSpec("part", (4, 2, 4), "float32", ("slots", "heads", None))  # one layer of a pool that is a list
+LIST = (*(replace(PART, name=f"k{i}") for i in range(3)), INDEX, *(replace(PART, name=f"v{i}") for i in range(3)))
+FULL, STATES = FullAttention("full", (KV, INDEX, LATENT)), RecurrentState("state", (STATE,))
+COMPONENTS = (FULL, STATES, FullAttention("list", LIST))
 MESHES = [(1, 1, 1), (2, 2, 2)]
 
 
@@ -117,10 +121,11 @@ class Rig:
         """What a model step does: writes whole pages of donated pools."""
         values = self.values(page_ids, seed, component)
         staging = {}
-        for f in self.layouts[component].fields:
+        for stack in self.layouts[component].stacks:
+            f, parts = stack.field, [values[name] for name in stack.names]
             pages = np.zeros((bucket_pages(len(page_ids)), *f.padded_shape), f.dtype)
-            pages[: len(page_ids)] = values[f.spec.name]
-            staging[f.spec.name] = jax.device_put(pages, self.layouts[component].shardings()[f.spec.name])
+            pages[: len(page_ids)] = parts[0] if len(parts) == 1 else np.stack(parts, axis=1)
+            staging[f.spec.name] = jax.device_put(pages, self.layouts[component].staging_shardings()[f.spec.name])
         ids = np.array(page_ids, np.int32)
         self.pools[component] = self.engine.mover.scatter(component, self.pools[component], ids, staging)
 
@@ -159,7 +164,7 @@ def storage():
 
 @pytest.fixture(params=["inline", "staged"])
 def way(request, monkeypatch):
-    """How backups are made: CPU devices take the first way where they can, GPUs always the second."""
+    """How pages are copied: CPU devices take the first way where they can, GPUs always the second."""
     if request.param == "staged":
         staged_only(monkeypatch)
     return request.param
@@ -167,6 +172,7 @@ def way(request, monkeypatch):
 
 def staged_only(monkeypatch):
     monkeypatch.setattr(transfer_engine, "back_up_now", lambda *args: False)
+    monkeypatch.setattr(transfer_engine, "load_back_now", lambda *args: None)
 
 
 @pytest.fixture
@@ -189,7 +195,7 @@ def keys(*numbers):
 
 
 @pytest.mark.parametrize("shape", MESHES)
-@pytest.mark.parametrize("component", ["full", "state"])
+@pytest.mark.parametrize("component", ["full", "state", "list"])
 def test_backup_overwrite_load_back(make_rig, shape, component):
     rig = make_rig(shape)
     rig.write([3, 1, 2], 1, component)
@@ -260,7 +266,8 @@ def test_long_transfers_are_cut(make_rig):
         rig.check([page + 8], page)
 
 
-def test_a_load_back_is_scattered_in_a_later_step_only(make_rig):
+def test_a_load_back_is_scattered_in_a_later_step_only(make_rig, monkeypatch):
+    staged_only(monkeypatch)
     rig = make_rig()
     rig.write([0], 1)
     rig.write([1], 2)
@@ -313,6 +320,7 @@ class StagedCopies(MemoryCopies):
 
 @pytest.mark.parametrize("shape", MESHES)
 def test_copies_that_fill_staging(make_rig, monkeypatch, platform, shape):
+    staged_only(monkeypatch)
     if platform == "cpu":
         monkeypatch.setattr(transfer_engine, "shard_copies", StagedCopies)
     rig = make_rig(shape)

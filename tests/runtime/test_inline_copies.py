@@ -1,4 +1,4 @@
-"""Backups of CPU devices in one copy, where that can be."""
+"""Copies of CPU devices in one go, where that can be."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from jaxcache.components import FieldSpec, FullAttention
-from jaxcache.pools.device_pool import init_pools
+from jaxcache.pools.device_pool import PageMover, init_pools
 from jaxcache.pools.host_pool import HostPool
 from jaxcache.pools.page_layout import page_layouts
-from jaxcache.runtime.inline_backup import back_up_now
+from jaxcache.runtime.inline_copies import back_up_now, load_back_now
 
 NUM_PAGES = 16
 SRC, DST = np.array([3, 14, 0], np.int32), np.array([7, 1, 9], np.int32)
@@ -45,6 +45,10 @@ def rows(pool: HostPool, name: str, device) -> np.ndarray:
     return pool.rows[device][:, field.byte_range]
 
 
+def addresses(array) -> list[int]:
+    return [shard.data.unsafe_buffer_pointer() for shard in array.addressable_shards]
+
+
 def test_the_rows_are_the_pages(parts):
     pools, pool = parts
     assert back_up_now(pools, pool, SRC, DST)
@@ -56,15 +60,57 @@ def test_the_rows_are_the_pages(parts):
             assert not rows(pool, name, shard.device)[others].any()
 
 
+def loaded(pools, pool, src=DST, dst=SRC):
+    mover = PageMover({"full": pool.layout}, pool.layout.mesh, {"full": NUM_PAGES}, 4)
+    return load_back_now(mover, "full", pools, pool, src, dst)
+
+
+def test_the_pages_are_the_rows(parts):
+    pools, pool = parts
+    rng = np.random.default_rng(1)
+    for memory in pool.rows.values():
+        memory[...] = rng.integers(0, 256, memory.shape, np.uint8)
+    before = {name: np.array(array, copy=True) for name, array in pools.items()}
+    buffers = {name: addresses(array) for name, array in pools.items()}
+    new = loaded(pools, pool)
+    others = np.setdiff1d(np.arange(NUM_PAGES), SRC)
+    for name, array in new.items():
+        assert pools[name].is_deleted()
+        assert addresses(array) == buffers[name]
+        for shard in array.addressable_shards:
+            pages = np.asarray(shard.data).reshape(NUM_PAGES, -1).view(np.uint8)
+            assert np.array_equal(pages[SRC], rows(pool, name, shard.device)[DST]), name
+        assert np.asarray(array)[others].tobytes() == before[name][others].tobytes()
+
+
+def test_who_still_reads_the_pools_reads_what_was_there(parts):
+    """A program that was dispatched before, and runs long: the donation waits for it."""
+    pools, pool = parts
+    for memory in pool.rows.values():
+        memory[...] = 0
+    before = np.array(pools["large"], copy=True).view(np.int32)
+
+    @jax.jit
+    def slow(x):
+        bits = jax.lax.bitcast_convert_type(x, np.int32)
+        return jax.lax.fori_loop(0, 1000, lambda i, y: jax.numpy.where(y == i, y, bits), bits)  # reads it every time
+
+    slow(pools["large"]).block_until_ready()
+    reading = slow(pools["large"])
+    assert not reading.is_ready(), "too fast to prove anything"
+    loaded(pools, pool)
+    assert np.array_equal(np.asarray(reading), before)
+
+
 def test_the_pools_are_still_updated_in_place(parts):
     pools, pool = parts
     assert back_up_now(pools, pool, SRC, DST)
     add = jax.jit(lambda x: x + x, donate_argnums=0)
-    before = [shard.data.unsafe_buffer_pointer() for shard in pools["large"].addressable_shards]
+    before = addresses(pools["large"])
     old = pools["large"]
     new = add(old)
     assert old.is_deleted()
-    assert [shard.data.unsafe_buffer_pointer() for shard in new.addressable_shards] == before
+    assert addresses(new) == before
 
 
 def test_pools_that_are_not_computed_are_left_to_the_gather(parts, monkeypatch):
@@ -72,3 +118,5 @@ def test_pools_that_are_not_computed_are_left_to_the_gather(parts, monkeypatch):
     monkeypatch.setattr(type(pools["kv"]), "is_ready", lambda self: False)
     assert not back_up_now(pools, pool, SRC, DST)
     assert not any(memory.any() for memory in pool.rows.values())
+    assert loaded(pools, pool) is None
+    assert not any(array.is_deleted() for array in pools.values())

@@ -80,7 +80,7 @@ class CacheConfig:
                             computes them on this host (every 16th is fetched all the same, to measure again)
     prefetch_host_share:    share of the host pages that prefetches may reserve at once
     store_time_share:       share, in (0, 1], of one thread's processor time that STOREs may take while requests run;
-                            what waits longer than `max_queued_stores` allows is dropped. None: 0.03 where the devices
+                            what waits longer than `max_queued_stores` allows is dropped. None: 0.02 where the devices
                             are the host's own cores, else 1
     max_stores:             STORE transfers in flight; later ones queue
     max_queued_stores:      queued ones; later ones are dropped and counted

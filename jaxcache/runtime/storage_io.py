@@ -315,10 +315,9 @@ class StorageIO:
         """Yields which pages are done and whether they are stored, value after value."""
         part = self._parts[move.component]
         for value in values:
-            self.budget.rest(operation.keep_going)
-            if not operation.keep_going():
-                return
-            with self.budget.work():
+            with self.budget.turn(operation.keep_going) as may_store:
+                if not may_store:
+                    return
                 good = self._store_value(storage, part, move.page_keys[value.stop - 1], move.src_page_ids[value])
             yield value, good
 

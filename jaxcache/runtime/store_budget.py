@@ -2,8 +2,10 @@
 
     share 0.1:  |store 2 ms|------------ rest 18 ms ------------|store 1 ms|---- rest 9 ms ----|
 
-What waits is not lost: it is stored later, or dropped and counted where `max_queued_stores` wait already. The deadline
-of a STORE does not run while storing rests.
+One worker stores at a time: whoever begins reserves the rest that the last one needed, and corrects it at its end. (So
+a rest begins with the work, and what is used comes to at most share / (1 - share).) What
+waits is not lost: it is stored later, or dropped and counted where `max_queued_stores` wait already. The deadline of a
+STORE does not run while storing rests.
 """
 
 from __future__ import annotations
@@ -14,10 +16,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 SLICE_S = 0.05  # after so long a rest sees that no request runs any more, or that its STORE was cancelled
+FIRST_S = 0.001  # what the first turn is taken to cost
 
 
 class StoreBudget:
-    """share: in (0, 1]; 1: no limit. The serving thread says whether requests run; workers work and rest, all at once.
+    """share: in (0, 1]; 1: no limit. The serving thread says whether requests run; the threads that take turns do
+    nothing else, and all their processor time counts.
 
     What is done while no request runs need not be made up for.
     """
@@ -27,7 +31,9 @@ class StoreBudget:
         self.is_serving = False
         self._rest_until = 0.0  # monotonic seconds
         self._rest_s = 0.0  # of all rests, up to `_rest_until`
+        self._expected_s = self._rest_for(FIRST_S)
         self._lock = threading.Lock()
+        self._worker = threading.local()  # made_up_for: its processor time at the end of its last turn
 
     def serves(self, is_serving: bool) -> None:
         """Whether requests run."""
@@ -41,25 +47,47 @@ class StoreBudget:
                 self._rest_s -= left_s
 
     @contextmanager
-    def work(self) -> Iterator[None]:
-        """Around what a worker does for a STORE: its processor time is to be made up for."""
-        start = time.thread_time()
+    def turn(self, keep_going: Callable[[], bool]) -> Iterator[bool]:
+        """Around what a worker does for a STORE, once the share is kept or no request runs; its processor time since
+        its last turn is to be made up for. False: `keep_going` has said no."""
+        since_s = getattr(self._worker, "made_up_for", time.thread_time())
+        reserved_s = self._wait(keep_going)
+        if reserved_s is None:
+            yield False
+            return
         try:
-            yield
+            yield True
         finally:
-            rest_s = (time.thread_time() - start) * (1 / self.share - 1)
+            used_s = time.thread_time()
+            rest_s = self._rest_for(used_s - since_s)
+            self._worker.made_up_for = used_s
             with self._lock:
                 if self.is_serving:
-                    self._rest_until = max(self._rest_until, time.monotonic()) + rest_s
-                    self._rest_s += rest_s
-
-    def rest(self, keep_going: Callable[[], bool]) -> None:
-        """Before more is done: until the share is kept, no request runs, or `keep_going` says no."""
-        while keep_going() and (left_s := self._rest_until - time.monotonic()) > 0:
-            time.sleep(min(left_s, SLICE_S))
+                    self._expected_s = rest_s
+                    self._rest(rest_s - reserved_s)
 
     def clock(self) -> float:
         """Monotonic seconds, less those of all rests so far: what deadlines of STOREs go by."""
         with self._lock:
             now = time.monotonic()
             return now - self._rest_s + max(0.0, self._rest_until - now)
+
+    def _wait(self, keep_going: Callable[[], bool]) -> float | None:
+        """Rests until nobody has to; returns the seconds that are reserved then. None: `keep_going` has said no."""
+        while keep_going():
+            with self._lock:
+                left_s = self._rest_until - time.monotonic()
+                if left_s <= 0:
+                    reserved_s = self._expected_s if self.is_serving else 0.0
+                    self._rest(reserved_s)
+                    return reserved_s
+            time.sleep(min(left_s, SLICE_S))
+        return None
+
+    def _rest_for(self, used_s: float) -> float:
+        return used_s * (1 / self.share - 1)
+
+    def _rest(self, seconds: float) -> None:
+        """So much more, or less. Called with the lock held."""
+        self._rest_until = max(self._rest_until, time.monotonic()) + seconds
+        self._rest_s += seconds

@@ -55,7 +55,7 @@ class _LoadBack:
     job: Job | None = None
 
 
-SHARE_OF_CORES = 0.03  # of one
+SHARE_OF_CORES = 0.02  # of one
 
 
 class TransferEngine:

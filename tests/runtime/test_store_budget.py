@@ -16,18 +16,23 @@ def spin(seconds: float) -> None:
         pass
 
 
+def work(budget: StoreBudget, seconds: float) -> None:
+    with budget.turn(lambda: True) as may_store:
+        assert may_store
+        spin(seconds)
+
+
 def rested_s(budget: StoreBudget) -> float:
     """How long a worker that goes on in any case has to rest now."""
     start = time.monotonic()
-    budget.rest(lambda: True)
-    return time.monotonic() - start
+    with budget.turn(lambda: True):
+        return time.monotonic() - start
 
 
 def test_work_is_made_up_for_by_rest():
     budget = StoreBudget(0.2)
     budget.serves(True)
-    with budget.work():
-        spin(0.02)
+    work(budget, 0.02)
     clock = budget.clock()
     assert rested_s(budget) >= 0.07  # 4 x 0.02, less the thread's clock ticks
     assert budget.clock() - clock < 0.07, "deadlines must not run meanwhile"
@@ -36,16 +41,14 @@ def test_work_is_made_up_for_by_rest():
 @pytest.mark.parametrize("share", [0.001, 1.0])
 def test_nothing_rests_while_no_request_runs(share):
     budget = StoreBudget(share)
-    with budget.work():
-        spin(0.02)
+    work(budget, 0.02)
     assert rested_s(budget) < SLICE_S
 
 
 def test_without_a_limit_nothing_rests():
     budget = StoreBudget(1.0)
     budget.serves(True)
-    with budget.work():
-        spin(0.02)
+    work(budget, 0.02)
     assert rested_s(budget) < SLICE_S
 
 
@@ -53,10 +56,14 @@ def test_without_a_limit_nothing_rests():
 def test_a_rest_ends_with(end):
     budget = StoreBudget(0.0001)
     budget.serves(True)
-    with budget.work():
-        spin(0.02)  # 200 s of rest
+    work(budget, 0.02)  # 200 s of rest
     is_wanted = True
-    worker = threading.Thread(target=budget.rest, args=(lambda: is_wanted,), daemon=True)
+
+    def take_turn():
+        with budget.turn(lambda: is_wanted) as may_store:
+            assert may_store == is_wanted
+
+    worker = threading.Thread(target=take_turn, daemon=True)
     worker.start()
     worker.join(2 * SLICE_S)
     assert worker.is_alive()
@@ -68,10 +75,39 @@ def test_a_rest_ends_with(end):
     assert not worker.is_alive()
 
 
+def test_workers_take_turns_and_all_they_do_counts():
+    """Four at once, each with work beside its turns: storing ends no earlier than the share allows."""
+    budget = StoreBudget(0.25)
+    budget.serves(True)
+    at_once, most, lock = 0, 0, threading.Lock()
+
+    def worker():
+        nonlocal at_once, most
+        for _ in range(3):
+            with budget.turn(lambda: True):
+                with lock:
+                    at_once += 1
+                    most = max(most, at_once)
+                spin(0.01)
+                with lock:
+                    at_once -= 1
+            spin(0.01)
+
+    work(budget, 0.01)  # from here on it is known what a turn costs
+    start = time.monotonic()
+    threads = [threading.Thread(target=worker) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1
+    used_s = 4 * (3 * 0.01 + 2 * 0.01)  # what follows the last turn counts at the next
+    assert time.monotonic() - start >= 0.8 * used_s * (1 / 0.25 - 1)
+
+
 def test_what_was_done_while_no_request_ran_is_not_made_up_for():
     budget = StoreBudget(0.001)
-    with budget.work():
-        spin(0.02)
+    work(budget, 0.02)
     budget.serves(True)
     assert rested_s(budget) < SLICE_S
 
@@ -79,8 +115,7 @@ def test_what_was_done_while_no_request_ran_is_not_made_up_for():
 def test_the_clock_of_deadlines_stands_still_in_rests_only():
     budget = StoreBudget(0.001)
     budget.serves(True)
-    with budget.work():
-        spin(0.02)  # 20 s of rest
+    work(budget, 0.02)  # 20 s of rest
     clock = budget.clock()
     time.sleep(0.1)
     assert budget.clock() - clock < 0.02

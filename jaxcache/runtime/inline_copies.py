@@ -10,14 +10,13 @@ Only of pools that are computed and rows that nobody uses; otherwise nothing is 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from jaxcache.pools.device_pool import ComponentPools, PageMover
 from jaxcache.pools.host_pool import HostPool
-from jaxcache.pools.page_layout import FieldLayout
 from jaxcache.runtime.shard_copies import local_shards
 
 LARGE_BYTES = 8192  # from here on a loop over pages is faster than numpy's, which copies twice
@@ -26,9 +25,10 @@ Pages = np.ndarray  # uint8[num_pages, local_bytes] of one field on one device
 
 def back_up_now(pools: ComponentPools, pool: HostPool, src: np.ndarray, dst: np.ndarray) -> bool:
     """rows[dst] = pages[src] on every local device; False, with nothing done, where the pages cannot be read now."""
-    if not _can_be_reached(pools, pool):
+    shards = _shards(pools, pool)
+    if shards is None:
         return False
-    for pages, rows in _by_field(pools, pool):
+    for pages, rows in _by_field(shards, pool):
         _copy(pages, src, rows, dst)
     return True
 
@@ -41,45 +41,47 @@ def load_back_now(
     pools:   donated, unless nothing is done
     returns: the pools with these pages, in place; None, with nothing done, where the pages cannot be written now
     """
-    if not _can_be_reached(pools, pool):
+    if _shards(pools, pool) is None:
         return None
     pools = mover.renewed(component, pools)
-    for pages, rows in _by_field(pools, pool):
+    shards = _shards(pools, pool)
+    assert shards is not None, f"{component=}: pools that were computed are not any more"
+    for pages, rows in _by_field(shards, pool):
         _copy(rows, src, pages, dst)
     return pools
 
 
-def _can_be_reached(pools: ComponentPools, pool: HostPool) -> bool:
-    """Whether the pools are computed, and nothing but their pages, one after the other, in this process's memory."""
-    if any(device.platform != "cpu" for device in pool.devices):
-        return False
+def _shards(pools: ComponentPools, pool: HostPool) -> list[list[Any]] | None:
+    """By field and local device. None: not computed, or laid out otherwise than pages of `local_bytes` in a row."""
+    if pool.devices[0].platform != "cpu":
+        return None
+    found = []
     for field in pool.layout.fields:
         array: Any = pools[field.spec.name]
         if not array.is_ready():
-            return False
-        num_bytes = array.shape[0] * field.local_bytes
-        if any(shard.on_device_size_in_bytes() != num_bytes for shard in local_shards(array, pool.devices)):
-            return False
-    return True
+            return None
+        shards: list[Any] = local_shards(array, pool.devices)
+        if shards[0].on_device_size_in_bytes() != len(array) * field.local_bytes:
+            return None
+        found.append(shards)
+    return found
 
 
-def _by_field(pools: ComponentPools, pool: HostPool) -> Iterator[tuple[Pages, np.ndarray]]:
+def _by_field(shards: list[list[Any]], pool: HostPool) -> Iterator[tuple[Pages, np.ndarray]]:
     """(pages, their columns of the rows) of every field on every local device."""
-    for field in pool.layout.fields:
-        for device, pages in zip(pool.devices, _views(pools[field.spec.name], field, pool.devices), strict=True):
-            yield pages, pool.rows[device][:, field.byte_range]
+    for field, of_field in zip(pool.layout.fields, shards, strict=True):
+        for device, shard in zip(pool.devices, of_field, strict=True):
+            yield _view(shard, field.local_bytes), pool.rows[device][:, field.byte_range]
 
 
-def _views(array: Any, field: FieldLayout, devices: Sequence) -> Iterator[Pages]:
-    """The pages on each device, until `array` is dropped or donated.
+def _view(shard: Any, page_bytes: int) -> Pages:
+    """The pages of one device, until their array is dropped or donated.
 
     Through the address, since jax keeps what `np.asarray` returns, and a donation with such a view alive is a copy.
     """
-    shape = (array.shape[0], field.local_bytes)
-    shard: Any
-    for shard in local_shards(array, tuple(devices)):
-        memory = (ctypes.c_uint8 * (shape[0] * shape[1])).from_address(shard.unsafe_buffer_pointer())
-        yield np.frombuffer(memory, np.uint8).reshape(shape)
+    num_bytes = len(shard) * page_bytes
+    memory = (ctypes.c_uint8 * num_bytes).from_address(shard.unsafe_buffer_pointer())
+    return np.frombuffer(memory, np.uint8).reshape(-1, page_bytes)
 
 
 def _copy(sources: np.ndarray, src: np.ndarray, targets: np.ndarray, dst: np.ndarray) -> None:

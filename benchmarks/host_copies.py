@@ -3,15 +3,17 @@
 backup     gather of scattered pages dispatched, waited for, copied into host rows by the engine's workers
 load-back  host rows copied out, handed to the devices, scattered into the pools
 ratio      (backup + load-back) / (memcpy of the bytes, once for each), medians of alternating turns
+lists      pools that are lists of 64 arrays, (backup + load-back) / the same of one array with as many bytes a page
 
 Through the transfer engine, on the largest mesh of 1, 2, 4 or 8 devices that the host has: a serving process has many
-devices, and its workers share the cores. Each direction is two copies in memory, so small pages cannot reach a memcpy.
+devices. On CPUs each direction is one copy; what is left is Python's work for each page, and for each part of a list.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -24,32 +26,39 @@ from jaxcache.runtime.transfer_engine import TransferEngine
 from jaxcache.types import Move, Transfer, TransferKind
 
 MESHES = {8: (2, 2, 2), 4: (2, 2, 1), 2: (1, 2, 1), 1: (1, 1, 1)}
-NUM_MOVED = 64
-NUM_PAGES = 256
+NUM_PAGES = 256  # of which a quarter is moved
 REPEATS = 30
 WARMUPS = 3
 GOAL_KIB = 64
+LIST_LAYERS, LIST_KIB = 64, (64, 2048, 8192)
 
 
 class Copies:
-    """One component whose page takes `row_kib` KiB on each rank."""
+    """One component whose page takes `row_kib` KiB on each rank.
 
-    def __init__(self, row_kib: int):
+    num_layers: arrays that it is a list of; 0: one array
+    """
+
+    def __init__(self, row_kib: int, num_layers: int = 0, num_pages: int = NUM_PAGES):
         num_devices = max(n for n in MESHES if n <= len(jax.devices()))
         cp, tp, pp = MESHES[num_devices]
         axis_types = (jax.sharding.AxisType.Auto,) * 3
         devices = jax.devices()[:num_devices]
         mesh = jax.make_mesh((cp, tp, pp), ("cp", "tp", "pp"), axis_types=axis_types, devices=devices)
-        shape = (pp, 2, 8 * cp, 2 * tp, row_kib * 1024 // 4 // 32)
-        spec = FieldSpec("kv", shape, "float32", ("layers", None, "slots", "heads", None))
-        layouts = page_layouts([FullAttention("full", (spec,))], mesh)
-        pages = {"full": NUM_PAGES}
+        floats = row_kib * 1024 // 4 // max(num_layers, 1)
+        part = FieldSpec(
+            "kv", (pp, 2, 8 * cp, 2 * tp, floats // 32), "float32", ("layers", None, "slots", "heads", None)
+        )
+        fields = tuple(replace(part, name=f"layer{i}") for i in range(num_layers)) or (part,)
+        layouts = page_layouts([FullAttention("full", fields)], mesh)
+        pages = {"full": num_pages}
+        num_moved = num_pages // 4
         self.engine = TransferEngine(layouts, mesh, pages, pages, None, deadline_s=60, num_threads=4, max_bucket=64)
         self.pools = self.engine.warmup(init_pools(layouts, pages, mesh))
-        self.num_bytes = NUM_MOVED * layouts["full"].row_bytes * num_devices
+        self.num_bytes = num_moved * layouts["full"].row_bytes * num_devices
         self.flat = np.zeros(self.num_bytes, np.uint8), np.ones(self.num_bytes, np.uint8)
-        order = np.random.default_rng(0).permutation(NUM_PAGES).astype(np.int32)
-        self.device_ids, self.host_ids = order[:NUM_MOVED], order[-NUM_MOVED:]
+        order = np.random.default_rng(0).permutation(num_pages).astype(np.int32)
+        self.device_ids, self.host_ids = order[:num_moved], order[-num_moved:]
         self.step = 0
 
     def memcpy(self) -> None:
@@ -66,6 +75,18 @@ class Copies:
     def _apply(self, kind: TransferKind, move: Move) -> None:
         self.pools = self.engine.apply(self.pools, (Transfer(self.step + 1, kind, self.step, (move,)),), self.step)
         self.step += 1
+
+
+def measure_list(row_kib: int) -> dict[str, float]:
+    """What a list costs, for pages of `row_kib` KiB on each rank."""
+    stacked, listed = Copies(row_kib, num_pages=64), Copies(row_kib, LIST_LAYERS, num_pages=64)
+    actions = (stacked.backup, stacked.load_back, listed.backup, listed.load_back)
+    rounds = [[seconds(action) for action in actions] for _ in range(WARMUPS + REPEATS)][WARMUPS:]
+    of_stacked = [statistics.median(times) for times in zip(*rounds, strict=True)]
+    for copies in (stacked, listed):
+        copies.engine.close()
+    part_kib = row_kib // LIST_LAYERS
+    return {f"host_copies_list_of_{LIST_LAYERS}_parts_of_{part_kib}kib": sum(of_stacked[2:]) / sum(of_stacked[:2])}
 
 
 def measure(row_kib: int) -> dict[str, float]:
@@ -88,6 +109,8 @@ def run() -> dict[str, float]:
     figures: dict[str, float] = {}
     for row_kib in (16, GOAL_KIB, 256):
         figures |= measure(row_kib)
+    for row_kib in LIST_KIB:
+        figures |= measure_list(row_kib)
     return figures | {"host_copies_ratio": figures[f"host_copies_{GOAL_KIB}kib_ratio"]}
 
 

@@ -2,9 +2,9 @@
 
     python -m benchmarks overhead [--model tiny|real-ratio] [--mesh 1,1,1] [--requests 32] [--rounds 3] [--hits 0]
 
-Every arm serves the same prompts without a cache, then with one (host tier, storage in a temporary folder, defaults)
-that has just served their shared beginning; the arms take turns, and who is first changes every round. A figure is the throughput of prompt and generated
-tokens, with / without, the median round.
+Every arm serves the same prompts without a cache and with one (host tier, storage in a temporary folder, defaults) that
+has just served their shared beginning; the arms take turns, and which is first changes every round. A figure is the
+throughput of prompt and generated tokens, with / without, the median round.
 
 model       KV bytes per FLOP of a token
 tiny        2e-3, that of `make demo`: 250 times what real models have, so copies weigh 250 times as much

@@ -2,7 +2,7 @@
 
 "auto" takes the kernel where it measured at least 10 % faster on an H100 (benchmarks/results/h100.json): gather_layers,
 1.5 x at 32 pages of 64 parts of 32 KiB and 3.1 x at 256; not scatter_layers, 0.9 and 1.2 x, nor gather_pages and
-scatter_pages, 0.9 to 1.1 x. Layers have no caller here yet.
+scatter_pages, 0.9 to 1.1 x.
 """
 
 from __future__ import annotations

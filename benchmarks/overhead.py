@@ -30,8 +30,9 @@ from rich.progress import track
 from rich.table import Table
 
 import jaxcache
+from models.decoder import components, init_params, make_extend
 from models.demo import TINY_MOE, make_mesh, three_numbers
-from models.qwen3 import Qwen3Config, components, init_params, make_extend
+from models.qwen3 import Qwen3Config
 from models.serve import BatchShape, Request, Server
 
 PAGE_TOKENS = 16

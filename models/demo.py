@@ -30,8 +30,9 @@ import jaxcache
 from jaxcache.testing.mesh_shape import mesh_shape
 from jaxcache.testing.traces import read_trace
 from models import fleet
+from models.decoder import components, init_params, make_extend
 from models.loading import load_model
-from models.qwen3 import Qwen3Config, components, init_params, make_extend
+from models.qwen3 import Qwen3Config
 from models.serve import BatchShape, Request, Server
 
 TRACE = Path(__file__).parents[1] / "benchmarks" / "traces" / "conversation.jsonl.gz"

@@ -1,4 +1,4 @@
-"""Loads a folder as published on Hugging Face (config.json, *.safetensors) into sharded parameters.
+"""Loads a folder as published on Hugging Face (config.json, *.safetensors), or a GGUF file, into sharded parameters.
 
 Owns the reading of safetensors. Never holds more on the host than one shard of one parameter: files are mapped, each
 distinct shard is cut out of the map, dequantised, put on every device that holds it, and dropped.
@@ -26,7 +26,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from models import qwen3
+from models import decoder, gemma3, gpt_oss, llama, qwen3
+from models.gguf_file import GgufFile
 
 DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
@@ -41,35 +42,41 @@ Bounds = tuple[tuple[int, int], ...]  # [start, stop) of each axis
 class Family(NamedTuple):
     """What a model file offers to the loader."""
 
-    config_from_hf: Callable[[Mapping[str, Any]], Any]
-    checkpoint: Callable[[Any], dict[str, tuple[str, str, str]]]
-    abstract_params: Callable[[Any], dict[str, Any]]
-    param_targets: Callable[[Any, Mesh, DTypeLike], dict[str, Any]]
+    config_from_hf: Callable[[Mapping[str, Any]], decoder.DecoderConfig]
+    checkpoint: Callable[[Any], dict[str, decoder.Stored]]
 
 
-QWEN3 = Family(qwen3.Qwen3Config.from_hf, qwen3.checkpoint, qwen3.abstract_params, qwen3.param_targets)
-FAMILIES = {"qwen3": QWEN3, "qwen3_moe": QWEN3}
+QWEN3 = Family(qwen3.Qwen3Config.from_hf, qwen3.checkpoint)
+FAMILIES = {
+    "gemma3_text": Family(gemma3.Gemma3Config.from_hf, gemma3.checkpoint),
+    "gpt_oss": Family(gpt_oss.GptOssConfig.from_hf, gpt_oss.checkpoint),
+    "llama": Family(llama.LlamaConfig.from_hf, llama.checkpoint),
+    "qwen3": QWEN3,
+    "qwen3_moe": QWEN3,
+}
 
 
-def load_model(folder: Path, mesh: Mesh, dtype: DTypeLike) -> tuple[Any, dict[str, Any]]:
+def load_model(path: Path, mesh: Mesh, dtype: DTypeLike) -> tuple[decoder.DecoderConfig, dict[str, Any]]:
     """The family's configuration, and its parameters as `param_targets` wants them on `mesh`.
+
+    path: a folder with config.json and *.safetensors, or a file *.gguf
 
     Errors: ValueError names what is missing, misshapen, truncated or of an unknown dtype, before anything is read.
     """
-    hf = json.loads((folder / "config.json").read_text())
-    if (family := FAMILIES.get(hf["model_type"])) is None:
-        raise ValueError(f"{folder}: model_type {hf['model_type']!r} is none of {sorted(FAMILIES)}")
-    cfg = family.config_from_hf(hf)
-    tensors = Checkpoint(folder, _scale_block(hf))
+    tensors = GgufFile(path) if path.suffix == ".gguf" else Checkpoint(path)
+    if (family := FAMILIES.get(tensors.hf["model_type"])) is None:
+        raise ValueError(f"{path}: model_type {tensors.hf['model_type']!r} is none of {sorted(FAMILIES)}")
+    cfg = family.config_from_hf(tensors.hf)
     stored = family.checkpoint(cfg)
 
     def param(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Param:
-        name, stored_axes, axes = stored[jax.tree_util.keystr(path, simple=True, separator=".")]
-        return Param(name, tuple(stored_axes.split(",")), axes, dict(zip(axes, leaf.shape, strict=True)))
+        there = stored[jax.tree_util.keystr(path, simple=True, separator=".")]
+        sizes = dict(zip(there.axes, leaf.shape, strict=True))
+        return Param(there.name, tuple(there.stored.split(",")), there.axes, sizes, there.add if tensors.adds else 0.0)
 
-    params = jax.tree_util.tree_map_with_path(param, family.abstract_params(cfg))
+    params = jax.tree_util.tree_map_with_path(param, decoder.abstract_params(cfg))
     jax.tree.map(tensors.check, params)
-    targets = family.param_targets(cfg, mesh, dtype)
+    targets = decoder.param_targets(cfg, mesh, dtype)
     return cfg, jax.tree.map(lambda param, target: _load_param(tensors, param, target), params, targets)
 
 
@@ -81,12 +88,14 @@ class Param:
     groups: for each stored dimension the parameter's axes that it joins
     axes:   of the parameter
     sizes:  of each axis, as published
+    add:    to each entry
     """
 
     name: str
     groups: tuple[str, ...]
     axes: str
     sizes: dict[str, int]
+    add: float
 
     @property
     def spread(self) -> str:
@@ -101,7 +110,7 @@ class Param:
             yield self.name.format(**dict(zip(self.spread, numbers, strict=True)))
 
 
-def _load_param(tensors: Checkpoint, param: Param, target: jax.ShapeDtypeStruct) -> jax.Array:
+def _load_param(tensors: Checkpoint | GgufFile, param: Param, target: jax.ShapeDtypeStruct) -> jax.Array:
     """Reads each distinct shard once, however many devices hold it."""
     holders: dict[Bounds, list[Any]] = {}
     for device, index in target.sharding.addressable_devices_indices_map(target.shape).items():
@@ -114,7 +123,9 @@ def _load_param(tensors: Checkpoint, param: Param, target: jax.ShapeDtypeStruct)
     return jax.make_array_from_single_device_arrays(target.shape, target.sharding, shards)
 
 
-def _read_shard(tensors: Checkpoint, param: Param, bounds: Bounds, target: jax.ShapeDtypeStruct) -> np.ndarray:
+def _read_shard(
+    tensors: Checkpoint | GgufFile, param: Param, bounds: Bounds, target: jax.ShapeDtypeStruct
+) -> np.ndarray:
     """The entries [start, stop) of each axis. Beyond its published size the layer axis is zero, others repeat."""
     shard = np.zeros([stop - start for start, stop in bounds], target.dtype)
     picks: dict[str, np.ndarray] = {}
@@ -128,6 +139,7 @@ def _read_shard(tensors: Checkpoint, param: Param, bounds: Bounds, target: jax.S
         name = param.name.format(**{axis: picks[axis][i] for axis, i in place.items()})
         values = tensors.read(name, tuple(_join(group, picks, param.sizes) for group in param.groups))
         values = values.reshape([len(picks[axis]) for axis in stored]).transpose(order)
+        values = values + np.float32(param.add) if param.add else values
         shard[tuple(place.get(axis, slice(None)) for axis in param.axes)] = values
     return shard
 
@@ -141,10 +153,18 @@ def _join(group: str, picks: Mapping[str, np.ndarray], sizes: Mapping[str, int])
 
 
 class Checkpoint:
-    """The tensors of a folder, mapped. `weight_block` is how many rows and columns share one scale of an fp8 weight."""
+    """The tensors of a folder, mapped.
 
-    def __init__(self, folder: Path, weight_block: tuple[int, int]):
-        self.folder, self.weight_block = folder, weight_block
+    hf:           what config.json says
+    weight_block: how many rows and columns share one scale of an fp8 weight
+    """
+
+    adds = True  # what `Stored.add` says
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.hf = json.loads((folder / "config.json").read_text())
+        self.weight_block = _scale_block(self.hf)
         self._tensors: dict[str, _Tensor] = {}
         for path in _files(folder):
             for name, tensor in _map_file(path).items():

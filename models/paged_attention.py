@@ -7,18 +7,19 @@ Owns no array: pools are values. Never reads a page before this layer's new entr
 
 Runs inside a `shard_map` over ("cp", "tp", "pp"): tables are the same on every rank, pools are that rank's shard.
 Letters in shapes: B rows, T columns of new tokens, W table width, S slots of a page on this rank, H query heads, K kv
-heads, G = H / K, N pages, L layers.
+heads, G = H / K, N pages. Pools are [N, ..., 2, S, K, head_dim]; a layer's place is its index in what lies between.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
 
 BLOCK_TOKENS = 256  # attention reads this many keys at a time, or one page
+Place = tuple[Any, ...]
 MASKED = -1e30  # finite: exp(MASKED - MASKED) must not be nan; what it lets in is multiplied by zero later
 
 
@@ -28,7 +29,7 @@ class ExtendBatch(NamedTuple):
     tokens:      i32[B, T]
     starts:      i32[B]
     num_new:     i32[B]     0: the row is padding
-    page_tables: {"full": i32[B, W]}, padded with num_pages
+    page_tables: {component: i32[B, W]}, padded with num_pages
     logits_at:   i32[B, K]  columns whose logits are wanted
     """
 
@@ -43,26 +44,28 @@ class Pages(NamedTuple):
     """Where one rank writes and reads one component's pages in this step; the same for every layer.
 
     positions:    i32[B, T]
+    oldest:       i32[B, T]         position of the oldest key that a token reads
     write_ids:    i32[B, T]         N where this rank writes nothing
     write_slots:  i32[B, T]         on this rank
     table:        i32[B, W']        to read; W' is a multiple of a block's width, padding is the last page and masked
     key_offsets:  i32[width * S]    of this rank's slots, from the start of a block
     block_tokens: i32[]
-    num_blocks:   i32[]             that hold a key of any row
+    blocks:       i32[2]            [first, stop) of those that hold a key which any row reads
     """
 
     positions: Array
+    oldest: Array
     write_ids: Array
     write_slots: Array
     table: Array
     key_offsets: Array
     block_tokens: Array
-    num_blocks: Array
+    blocks: Array
 
 
-def plan_pages(batch: ExtendBatch, component: str, pool: Array) -> Pages:
-    """pool: [N, L, 2, S, K, head_dim]"""
-    num_pages, rank_slots = pool.shape[0], pool.shape[3]
+def plan_pages(batch: ExtendBatch, component: str, pool: Array, window_tokens: int | None = None) -> Pages:
+    """window_tokens: how many tokens, the newest included, a token reads; None: all"""
+    num_pages, rank_slots = pool.shape[0], pool.shape[-3]
     page_tokens, first_slot = rank_slots * lax.axis_size("cp"), rank_slots * lax.axis_index("cp")
     width = max(1, BLOCK_TOKENS // page_tokens)
     table = batch.page_tables[component]
@@ -75,55 +78,71 @@ def plan_pages(batch: ExtendBatch, component: str, pool: Array) -> Pages:
     slots_of_page = first_slot + jnp.arange(rank_slots, dtype=jnp.int32)
     page_starts = jnp.arange(width, dtype=jnp.int32) * page_tokens
     longest = (batch.starts + batch.num_new).max()
+    oldest = jnp.zeros_like(positions) if window_tokens is None else jnp.maximum(positions - window_tokens + 1, 0)
+    first = jnp.where(batch.num_new > 0, oldest[:, 0], longest).min() // (width * page_tokens)
+    stop = jnp.maximum(-(-longest // (width * page_tokens)), 1)
     return Pages(
         positions=positions,
+        oldest=oldest,
         write_ids=jnp.where(is_written, ids, num_pages),
         write_slots=slots,
         table=jnp.minimum(table, num_pages - 1),
         key_offsets=(page_starts[:, None] + slots_of_page[None]).reshape(-1),
         block_tokens=jnp.int32(width * page_tokens),
-        num_blocks=jnp.maximum(-(-longest // (width * page_tokens)), 1),
+        blocks=jnp.stack([jnp.minimum(first, stop - 1), stop]),
     )
 
 
-def write(pool: Array, layer: Array, pages: Pages, kv: Array) -> Array:
+def write(pool: Array, place: Place, pages: Pages, kv: Array) -> Array:
     """Puts the new keys and values, [B, T, 2, K, head_dim], where this rank holds their slots."""
-    return pool.at[pages.write_ids, layer, :, pages.write_slots].set(kv.astype(pool.dtype), mode="drop")
+    return pool.at[(pages.write_ids, *place, slice(None), pages.write_slots)].set(kv.astype(pool.dtype), mode="drop")
 
 
-def attend(q: Array, pool: Array, layer: Array, pages: Pages) -> Array:
+def attend(
+    q: Array, pool: Array, place: Place, pages: Pages, scale: float | None = None, sinks: Array | None = None
+) -> Array:
     """Softmax attention over the pages of the table, a block of columns at a time, merged over cp by log-sum-exp.
 
-    q: [B, T, H, head_dim]; returns f32[B, T, H, head_dim]
-    Blocks beyond the longest row are not read, blocks begin at fixed positions, and a masked one changes nothing, not
-    even rounding: so a token's result depends, bit for bit, neither on the table's width, nor on the other rows, nor
-    on where its chunk began; only B and T matter, which choose the compiled program.
+    q:     [B, T, H, head_dim]; returns f32[B, T, H, head_dim]
+    scale: of the scores; None: head_dim ** -0.5
+    sinks: f32[H], a score of each head that takes its share of the weights, and has no value
+
+    Blocks that no row reads are not read, blocks begin at fixed positions, and a masked one changes nothing, not even
+    rounding: so a token's result depends, bit for bit, neither on the table's width, nor on the other rows, nor on
+    where its chunk began; only B and T matter, which choose the compiled program.
     """
-    (b, t, h, c), k = q.shape, pool.shape[4]
+    (b, t, h, c), k = q.shape, pool.shape[-2]
     q = q.reshape(b, t, k, h // k, c).transpose(0, 2, 3, 1, 4).reshape(b, k, -1, c)  # [B, K, G * T, head_dim]
     zeros = jnp.zeros(q.shape, jnp.float32)
     partial = (jnp.full_like(zeros[..., :1], MASKED), zeros[..., :1], zeros)
-    block = functools.partial(_attend_block, q, pool, layer, pages)
-    peak, total, mixed = lax.fori_loop(0, pages.num_blocks, block, partial)
-    scale = jnp.exp(peak - lax.pmax(peak, "cp"))
-    total, mixed = lax.psum((total * scale, mixed * scale), "cp")
+    block = functools.partial(_attend_block, q, pool, place, pages, c**-0.5 if scale is None else scale)
+    peak, total, mixed = lax.fori_loop(pages.blocks[0], pages.blocks[1], block, partial)
+    top = lax.pmax(peak, "cp")
+    if sinks is not None:
+        sinks = jnp.repeat(sinks.astype(jnp.float32).reshape(1, k, h // k), t, axis=2)[..., None]  # [1, K, G * T, 1]
+        top = jnp.maximum(top, sinks)
+    rescaled = jnp.exp(peak - top)
+    total, mixed = lax.psum((total * rescaled, mixed * rescaled), "cp")
+    if sinks is not None:
+        total = total + jnp.exp(sinks - top)
     return (mixed / total).reshape(b, k, h // k, t, c).transpose(0, 3, 1, 2, 4).reshape(b, t, h, c)
 
 
 def _attend_block(
-    q: Array, pool: Array, layer: Array, pages: Pages, i: Array, partial: tuple[Array, Array, Array]
+    q: Array, pool: Array, place: Place, pages: Pages, scale: float, i: Array, partial: tuple[Array, Array, Array]
 ) -> tuple[Array, Array, Array]:
     """Adds block i of the table to (maximum, sum of weights, weighted values), f32[B, K, G * T, 1, 1, head_dim]."""
     peak, total, mixed = partial
-    width = pages.key_offsets.shape[0] // pool.shape[3]
+    width = pages.key_offsets.shape[0] // pool.shape[-3]
     table = lax.dynamic_slice_in_dim(pages.table, i * width, width, axis=1)
-    keys, values = (pool.at[table, layer, j].get(mode="promise_in_bounds") for j in (0, 1))
+    keys, values = (pool.at[(table, *place, j)].get(mode="promise_in_bounds") for j in (0, 1))
     keys, values = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (keys, values))  # [B, width * S, K, head_dim]
-    is_visible = (i * pages.block_tokens + pages.key_offsets)[None, None] <= pages.positions[..., None]
+    at = (i * pages.block_tokens + pages.key_offsets)[None, None]
+    is_visible = (at <= pages.positions[..., None]) & (at >= pages.oldest[..., None])
     is_visible = jnp.tile(is_visible, (1, q.shape[2] // is_visible.shape[1], 1))[:, None]
-    scores = jnp.einsum("bkrc,bmkc->bkrm", q, keys, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    scores = jnp.einsum("bkrc,bmkc->bkrm", q, keys, preferred_element_type=jnp.float32) * scale
     scores = jnp.where(is_visible, scores, MASKED)
     new_peak = jnp.maximum(peak, scores.max(axis=-1, keepdims=True))
-    scale, weights = jnp.exp(peak - new_peak), jnp.exp(scores - new_peak)
+    rescale, weights = jnp.exp(peak - new_peak), jnp.exp(scores - new_peak)
     read = jnp.einsum("bkrm,bmkc->bkrc", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
-    return new_peak, total * scale + weights.sum(axis=-1, keepdims=True), mixed * scale + read
+    return new_peak, total * rescale + weights.sum(axis=-1, keepdims=True), mixed * rescale + read

@@ -43,12 +43,16 @@ class BatchShape:
 
 @dataclass(eq=False)
 class Request:
-    """tokens: prompt, then what was generated. temperature 0: greedy; else sampled, reproducibly from `seed`."""
+    """tokens: prompt, then what was generated, up to max_new_tokens or the first of `stop_tokens`.
+
+    temperature: 0: greedy; else sampled, reproducibly from `seed`
+    """
 
     prompt: np.ndarray
     max_new_tokens: int
     temperature: float = 0.0
     seed: int = 0
+    stop_tokens: frozenset[int] = frozenset()
     output: list[int] = field(default_factory=list)
     num_computed: int = 0
     hit_tokens: dict[str, int] | None = None  # by tier, at the first admission
@@ -62,6 +66,11 @@ class Request:
     @property
     def num_tokens(self) -> int:
         return len(self.prompt) + len(self.output)
+
+    @property
+    def is_finished(self) -> bool:
+        is_stopped = bool(self.output) and self.output[-1] in self.stop_tokens
+        return is_stopped or len(self.output) >= self.max_new_tokens
 
     @property
     def is_prefilling(self) -> bool:
@@ -115,6 +124,19 @@ class Server:
             yield from self.step()
             if not self.running:
                 time.sleep(WAIT_S)  # everybody waits for storage: leave the processor to its threads
+
+    def stream(self, request: Request) -> Iterator[int]:
+        """Submits a request and serves until it is finished; yields its tokens as they come."""
+        self.submit(request)
+        num_seen = 0
+        while num_seen < len(request.output) or not request.is_finished:
+            if num_seen < len(request.output):
+                yield request.output[num_seen]
+                num_seen += 1
+            else:
+                self.step()
+                if not self.running and not request.is_finished:
+                    time.sleep(WAIT_S)
 
     def step(self) -> list[Request]:
         """One iteration: decode, then prefill, each a step of the cache. Returns the requests that finished in it.
@@ -276,7 +298,7 @@ class Server:
         self.cache.extend_all(sequences, [request.output[-1] for request in requests])
 
     def _finish(self) -> list[Request]:
-        finished = [request for request in self.running if len(request.output) >= request.max_new_tokens]
+        finished = [request for request in self.running if request.is_finished]
         for request in finished:
             assert request.lease is not None
             self.cache.insert(request.lease, request.num_computed)

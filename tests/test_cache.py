@@ -12,7 +12,7 @@ import pytest
 
 import jaxcache
 from jaxcache.types import AllCleared, BlockRemoved, BlockStored, Span, Tier
-from models import qwen3
+from models import decoder
 from tests.models.serving import (
     DEVICE_PAGES,
     HOST_PAGES,
@@ -59,7 +59,7 @@ def want(rig: Rig, prompt: np.ndarray = PROMPT) -> Answer:
     return reference(rig.mesh, tuple(prompt.tolist()))
 
 
-def addresses(pools: qwen3.Pools) -> list[int]:
+def addresses(pools: decoder.Pools) -> list[int]:
     return [shard.data.unsafe_buffer_pointer() for shard in pools["full"]["kv"].addressable_shards]
 
 
@@ -150,7 +150,7 @@ def test_pools_stay_where_they_are(rig):
     assert [request.output for request in requests] == uncached(rig.mesh)
 
 
-def is_gone(pools: qwen3.Pools) -> bool:
+def is_gone(pools: decoder.Pools) -> bool:
     return pools["full"]["kv"].is_deleted()
 
 

@@ -19,7 +19,7 @@ import pytest
 from jax.sharding import Mesh
 
 import jaxcache
-from models import qwen3
+from models import decoder, qwen3
 from models.paged_attention import ExtendBatch
 from models.serve import BatchShape, Request, Server
 
@@ -46,7 +46,7 @@ class Rig:
     """The tiny model on a mesh. extend: one program per BatchShape."""
 
     mesh: Mesh
-    params: qwen3.Params
+    params: decoder.Params
     extend: Callable
 
     def cache(self, storage: jaxcache.Storage | None = None, **changes: Any) -> jaxcache.Cache:
@@ -66,7 +66,7 @@ class Rig:
             "storage_deadline_s": 60.0,
             **changes,
         }
-        parts = qwen3.components(MODEL, choices["page_tokens"], "float32")
+        parts = decoder.components(MODEL, choices["page_tokens"], "float32")
         return jaxcache.Cache(parts, self.mesh, jaxcache.CacheConfig(**choices), storage=storage)
 
     def server(self, cache: jaxcache.Cache) -> Server:
@@ -75,7 +75,7 @@ class Rig:
 
 @functools.cache
 def rig_on(mesh: Mesh) -> Rig:
-    return Rig(mesh, qwen3.init_params(MODEL, mesh, 0, jnp.float32), qwen3.make_extend(MODEL, mesh, PAGE_TOKENS))
+    return Rig(mesh, decoder.init_params(MODEL, mesh, 0, jnp.float32), decoder.make_extend(MODEL, mesh, PAGE_TOKENS))
 
 
 def random_tokens(seed: int, num_tokens: int) -> np.ndarray:
@@ -122,7 +122,7 @@ class Driver:
     rig: Rig
     cache: jaxcache.Cache
     spoil: Callable[[ExtendBatch], ExtendBatch] = unchanged
-    pools: qwen3.Pools = field(init=False)
+    pools: decoder.Pools = field(init=False)
     namespace: jaxcache.Namespace = field(init=False)
 
     def __post_init__(self):

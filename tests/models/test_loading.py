@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from models import qwen3
+from models import decoder, qwen3
 from models.loading import load_model
+from models.paged_attention import ExtendBatch
 
 GOLDENS = Path(__file__).parent.parent / "goldens"
 BLOCK = (16, 24)  # neither divides every weight
@@ -72,7 +73,7 @@ def quantise(tensors: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dic
     return stored, meaning
 
 
-def assert_same(a: qwen3.Params, b: qwen3.Params) -> None:
+def assert_same(a: decoder.Params, b: decoder.Params) -> None:
     assert jax.tree.structure(a) == jax.tree.structure(b)
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
 
@@ -83,7 +84,7 @@ def test_shards_are_where_the_model_wants_them(make_mesh, family):
     mesh = make_mesh(2, 2, 2)
     cfg, params = load_model(GOLDENS / family, mesh, jnp.float32)
     assert_same(params, whole)
-    targets = qwen3.param_targets(cfg, mesh, jnp.float32)
+    targets = decoder.param_targets(cfg, mesh, jnp.float32)
     jax.tree.map(lambda param, target: param.sharding == target.sharding or pytest.fail(str(target)), params, targets)
 
 
@@ -128,13 +129,13 @@ def test_block_fp8_means_weight_times_scale(make_mesh, folder, tensors):
     assert np.abs(logits(cfg, make_mesh(), params) - logits(cfg, make_mesh(), want)).max() == 0
 
 
-def logits(cfg: qwen3.Qwen3Config, mesh: jax.sharding.Mesh, params: qwen3.Params) -> np.ndarray:
+def logits(cfg: qwen3.Qwen3Config, mesh: jax.sharding.Mesh, params: decoder.Params) -> np.ndarray:
     """Of 8 tokens in one page."""
     pool = jnp.zeros((1, cfg.num_layers, 2, 8, cfg.num_kv_heads, cfg.head_dim), jnp.float32)
     at = np.arange(8, dtype=np.int32)[None]
     start, num_new = np.zeros(1, np.int32), np.full(1, 8, np.int32)
-    batch = qwen3.ExtendBatch(at + 3, start, num_new, {"full": np.zeros((1, 1), np.int32)}, at)
-    return np.asarray(qwen3.make_extend(cfg, mesh, 8)(params, {"full": {"kv": pool}}, batch)[0])
+    batch = ExtendBatch(at + 3, start, num_new, {"full": np.zeros((1, 1), np.int32)}, at)
+    return np.asarray(decoder.make_extend(cfg, mesh, 8)(params, {"full": {"kv": pool}}, batch)[0])
 
 
 def test_index_names_the_files(make_mesh, folder, tensors):

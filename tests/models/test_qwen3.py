@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from models import qwen3
+from models import decoder, qwen3
 from models.loading import load_model
 from models.paged_attention import ExtendBatch
 
@@ -33,15 +33,15 @@ class Server:
 
     cfg: qwen3.Qwen3Config
     mesh: Mesh
-    params: qwen3.Params
+    params: decoder.Params
     extend: Callable
     tokens: np.ndarray
     logits: np.ndarray
 
-    def pools(self) -> qwen3.Pools:
+    def pools(self) -> decoder.Pools:
         return zero_pools(self.cfg, self.mesh)
 
-    def run(self, pools: qwen3.Pools, table: np.ndarray, chunks: Iterable[tuple[int, int, int]]) -> np.ndarray:
+    def run(self, pools: decoder.Pools, table: np.ndarray, chunks: Iterable[tuple[int, int, int]]) -> np.ndarray:
         """Computes chunks (start, stop, columns) of both rows; returns the logits of all their tokens, in order."""
         logits = []
         for start, stop, columns in chunks:
@@ -50,10 +50,12 @@ class Server:
         return np.concatenate(logits, axis=1)
 
 
-def zero_pools(cfg: qwen3.Qwen3Config, mesh: Mesh) -> qwen3.Pools:
+def zero_pools(cfg: qwen3.Qwen3Config, mesh: Mesh) -> decoder.Pools:
     pp, tp = mesh.shape["pp"], mesh.shape["tp"]
     shape = (NUM_PAGES, -(-cfg.num_layers // pp) * pp, 2, PAGE_TOKENS, max(cfg.num_kv_heads, tp), cfg.head_dim)
-    return {"full": {"kv": jnp.zeros(shape, jnp.float32, device=NamedSharding(mesh, qwen3.POOL_SPEC))}}
+    return {
+        "full": {"kv": jnp.zeros(shape, jnp.float32, device=NamedSharding(mesh, decoder.pool_specs(cfg)["full"]["kv"]))}
+    }
 
 
 def make_batch(tokens: np.ndarray, table: np.ndarray, start: int, stop: int, columns: int) -> ExtendBatch:
@@ -70,7 +72,7 @@ def shuffled_table(rng: np.random.Generator, rows: int) -> np.ndarray:
     return rng.permutation(NUM_PAGES)[: rows * WIDTH].reshape(rows, WIDTH).astype(np.int32)
 
 
-def addresses(pools: qwen3.Pools) -> list[int]:
+def addresses(pools: decoder.Pools) -> list[int]:
     return [shard.data.unsafe_buffer_pointer() for shard in pools["full"]["kv"].addressable_shards]
 
 
@@ -81,7 +83,7 @@ def server(request, make_mesh) -> Server:
     cfg, params = load_model(GOLDENS / family, mesh, jnp.float32)
     reference = np.load(GOLDENS / family / "reference.npz")
     tokens = reference["tokens"].astype(np.int32)
-    return Server(cfg, mesh, params, qwen3.make_extend(cfg, mesh, PAGE_TOKENS), tokens, reference["logits"])
+    return Server(cfg, mesh, params, decoder.make_extend(cfg, mesh, PAGE_TOKENS), tokens, reference["logits"])
 
 
 def test_whole_prompt_matches_the_golden(server, rng):
@@ -152,7 +154,7 @@ def test_result_depends_on_nothing_but_the_prefix(server, rng):
 
 
 def test_result_does_not_depend_on_the_tables_width(make_mesh, rng):
-    params, extend = qwen3.init_params(SMALL, make_mesh(), 0, jnp.float32), qwen3.make_extend(SMALL, make_mesh(), 8)
+    params, extend = decoder.init_params(SMALL, make_mesh(), 0, jnp.float32), decoder.make_extend(SMALL, make_mesh(), 8)
     table, tokens = shuffled_table(rng, 2), rng.integers(0, SMALL.vocab_size, (2, 12)).astype(np.int32)
     logits = []
     for width in (WIDTH, 70):
@@ -168,8 +170,8 @@ def test_repeated_heads_and_padded_layers(make_mesh, rng, axis_type):
     tokens, table = rng.integers(0, SMALL.vocab_size, (2, 12)).astype(np.int32), shuffled_table(rng, 2)
     logits = []
     for mesh in (make_mesh(), make_mesh(1, 4, 2, axis_type=axis_type)):
-        extend, pools = qwen3.make_extend(SMALL, mesh, PAGE_TOKENS), zero_pools(SMALL, mesh)
-        params = qwen3.init_params(SMALL, mesh, 3, jnp.float32)
+        extend, pools = decoder.make_extend(SMALL, mesh, PAGE_TOKENS), zero_pools(SMALL, mesh)
+        params = decoder.init_params(SMALL, mesh, 3, jnp.float32)
         for start in (0, 6):
             out, pools = extend(params, pools, make_batch(tokens, table, start, start + 6, 6))
         logits.append(np.asarray(out))
@@ -180,17 +182,17 @@ def test_repeated_heads_and_padded_layers(make_mesh, rng, axis_type):
 
 def test_tied_embeddings_and_bfloat16(make_mesh, rng):
     cfg = replace(SMALL, tie_embeddings=True)
-    params = qwen3.init_params(cfg, make_mesh(), 0, jnp.bfloat16)
+    params = decoder.init_params(cfg, make_mesh(), 0, jnp.bfloat16)
     assert "head" not in params
     tokens, pools = rng.integers(0, cfg.vocab_size, (2, 6)).astype(np.int32), zero_pools(cfg, make_mesh())
     batch = make_batch(tokens, shuffled_table(rng, 2), 0, 6, 6)
-    logits, _ = qwen3.make_extend(cfg, make_mesh(), PAGE_TOKENS)(params, pools, batch)
+    logits, _ = decoder.make_extend(cfg, make_mesh(), PAGE_TOKENS)(params, pools, batch)
     assert logits.dtype == jnp.float32
     assert np.isfinite(np.asarray(logits)).all()
 
 
 def test_components_describe_the_pool():
-    (full,) = qwen3.components(SMALL, 16, "bfloat16")
+    (full,) = decoder.components(SMALL, 16, "bfloat16")
     (kv,) = full.fields
     assert (full.name, kv.name, kv.dtype) == ("full", "kv", "bfloat16")
     assert kv.shape == (3, 2, 16, 2, 4)
@@ -251,15 +253,20 @@ def test_config_refuses_what_is_not_computed(change):
     ("change", "shape", "page_tokens", "message"),
     [
         ({}, (2, 1, 1), 7, "page_tokens=7 must be a multiple of cp=2"),
-        ({"num_heads": 6, "num_kv_heads": 3}, (1, 2, 1), 8, "one must be a multiple of the other"),
-        ({"vocab_size": 33}, (1, 2, 1), 8, "must be multiples of tp=2"),
-        ({"mlp_size": 9}, (1, 2, 1), 8, "must be multiples of tp=2"),
+        (
+            {"num_heads": 6, "num_kv_heads": 3},
+            (1, 2, 1),
+            8,
+            r"tp=2 does not divide 6 heads, 3 kv heads.*may be one of \[1\]",
+        ),
+        ({"vocab_size": 33}, (1, 2, 1), 8, r"33 tokens.*may be one of \[1\]"),
+        ({"mlp_size": 12}, (1, 8, 1), 8, r"12 mlp entries.*may be one of \[1, 2, 4\]"),
     ],
 )
 def test_meshes_that_do_not_fit(make_mesh, change, shape, page_tokens, message):
     cfg = replace(SMALL, **change)
     with pytest.raises(ValueError, match=message):
-        qwen3.make_extend(cfg, make_mesh(*shape), page_tokens)
+        decoder.make_extend(cfg, make_mesh(*shape), page_tokens)
 
 
 @pytest.mark.parametrize("change", [{"num_kv_heads": 3}, {"head_dim": 5}, {"experts_per_token": 2}])

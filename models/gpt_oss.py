@@ -1,0 +1,217 @@
+"""gpt-oss: a layer with a window, then one without, attention sinks, top-k of E experts with biases.
+
+Letters in shapes, besides those of models/layers.py: E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array, lax
+
+from models.decoder import FULL, WINDOW, DecoderConfig, Stored, stored_decoder
+from models.layers import Rope, View, norm_weight, plain_rope, project, rms_norm, rotate, weight
+from models.paged_attention import attend, write
+
+ALPHA = 1.702  # of the gate's sigmoid
+BIAS_STD = 0.1  # of random parameters
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """How the rotary embedding of `original_tokens` is stretched: slow dimensions by `factor`, fast ones not at all.
+
+    beta_fast, beta_slow: rotations over the original length from which on a dimension is fast, up to which it is slow
+    """
+
+    factor: float
+    original_tokens: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float | None = None
+
+    def rope(self, theta: float, head_dim: int) -> Rope:
+        frequencies = plain_rope(theta, head_dim).frequencies
+        low, high = (self._dimension(beta, theta, head_dim) for beta in (self.beta_fast, self.beta_slow))
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, head_dim - 1)
+        stretched = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 0.001), 0, 1)
+        frequencies = frequencies * (1 - stretched) + frequencies / self.factor * stretched
+        default = 0.1 * math.log(self.factor) + 1 if self.factor > 1 else 1.0
+        return Rope(frequencies, default if self.attention_factor is None else self.attention_factor)
+
+    def _dimension(self, rotations: float, theta: float, head_dim: int) -> float:
+        """That turns so often over the original length."""
+        return head_dim * math.log(self.original_tokens / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+
+@dataclass(frozen=True)
+class GptOssConfig(DecoderConfig):
+    """mlp_size: of one expert. activation_limit: gates and values are clipped there."""
+
+    window: int = 128
+    num_experts: int = 1
+    experts_per_token: int = 1
+    activation_limit: float = 7.0
+    yarn: Yarn | None = None
+
+    pattern: ClassVar[tuple[str, ...]] = (WINDOW, FULL)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.experts_per_token > self.num_experts:
+            raise ValueError(f"{self.experts_per_token=} must not exceed {self.num_experts=}")
+
+    def layer(self) -> Layer:
+        return Layer(self)
+
+    def rope(self, component: str) -> Rope:
+        return self.yarn.rope(self.rope_theta, self.head_dim) if self.yarn else super().rope(component)
+
+    @property
+    def window_tokens(self) -> int:
+        return self.window
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> GptOssConfig:
+        """From a published `config.json`; a ValueError names whatever this file does not compute."""
+        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+        _refuse_unsupported(hf, rope)
+        return cls(
+            vocab_size=hf["vocab_size"],
+            hidden_size=hf["hidden_size"],
+            num_layers=hf["num_hidden_layers"],
+            num_heads=hf["num_attention_heads"],
+            num_kv_heads=hf["num_key_value_heads"],
+            head_dim=hf["head_dim"],
+            mlp_size=hf["intermediate_size"],
+            rope_theta=float(rope.get("rope_theta", hf.get("rope_theta", 150_000.0))),
+            rms_norm_eps=hf["rms_norm_eps"],
+            tie_embeddings=hf.get("tie_word_embeddings", False),
+            window=hf["sliding_window"],
+            num_experts=hf.get("num_local_experts", hf.get("num_experts")),
+            experts_per_token=hf.get("num_experts_per_tok", hf.get("experts_per_token")),
+            activation_limit=float(hf.get("swiglu_limit", 7.0)),
+            yarn=_yarn(hf, rope) if _kind(rope) == "yarn" else None,
+        )
+
+
+def _kind(rope: Mapping[str, Any]) -> str:
+    return rope.get("rope_type", rope.get("type", "default"))
+
+
+def _yarn(hf: Mapping[str, Any], rope: Mapping[str, Any]) -> Yarn:
+    original = rope.get("original_max_position_embeddings") or hf["max_position_embeddings"]
+    names = ("beta_fast", "beta_slow", "truncate", "attention_factor")
+    return Yarn(float(rope["factor"]), original, **{name: rope[name] for name in names if rope.get(name) is not None})
+
+
+def _refuse_unsupported(hf: Mapping[str, Any], rope: Mapping[str, Any]) -> None:
+    kinds = ["full_attention" if i % 2 else "sliding_attention" for i in range(hf["num_hidden_layers"])]
+    supported = {
+        "model_type": hf.get("model_type") == "gpt_oss",
+        "hidden_act": hf.get("hidden_act", "silu") == "silu",
+        "attention_bias": hf.get("attention_bias", True),
+        "layer_types": hf.get("layer_types", kinds) == kinds,
+        "rope_type": _kind(rope) in ("default", "yarn"),
+        "quantization_config": hf.get("quantization_config") is None,
+    }
+    if bad := [f"{name}={hf.get(name, rope)!r}" for name, good in supported.items() if not good]:
+        raise ValueError(f"gpt-oss here does not support {', '.join(bad)}")
+
+
+def _bias(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
+    return nnx.Param(jnp.zeros(shape), out_sharding=axes, mean=0.0, std=BIAS_STD)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention over pages; heads over tp, token slots of each page over cp."""
+
+    def __init__(self, cfg: GptOssConfig):
+        d, h, k, c = cfg.hidden_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+        self.wq = weight((d, h, c), (None, "tp", None), d)
+        self.wk = weight((d, k, c), (None, "tp", None), d)
+        self.wv = weight((d, k, c), (None, "tp", None), d)
+        self.wo = weight((h, c, d), ("tp", None, None), h * c)
+        self.bq, self.bk, self.bv = (_bias((n, c), ("tp", None)) for n in (h, k, k))
+        self.bo, self.sinks = _bias((d,), (None,)), _bias((h,), ("tp",))
+
+    def __call__(self, h: Array, pool: Array, place: tuple, view: View) -> tuple[Array, Array]:
+        """h: [B, T, D]; pool: [N, ..., 2, S, K, head_dim], written at `place` before it is read."""
+        q = jnp.einsum("btd,dhc->bthc", h, self.wq[...]) + self.bq[...][None, None]
+        k = jnp.einsum("btd,dkc->btkc", h, self.wk[...]) + self.bk[...][None, None]
+        v = jnp.einsum("btd,dkc->btkc", h, self.wv[...]) + self.bv[...][None, None]
+        pool = write(pool, place, view.pages, jnp.stack([rotate(k, view), v], axis=2))
+        out = attend(rotate(q, view), pool, place, view.pages, sinks=self.sinks[...]).astype(h.dtype)
+        return project("bthc,hcd->btd", out, self.wo) + self.bo[...][None, None], pool
+
+
+class Experts(nnx.Module):
+    """Top-k of E gated experts, each expert's F over tp. Every expert is computed, and weighted by its gate or 0."""
+
+    def __init__(self, cfg: GptOssConfig):
+        d, e, f = cfg.hidden_size, cfg.num_experts, cfg.mlp_size
+        self.router, self.router_bias = weight((d, e), (None, None), d), _bias((e,), (None,))
+        self.gate_up, self.gate_up_bias = (
+            weight((d, e, f, 2), (None, None, "tp", None), d),
+            _bias((e, f, 2), (None, "tp", None)),
+        )
+        self.down, self.down_bias = weight((e, f, d), (None, "tp", None), f), _bias((e, d), (None, None))
+        self.top_k, self.limit = cfg.experts_per_token, cfg.activation_limit
+
+    def __call__(self, h: Array) -> Array:
+        gates = self._gates(h).astype(h.dtype)
+        both = jnp.einsum("btd,defu->btefu", h, self.gate_up[...]) + self.gate_up_bias[...][None, None]
+        gate, up = jnp.minimum(both[..., 0], self.limit), jnp.clip(both[..., 1], -self.limit, self.limit)
+        act = (up + 1) * gate * jax.nn.sigmoid(gate * ALPHA) * gates[..., None]
+        return project("btef,efd->btd", act, self.down) + jnp.einsum("bte,ed->btd", gates, self.down_bias[...])
+
+    def _gates(self, h: Array) -> Array:
+        """f32[B, T, E], zero except for the top k; ties go to the lowest expert."""
+        logits = jnp.einsum("btd,de->bte", h.astype(jnp.float32), self.router[...].astype(jnp.float32))
+        top, experts = lax.top_k(logits + self.router_bias[...].astype(jnp.float32)[None, None], self.top_k)
+        hot = jax.nn.one_hot(experts, logits.shape[-1], dtype=jnp.float32)
+        return (hot * jax.nn.softmax(top, axis=-1)[..., None]).sum(axis=-2)
+
+
+class Layer(nnx.Module):
+    """Attention, then experts, each behind a norm and added to the residual."""
+
+    def __init__(self, cfg: GptOssConfig):
+        self.attention = Attention(cfg)
+        self.mlp = Experts(cfg)
+        self.attention_norm = norm_weight(cfg.hidden_size)
+        self.mlp_norm = norm_weight(cfg.hidden_size)
+        self.eps = cfg.rms_norm_eps
+
+    def __call__(self, h: Array, pool: Array, place: tuple, view: View) -> tuple[Array, Array]:
+        out, pool = self.attention(rms_norm(h, self.attention_norm, self.eps), pool, place, view)
+        h = h + out
+        return h + self.mlp(rms_norm(h, self.mlp_norm, self.eps)), pool
+
+
+def checkpoint(cfg: GptOssConfig) -> dict[str, Stored]:
+    """Where each parameter lies in published files; u: gates and values, which take turns there."""
+    attention, mlp = "model.layers.{l}.self_attn.", "model.layers.{l}.mlp."
+    return stored_decoder(cfg) | {
+        "layers.attention.bq": Stored(attention + "q_proj.bias", "hc", "lhc"),
+        "layers.attention.bk": Stored(attention + "k_proj.bias", "kc", "lkc"),
+        "layers.attention.bv": Stored(attention + "v_proj.bias", "kc", "lkc"),
+        "layers.attention.bo": Stored(attention + "o_proj.bias", "d", "ld"),
+        "layers.attention.sinks": Stored(attention + "sinks", "h", "lh"),
+        "layers.mlp.router": Stored(mlp + "router.weight", "e,d", "lde"),
+        "layers.mlp.router_bias": Stored(mlp + "router.bias", "e", "le"),
+        "layers.mlp.gate_up": Stored(mlp + "experts.gate_up_proj", "e,d,fu", "ldefu"),
+        "layers.mlp.gate_up_bias": Stored(mlp + "experts.gate_up_proj_bias", "e,fu", "lefu"),
+        "layers.mlp.down": Stored(mlp + "experts.down_proj", "e,f,d", "lefd"),
+        "layers.mlp.down_bias": Stored(mlp + "experts.down_proj_bias", "e,d", "led"),
+    }

@@ -1,0 +1,86 @@
+"""Parts of layers that several families share, as one rank of a `shard_map` sees them: heads and F over tp.
+
+Letters in shapes, besides those of paged_attention: D hidden, F mlp, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array, lax
+
+from models.paged_attention import Pages
+
+
+class Rope(NamedTuple):
+    """Rotary embedding over the two halves of a head.
+
+    frequencies: float64[head_dim / 2], radians a token
+    scale:       of cosine and sine
+    """
+
+    frequencies: np.ndarray
+    scale: float = 1.0
+
+
+def plain_rope(theta: float, head_dim: int) -> Rope:
+    return Rope(theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim))
+
+
+class View(NamedTuple):
+    """What the layers of one component need to know of a batch. cos, sin: f32[B, T, 1, head_dim / 2]"""
+
+    pages: Pages
+    cos: Array
+    sin: Array
+
+
+def view(pages: Pages, rope: Rope) -> View:
+    angles = pages.positions.astype(jnp.float32)[..., None] * jnp.asarray(rope.frequencies, jnp.float32)[None, None]
+    cos, sin = (f(angles)[:, :, None] for f in (jnp.cos, jnp.sin))
+    return View(pages, cos, sin) if rope.scale == 1 else View(pages, cos * rope.scale, sin * rope.scale)
+
+
+def rotate(x: Array, view: View) -> Array:
+    """In fp32. x: [B, T, heads, head_dim]; returns x's dtype."""
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * view.cos - b * view.sin, b * view.cos + a * view.sin], axis=-1).astype(x.dtype)
+
+
+def weight(shape: tuple[int, ...], axes: tuple[str | None, ...], fan_in: int) -> nnx.Param:
+    """Zeros, with what `init_params` draws: a normal distribution of variance 1 / fan_in."""
+    return nnx.Param(jnp.zeros(shape), out_sharding=axes, mean=0.0, std=fan_in**-0.5)
+
+
+def norm_weight(width: int) -> nnx.Param:
+    return nnx.Param(jnp.zeros(width), out_sharding=(None,), mean=1.0, std=0.1)
+
+
+def rms_norm(x: Array, weight: nnx.Param, eps: float) -> Array:
+    """Over the last axis, in fp32; returns x's dtype."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    scale = weight[...].astype(jnp.float32)
+    return (x32 * jnp.expand_dims(scale, tuple(range(x.ndim - 1)))).astype(x.dtype)
+
+
+def project(subscripts: str, x: Array, weight: nnx.Param) -> Array:
+    """Back to D, from an axis that is sharded over tp; summed in fp32, returns x's dtype."""
+    return lax.psum(jnp.einsum(subscripts, x, weight[...], preferred_element_type=jnp.float32), "tp").astype(x.dtype)
+
+
+class GatedMlp(nnx.Module):
+    """activation(gate) * up, then down."""
+
+    def __init__(self, d: int, f: int, activation: Callable[[Array], Array]):
+        self.gate = weight((d, f), (None, "tp"), d)
+        self.up = weight((d, f), (None, "tp"), d)
+        self.down = weight((f, d), ("tp", None), f)
+        self.activation = activation
+
+    def __call__(self, h: Array) -> Array:
+        return project("btf,fd->btd", self.activation(h @ self.gate[...]) * (h @ self.up[...]), self.down)

@@ -1,326 +1,218 @@
-"""Serves a trace three times and compares: without a cache, with it, and again after a restart on the same storage.
+"""Conversations over real text with a small real model, three times: without a cache, with one, and after a restart.
 
-Every generated token must be the same. Prints a table and writes the figures as JSON.
+    python -m models.demo [--model FILE.gguf] [--readers 2] [--turns 2] [--json FILE]
+
+Readers ask about documents of this repository, one after the other: everybody's prompt begins with the document, and a
+later turn with all that was said before. The restart begins with an empty device and host memory, on the same storage.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
-import math
 import shutil
+import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 import jaxcache
-from jaxcache.testing.mesh_shape import mesh_shape
-from jaxcache.testing.traces import read_trace
-from models import fleet
-from models.decoder import components, init_params, make_extend
-from models.loading import load_model
-from models.qwen3 import Qwen3Config
-from models.serve import BatchShape, Request, Server
+from models import fetch, fleet
+from models.conversation import Conversation, LocalModel
+from models.serve import BatchShape, Request
+from models.trace_demo import TIERS, make_mesh, write_json
 
-TRACE = Path(__file__).parents[1] / "benchmarks" / "traces" / "conversation.jsonl.gz"
-BLOCK_TOKENS = 16  # a 512-token block of the trace becomes so many
-SHRINK = 16  # of output lengths
-SERVED_SHARE = 0.75
+ROOT = Path(__file__).parents[1]
+SYSTEM = "You are a helpful assistant. Answer from this document in one short sentence.\n\n"
+SHAPE = BatchShape(prefill_rows=1, chunk_tokens=128, decode_rows=1, table_pages=128)
+DEVICE_PAGES, HOST_PAGES = 160, 200  # of the conversations not one half fits the device, so that all tiers are used
+ANSWER_TOKENS = 24
 
-TINY_MOE = Qwen3Config(
-    vocab_size=512,
-    hidden_size=128,
-    num_layers=4,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=32,
-    mlp_size=64,
-    rope_theta=10_000.0,
-    num_experts=8,
-    experts_per_token=2,
+
+@dataclass(frozen=True)
+class Document:
+    """A part of a file, and what its readers ask: questions[reader][turn]"""
+
+    file: str
+    start: int
+    stop: int
+    questions: tuple[tuple[str, ...], ...]
+
+    @property
+    def text(self) -> str:
+        return (ROOT / self.file).read_text()[self.start : self.stop]
+
+
+DOCUMENTS = (
+    Document(
+        "README.md",
+        0,
+        5000,
+        (
+            ("What is jaxcache?", "What does `make test` do?", "Who is it for?"),
+            ("How do I try it?", "Does it need a GPU?", "Which models does it serve?"),
+        ),
+    ),
+    Document(
+        "LICENSE",
+        300,
+        6300,
+        (
+            ("What is this licence about?", "What is a Contribution?", "May I sell the work?"),
+            ("Who is the Licensor?", "What does the patent grant say?", "What is a Derivative Work?"),
+        ),
+    ),
+    Document(
+        "jaxcache/DESIGN.md",
+        0,
+        5000,
+        (
+            ("What is this design about?", "What is a page?", "What is a node?"),
+            ("Who decides what is evicted?", "What is a tier?", "What is a transfer?"),
+        ),
+    ),
 )
 
 
 @dataclass
-class Run:
-    """One pass over the requests."""
+class Arm:
+    """One pass over all conversations. seconds: of serving"""
 
-    requests: list[Request]
-    seconds: float
-    stats: dict[str, Any]
-    compiles: int
+    title: str
+    turns: list[list[Request]] = field(default_factory=list)  # by turn, then by reader
+    texts: list[str] = field(default_factory=list)
+    seconds: float = 0.0
 
     @property
-    def outputs(self) -> list[list[int]]:
-        return [request.output for request in self.requests]
+    def requests(self) -> list[Request]:
+        return [request for turn in self.turns for request in turn]
 
-    def hit_tokens(self) -> dict[str, int]:
-        return {tier: sum(r.hit_tokens[tier] for r in self.requests if r.hit_tokens) for tier in TIERS}
+    def hit_tokens(self, tier: str) -> int:
+        return sum((request.hit_tokens or {}).get(tier, 0) for request in self.requests)
 
-    def cached_share(self, i: int) -> float:
-        hits = self.requests[i].hit_tokens
-        return sum(hits.values()) / len(self.requests[i].prompt) if hits else 0.0
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(len(request.prompt) for request in self.requests)
 
+    @property
+    def tokens_per_s(self) -> float:
+        return (self.prompt_tokens + sum(len(request.output) for request in self.requests)) / self.seconds
 
-TIERS = ("device", "host", "storage")
-
-
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m models.serve", description=__doc__)
-    plain = parser.add_argument
-
-    def add(option: str, default: Any, help: str, **how: Any) -> None:
-        plain(option, default=default, help=f"{help} (default: %(default)s)", **how)
-
-    add("--model", "tiny-moe", "tiny-moe (random fp32 weights of a fixed seed), or a Hugging Face folder")
-    add("--trace", TRACE, "requests in the Mooncake schema, JSONL, gzipped or not", type=Path)
-    add("--requests", 500, "how many requests of the trace", type=int)
-    add("--mesh", "2,2,2", "cp,tp,pp")
-    add("--processes", 1, "start so many on this host, each with its part of the mesh", type=int)
-    plain("--coordinator", help="HOST:PORT of process 0 of a fleet started elsewhere, or auto (Slurm, Open MPI)")
-    plain("--num-processes", type=int, help="of that fleet")
-    plain("--process-id", type=int, help="of this process in that fleet")
-    add("--page-tokens", 16, "tokens per page", type=int)
-    add("--device-pages", 1024, "pages of the device tier", type=int)
-    add("--host-pages", 1536, "pages of the host tier", type=int)
-    plain(
-        "--storage",
-        type=Path,
-        help="folder of the storage tier, shared by all (default: a temporary one); with --coordinator it is required, "
-        "unless --no-cache is given",
-    )
-    plain("--storage-grid", help="cp,tp,pp of the values in storage; meshes with one grid share it (default: the mesh)")
-    add("--write-policy", "write_through", "see CacheConfig", choices=[p.value for p in jaxcache.WritePolicy])
-    prefetch = ["off", *(p.value for p in jaxcache.PrefetchPolicy)]
-    add("--prefetch", "wait_complete", "from storage", choices=prefetch)
-    plain("--no-cache", action="store_true", help="serve only once, without a cache")
-    plain("--json", metavar="FILE", help="write the figures there; - is standard output")
-    return parser
-
-
-def main(argv: Sequence[str]) -> int:
-    args = parser().parse_args(argv)
-    errors = Console(stderr=True)
-    try:
-        shape = three_numbers("--mesh", args.mesh)
-        fleet.check_options(args.processes, args.coordinator, args.num_processes, args.process_id)
-        if args.processes != 1:
-            return fleet.start(argv, args.processes, math.prod(shape), args.storage)
-        is_first = fleet.join(args.coordinator, args.num_processes, args.process_id, math.prod(shape)) == 0
-        console = Console(stderr=args.json == "-", quiet=not is_first)
-        demo = Demo(args, make_mesh(shape), console)
-        figures = demo.without_cache() if args.no_cache else demo.compare()
-    except (ValueError, OSError, MemoryError, fleet.ProcessesFailed) as error:
-        errors.print("[red]error:[/]", Text(str(error)), soft_wrap=True)
-        return fleet.failed()
-    if is_first:
-        write_json(args.json, figures)
-    is_same = figures.get("tokens_identical", True) and figures.get("restart", {}).get("tokens_identical", True)
-    return 0 if is_same else 1
-
-
-def three_numbers(option: str, text: str) -> tuple[int, int, int]:
-    """What an option says; ValueError names it."""
-    try:
-        return mesh_shape(text)
-    except ValueError as error:
-        raise ValueError(f"{option} {error}") from None
-
-
-def make_mesh(shape: tuple[int, ...]) -> jax.sharding.Mesh:
-    """A mesh (cp, tp, pp) of the devices of all processes."""
-    num_devices = math.prod(shape)
-    if len(jax.devices()) < num_devices:
-        raise ValueError(f"--mesh {shape} needs {num_devices} devices, there are {len(jax.devices())}")
-    devices = jax.devices()[:num_devices]
-    if idle := set(range(jax.process_count())) - {device.process_index for device in devices}:
-        raise ValueError(f"--mesh {shape} leaves processes {sorted(idle)} without a device")
-    axis_types = (jax.sharding.AxisType.Auto,) * 3
-    return jax.make_mesh(shape, ("cp", "tp", "pp"), axis_types=axis_types, devices=devices)
+    def ttft_ms(self, turn: int) -> float:
+        """Of the readers' median."""
+        return statistics.median(request.ttft_ms for request in self.turns[turn])
 
 
 class Demo:
-    """One model on one mesh, and the requests of the trace."""
+    def __init__(self, model: LocalModel, console: Console, num_readers: int, num_turns: int):
+        self.model, self.console, self.num_turns = model, console, num_turns
+        self.readers = [(document, reader) for reader in range(num_readers) for document in DOCUMENTS]
 
-    def __init__(self, args: argparse.Namespace, mesh: jax.sharding.Mesh, console: Console):
-        self.args, self.mesh, self.console = args, mesh, console
-        if args.model == "tiny-moe":
-            self.cfg, self.params = TINY_MOE, init_params(TINY_MOE, mesh, seed=0, dtype=jnp.float32)
-        else:
-            self.cfg, self.params = load_model(Path(args.model), mesh, jnp.float32)
-        self.extend = make_extend(self.cfg, mesh, args.page_tokens)
-        if args.requests < 1:
-            raise ValueError(f"--requests must be at least 1, not {args.requests}")
-        self.trace = read_trace(args.trace, args.requests)
-        longest = max(len(r.prompt) + r.max_new_tokens for r in self.requests())
-        self.shape = BatchShape(table_pages=1 << (longest // args.page_tokens).bit_length())
-
-    def requests(self) -> list[Request]:
-        return [
-            Request(line.prompt(BLOCK_TOKENS, self.cfg.vocab_size), max(1, line.output_length // SHRINK))
-            for line in self.trace
-        ]
-
-    def config(self, caching: bool) -> jaxcache.CacheConfig:
-        args = self.args
-        prefetch = jaxcache.PrefetchPolicy("best_effort" if args.prefetch == "off" else args.prefetch)
-        return jaxcache.CacheConfig(
-            page_tokens=args.page_tokens,
-            device_pages=args.device_pages,
-            host_pages=args.host_pages if caching else 0,
-            write_policy=jaxcache.WritePolicy(args.write_policy),
-            prefetch_policy=prefetch,
-            storage_grid=three_numbers("--storage-grid", args.storage_grid) if args.storage_grid else None,
-            prefetch_min_tokens=2**30 if args.prefetch == "off" else 2 * args.page_tokens,
-            max_transfer_pages=128,
+    def serve(self, title: str, storage: jaxcache.Storage | None) -> Arm:
+        """storage: None: without a cache"""
+        caching = storage is not None
+        self.console.rule(title)
+        server = self.model.server(
+            storage,
+            device_pages=DEVICE_PAGES,
+            host_pages=HOST_PAGES if caching else 0,
             caching=caching,
+            prefetch_policy=jaxcache.PrefetchPolicy.WAIT_COMPLETE,
         )
-
-    def serve(self, title: str, caching: bool, storage: jaxcache.Storage | None, requests: list[Request]) -> Run:
-        """One pass: a new cache, everything compiled before, then all requests as fast as they go."""
-        parts = components(self.cfg, self.args.page_tokens, "float32")
-        with jaxcache.Cache(parts, self.mesh, self.config(caching), storage=storage) as cache:
-            namespace = cache.new_namespace(model=self.args.model, weights_version=weights_version(self.args.model))
-            server = Server(cache, self.extend, self.params, namespace, self.shape)
-            server.warmup()
-            for request in requests:
-                server.submit(request)
-            compiled = jaxcache.compile_count()
+        arm, talks = Arm(title), [Conversation(self.model, server, SYSTEM + d.text) for d, _ in self.readers]
+        with server.cache:
             start = time.perf_counter()
-            self._watch(title, server, len(requests))
-            seconds = time.perf_counter() - start
-            compiles = jaxcache.compile_count() - compiled
-            if storage is not None:
-                server.pools = cache.drain(server.pools)
-            return Run(requests, seconds, cache.stats(), compiles)
+            for turn in range(self.num_turns):
+                arm.turns.append([])
+                for (document, reader), talk in zip(self.readers, talks, strict=True):
+                    self._ask(talk, document.file, reader, document.questions[reader][turn])
+                    assert talk.last is not None
+                    arm.turns[-1].append(talk.last)
+                    arm.texts.append(talk.messages[-1]["content"])
+            arm.seconds = time.perf_counter() - start
+            if caching:
+                server.pools = server.cache.drain(server.pools)
+        return arm
 
-    def _watch(self, title: str, server: Server, total: int) -> None:
-        columns = (TextColumn("{task.description:22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=self.console) as progress:
-            task = progress.add_task(title, total=total)
-            for _ in server.run():
-                progress.advance(task)
+    def _ask(self, talk: Conversation, file: str, reader: int, question: str) -> None:
+        self.console.print(Text(f"{file}, reader {reader + 1}: {question}", style="bold"))
+        for piece in talk.ask(question, ANSWER_TOKENS):
+            self.console.print(Text(piece), end="", soft_wrap=True)
+        assert talk.last is not None
+        hits = {tier: n for tier, n in (talk.last.hit_tokens or {}).items() if n}
+        found = ", ".join(f"{n:,} from {tier}" for tier, n in hits.items()) or "all computed"
+        told = f"{len(talk.last.prompt):,} tokens, {found}: first token after {talk.last.ttft_ms:,.0f} ms"
+        self.console.print(Text(f"\n  {told}", style="dim"))
 
-    def without_cache(self) -> dict[str, Any]:
-        run = self.serve("without a cache", False, None, self.requests())
-        return {"requests": len(run.requests), "ttft_ms": percentiles(run.requests), **throughput(run)}
-
-    def compare(self) -> dict[str, Any]:
-        if self.args.storage is None and jax.process_count() > 1:
-            raise ValueError("--storage must name a folder that all processes share")
-        folder = self.args.storage or Path(tempfile.mkdtemp(prefix="jaxcache-demo-"))
-        try:
-            storage = jaxcache.FileStorage(folder)  # refuses what it cannot use before anybody waits
-            uncached = self.serve("without a cache", False, None, self.requests())
-            cached = self.serve("with the cache", True, storage, self.requests())
-            again = self.serve("after a restart", True, jaxcache.FileStorage(folder), self.requests())
-        finally:
-            if self.args.storage is None:
-                shutil.rmtree(folder)
-        figures = compare_runs(uncached, cached, again)
-        self.console.print(report(figures, uncached, cached))
-        return figures
+    def compare(self, folder: Path) -> dict[str, Any]:
+        arms = [
+            self.serve("without a cache", None),
+            self.serve("with a cache", jaxcache.FileStorage(folder)),
+            self.serve("after a restart", jaxcache.FileStorage(folder)),
+        ]
+        self.console.print(table(arms))
+        return figures(arms)
 
 
-def weights_version(model: str) -> str:
-    """Changes when the files of a checkpoint do: other weights must never get these pages."""
-    if model == "tiny-moe":
-        return "seed 0"
-    files = sorted([*Path(model).glob("*.json"), *Path(model).glob("*.safetensors")])
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(repr(stats).encode()).hexdigest()
+def table(arms: Sequence[Arm]) -> Table:
+    shown = Table("", *(arm.title for arm in arms), title=f"{len(arms[0].requests)} answers, the same each time")
+    shown.add_row("prompt tokens", *(f"{arm.prompt_tokens:,}" for arm in arms))
+    for tier in TIERS:
+        shown.add_row(f"  from {tier}", *(f"{arm.hit_tokens(tier):,}" for arm in arms))
+    for turn in range(len(arms[0].turns)):
+        times = (f"{arm.ttft_ms(turn):,.0f} ms" for arm in arms)
+        shown.add_row(f"time to first token, p50, turn {turn + 1}", *times)
+    shown.add_row("tokens per second", *(f"{arm.tokens_per_s:,.0f}" for arm in arms))
+    same = ("yes" if arm.texts == arms[0].texts else "NO" for arm in arms[1:])
+    shown.add_row("every text as without a cache", "", *same)
+    return shown
 
 
-def compare_runs(uncached: Run, cached: Run, again: Run) -> dict[str, Any]:
-    served = [i for i in range(len(cached.requests)) if cached.cached_share(i) >= SERVED_SHARE]
-    hits = cached.hit_tokens()
-    prompt_tokens = sum(len(request.prompt) for request in cached.requests)
+def figures(arms: Sequence[Arm]) -> dict[str, Any]:
     return {
-        "requests": len(cached.requests),
-        "prompt_tokens": prompt_tokens,
-        "hit_tokens": hits,
-        "computed_tokens": prompt_tokens - sum(hits.values()),
-        "ttft_ms": percentiles(cached.requests),
-        "ttft_ms_uncached": percentiles(uncached.requests),
-        "ttft_ms_hit75": p50_of(cached, served),
-        "ttft_ms_hit75_uncached": p50_of(uncached, served),
-        **throughput(cached),
-        "tokens_per_s_uncached": throughput(uncached)["tokens_per_s"],
-        "tokens_identical": cached.outputs == uncached.outputs,
-        "distinct_tokens": len({token for output in cached.outputs for token in output}),
-        "retractions": sum(request.num_retractions for request in cached.requests),
-        "drops": {name: n for name, n in cached.stats["counters"].items() if name.startswith(DROPS)},
-        "restart": {
-            "hit_tokens": again.hit_tokens(),
-            "tokens_identical": again.outputs == uncached.outputs,
-            **throughput(again),
-        },
-        "compiles_after_warmup": uncached.compiles + cached.compiles + again.compiles,
+        arm.title: {
+            "prompt_tokens": arm.prompt_tokens,
+            "hit_tokens": {tier: arm.hit_tokens(tier) for tier in TIERS},
+            "ttft_p50_ms": [round(arm.ttft_ms(turn), 1) for turn in range(len(arm.turns))],
+            "tokens_per_s": round(arm.tokens_per_s, 1),
+            "seconds": round(arm.seconds, 1),
+            "texts_identical": arm.texts == arms[0].texts,
+        }
+        for arm in arms
     }
 
 
-DROPS = ("dropped", "skipped", "unfulfilled", "failed")
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m models.demo", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--model", type=Path, help="file *.gguf with a chat template (default: fetches SmolLM2)")
+    parser.add_argument("--readers", type=int, choices=(1, 2), default=2, help="of each document (default: 2)")
+    parser.add_argument("--turns", type=int, choices=(1, 2, 3), default=2, help="of each reader (default: 2)")
+    parser.add_argument("--storage", type=Path, help="folder of the storage tier (default: a temporary one)")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there; - is standard output")
+    args = parser.parse_args(argv)
+    console, errors = Console(stderr=args.json == "-"), Console(stderr=True)
+    folder = args.storage or Path(tempfile.mkdtemp(prefix="jaxcache-demo-"))
+    try:
+        fleet.join(None, None, None, 1)
+        with console.status("loading the model"):
+            model = LocalModel(args.model or fetch.fetch(fetch.SMOLLM2), make_mesh((1, 1, 1)), SHAPE)
+        found = Demo(model, console, args.readers, args.turns).compare(folder)
+    except (ValueError, OSError, MemoryError) as error:
+        errors.print("[red]error:[/]", Text(str(error)), soft_wrap=True)
+        return 2
+    finally:
+        if args.storage is None:
+            shutil.rmtree(folder, ignore_errors=True)
+    write_json(args.json, found)
+    return 0 if all(arm["texts_identical"] for arm in found.values()) else 1
 
 
-def percentiles(requests: list[Request]) -> dict[str, float]:
-    times = [request.ttft_ms for request in requests]
-    return {"p50": round(float(np.percentile(times, 50)), 2), "p99": round(float(np.percentile(times, 99)), 2)}
-
-
-def p50_of(run: Run, indices: list[int]) -> dict[str, Any]:
-    times = [run.requests[i].ttft_ms for i in indices]
-    return {"requests": len(times), "p50": round(float(np.median(times)), 2) if times else None}
-
-
-def throughput(run: Run) -> dict[str, float]:
-    tokens = sum(len(r.prompt) + len(r.output) for r in run.requests)
-    return {"tokens_per_s": round(tokens / run.seconds, 1)}
-
-
-def report(figures: dict[str, Any], uncached: Run, cached: Run) -> Table:
-    """The table that people look at."""
-    table = Table(
-        title=f"{figures['requests']} requests, {figures['prompt_tokens']:,} prompt tokens", show_header=False
-    )
-    row: Callable[[str, str], None] = table.add_row
-    for tier in TIERS:
-        row(f"prompt tokens from {tier}", f"{figures['hit_tokens'][tier]:,}")
-    row("prompt tokens computed", f"{figures['computed_tokens']:,}")
-    for low, high in ((0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.01)):
-        chosen = [i for i in range(len(cached.requests)) if low <= cached.cached_share(i) < high]
-        with_cache, without = p50_of(cached, chosen)["p50"], p50_of(uncached, chosen)["p50"]
-        row(
-            f"time to first token, {low:.0%} to {min(high, 1):.0%} cached",
-            f"{with_cache} ms with, {without} ms without ({len(chosen)} requests)",
-        )
-    row("tokens per second", f"{figures['tokens_per_s']:,} with, {figures['tokens_per_s_uncached']:,} without")
-    row("dropped", ", ".join(f"{name} {n}" for name, n in figures["drops"].items() if n) or "nothing")
-    row("every token as without a cache", "yes" if figures["tokens_identical"] else "NO")
-    restart = figures["restart"]
-    row("after a restart, prompt tokens from storage", f"{restart['hit_tokens']['storage']:,}")
-    row("after a restart, tokens per second", f"{restart['tokens_per_s']:,}")
-    row("after a restart, every token the same", "yes" if restart["tokens_identical"] else "NO")
-    row("programs compiled while serving", str(figures["compiles_after_warmup"]))
-    return table
-
-
-def write_json(target: str | None, figures: dict[str, Any]) -> None:
-    text = json.dumps(figures, indent=2)
-    if target == "-":
-        sys.stdout.write(text + "\n")
-    elif target is not None:
-        Path(target).parent.mkdir(parents=True, exist_ok=True)
-        Path(target).write_text(text + "\n")
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -6,7 +6,7 @@
 
     one iteration:  step -> admit -> apply -> decode -> step -> apply -> prefill       insert and release as they come
 
-`python -m models.serve` runs it on a trace, with and without the cache (see models/demo.py).
+`python -m models.serve` runs it on a trace, with and without the cache (see models/trace_demo.py).
 """
 
 from __future__ import annotations
@@ -331,6 +331,6 @@ def sample(logits: np.ndarray, temperature: float, seed: int, position: int) -> 
 if __name__ == "__main__":
     import sys
 
-    from models.demo import main
+    from models.trace_demo import main
 
     sys.exit(main(sys.argv[1:]))

@@ -15,7 +15,7 @@ import pytest
 import jaxcache
 from jaxcache.components import FieldSpec, RecurrentState
 from jaxcache.testing.traces import read_trace
-from models import demo
+from models import trace_demo
 from models.serve import BatchShape, Request, Server, sample
 from tests.models.serving import (
     DEVICE_PAGES,
@@ -129,7 +129,7 @@ def test_every_agreed_storage_token_is_counted_once(one):
 
 def test_trace_is_served_with_equal_tokens(one):
     """Lines of the bundled trace, shortened."""
-    lines = read_trace(demo.TRACE, 12)
+    lines = read_trace(trace_demo.TRACE, 12)
 
     def requests() -> list[Request]:
         prompts = [line.prompt(2, MODEL.vocab_size)[:100] for line in lines]
@@ -167,10 +167,12 @@ def test_corrupting_one_page_that_is_hit_changes_the_tokens(rig, tier):
     want = uncached(rig.mesh)[12:24]
     assert outputs != want
     runs = [
-        demo.Run([replace(r, output=output) for r, output in zip(later, o, strict=True)], 1.0, {"counters": {}}, 0)
+        trace_demo.Run(
+            [replace(r, output=output) for r, output in zip(later, o, strict=True)], 1.0, {"counters": {}}, 0
+        )
         for o in (want, outputs, want)
     ]
-    figures = demo.compare_runs(*runs)
+    figures = trace_demo.compare_runs(*runs)
     assert not figures["tokens_identical"]
     assert figures["restart"]["tokens_identical"]
 
@@ -352,14 +354,14 @@ KEYS = {
 @pytest.fixture
 def small_demo(monkeypatch) -> None:
     """The demo with this file's model, short prompts and short transfers."""
-    monkeypatch.setattr(demo, "TINY_MOE", MODEL)
-    monkeypatch.setattr(demo, "BLOCK_TOKENS", 8)
-    monkeypatch.setattr(demo, "BatchShape", lambda table_pages: BatchShape(2, 16, 4, table_pages))
+    monkeypatch.setattr(trace_demo, "TINY_MOE", MODEL)
+    monkeypatch.setattr(trace_demo, "BLOCK_TOKENS", 8)
+    monkeypatch.setattr(trace_demo, "BatchShape", lambda table_pages: BatchShape(2, 16, 4, table_pages))
 
 
 def test_demo_writes_its_figures(small_demo, tmp_path):
     file = tmp_path / "new" / "figures.json"
-    assert demo.main([*SMALL_DEMO, "--storage", str(tmp_path / "storage"), "--json", str(file)]) == 0
+    assert trace_demo.main([*SMALL_DEMO, "--storage", str(tmp_path / "storage"), "--json", str(file)]) == 0
     figures = json.loads(file.read_text())
     assert figures.keys() >= KEYS
     assert figures["hit_tokens"].keys() == {"device", "host", "storage"}
@@ -376,23 +378,23 @@ def test_demo_writes_its_figures(small_demo, tmp_path):
 
 
 def test_demo_without_a_cache_writes_to_standard_output(small_demo, capsys):
-    assert demo.main([*SMALL_DEMO, "--no-cache", "--json", "-"]) == 0
+    assert trace_demo.main([*SMALL_DEMO, "--no-cache", "--json", "-"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures.keys() == {"requests", "ttft_ms", "tokens_per_s"}
 
 
 def test_demo_fails_when_tokens_differ(small_demo, monkeypatch):
     """Its exit status is the comparison's."""
-    compare_runs = demo.compare_runs
-    monkeypatch.setattr(demo, "compare_runs", lambda *runs: {**compare_runs(*runs), "tokens_identical": False})
-    monkeypatch.setattr(demo.Demo, "serve", _pretend_to_serve)
-    assert demo.main(SMALL_DEMO) == 1
+    compare_runs = trace_demo.compare_runs
+    monkeypatch.setattr(trace_demo, "compare_runs", lambda *runs: {**compare_runs(*runs), "tokens_identical": False})
+    monkeypatch.setattr(trace_demo.Demo, "serve", _pretend_to_serve)
+    assert trace_demo.main(SMALL_DEMO) == 1
 
 
-def _pretend_to_serve(self, title, caching, storage, requests) -> demo.Run:
+def _pretend_to_serve(self, title, caching, storage, requests) -> trace_demo.Run:
     for request in requests:
-        request.output, request.hit_tokens = [1], dict.fromkeys(demo.TIERS, 0)
-    return demo.Run(requests, 1.0, {"counters": {}}, 0)
+        request.output, request.hit_tokens = [1], dict.fromkeys(trace_demo.TIERS, 0)
+    return trace_demo.Run(requests, 1.0, {"counters": {}}, 0)
 
 
 @pytest.mark.parametrize(
@@ -417,20 +419,20 @@ def _pretend_to_serve(self, title, caching, storage, requests) -> demo.Run:
 def test_demo_says_what_is_wrong(small_demo, capsys, make_mesh, options, reason):
     for shape in (text.split(",") for text in options if re.fullmatch("[1-3],[1-3],[1-3]", text)):
         make_mesh(*map(int, shape))  # skips the test where a host has too few GPUs, which would be what is wrong
-    assert demo.main([*SMALL_DEMO, *options]) == 1
+    assert trace_demo.main([*SMALL_DEMO, *options]) == 1
     assert reason in " ".join(capsys.readouterr().err.split())
 
 
 def test_demo_refuses_a_folder_of_somebody_else(small_demo, capsys, monkeypatch, tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
-    monkeypatch.setattr(demo.Demo, "serve", _pretend_to_serve)
-    assert demo.main([*SMALL_DEMO, "--storage", str(tmp_path)]) == 1
+    monkeypatch.setattr(trace_demo.Demo, "serve", _pretend_to_serve)
+    assert trace_demo.main([*SMALL_DEMO, "--storage", str(tmp_path)]) == 1
     assert "belongs to something else" in " ".join(capsys.readouterr().err.split())
 
 
 def test_demo_says_that_a_request_does_not_fit(small_demo, capsys, monkeypatch):
     monkeypatch.setattr(Server, "warmup", lambda self: None)  # it does not come to running the model
-    assert demo.main([*SMALL_DEMO, "--device-pages", "2"]) == 1
+    assert trace_demo.main([*SMALL_DEMO, "--device-pages", "2"]) == 1
     assert "tokens does not fit the device" in " ".join(capsys.readouterr().err.split())
 
 
@@ -441,13 +443,13 @@ def test_demo_names_the_unreadable_line_of_a_trace(small_demo, capsys, tmp_path,
     trace = tmp_path / "trace.jsonl"
     good = '{"timestamp": 0, "input_length": 1000, "output_length": 1, "hash_ids": [1, 2]}'
     trace.write_text(f"{good}\n{line}\n")
-    assert demo.main([*SMALL_DEMO, "--trace", str(trace)]) == 1
+    assert trace_demo.main([*SMALL_DEMO, "--trace", str(trace)]) == 1
     assert "trace.jsonl:2" in "".join(capsys.readouterr().err.split())
 
 
 def test_demo_help_names_every_option(capsys):
     with pytest.raises(SystemExit, match="0"):
-        demo.main(["--help"])
+        trace_demo.main(["--help"])
     text = capsys.readouterr().out
     for option in (
         "model",

@@ -13,7 +13,7 @@ import jax
 import pytest
 
 from jaxcache.testing import processes
-from models import demo
+from models import trace_demo
 from tests.multiprocess.fleets import TIMEOUT_S
 
 pytestmark = pytest.mark.multiprocess
@@ -76,13 +76,13 @@ def start_one(launcher: str, port: str, index: int, output: Path) -> subprocess.
 
 @pytest.mark.parametrize("coordinator", ["HOST0", ":1", "host:port", "host:0", "host:99999"])
 def test_a_coordinator_without_an_address_is_refused(capsys, coordinator):
-    assert demo.main(["--mesh", "1,1,1", "--trace", "nowhere.jsonl", "--coordinator", coordinator]) == 1
+    assert trace_demo.main(["--mesh", "1,1,1", "--trace", "nowhere.jsonl", "--coordinator", coordinator]) == 1
     assert "--coordinator must be HOST:PORT or auto" in capsys.readouterr().err
 
 
 def test_two_ways_to_have_a_fleet_are_refused(capsys):
     command = ["--mesh", "2,1,1", "--trace", "nowhere.jsonl", "--processes", "2", "--coordinator", "auto"]
-    assert demo.main(command) == 1
+    assert trace_demo.main(command) == 1
     assert "--processes starts a fleet on this host, --coordinator joins one" in capsys.readouterr().err
 
 
@@ -93,13 +93,13 @@ def test_a_port_that_is_taken_is_refused(capsys):
         taken.listen()
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         command = ["--mesh", "2,1,1", "--coordinator", address, "--num-processes", "2", "--process-id", "0"]
-        assert demo.main(command) == 1
+        assert trace_demo.main(command) == 1
     assert "cannot listen on port" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--num-processes", "--process-id"])
 def test_options_of_a_fleet_without_its_coordinator_are_refused(capsys, option):
-    assert demo.main(["--mesh", "1,1,1", "--trace", "nowhere.jsonl", option, "1"]) == 1
+    assert trace_demo.main(["--mesh", "1,1,1", "--trace", "nowhere.jsonl", option, "1"]) == 1
     assert "--num-processes and --process-id need --coordinator" in capsys.readouterr().err
 
 
@@ -119,7 +119,7 @@ def joins_here(monkeypatch):
     ],
 )
 def test_what_no_cluster_tells_is_named(joins_here, capsys, options, missing):
-    assert demo.main(["--coordinator", *options]) == 1
+    assert trace_demo.main(["--coordinator", *options]) == 1
     assert capsys.readouterr().err.endswith(f"What the cluster does not tell must be set: {missing}\n")
 
 
@@ -128,7 +128,7 @@ def test_a_number_of_processes_that_jax_does_not_know_is_named(joins_here, monke
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args: None)
     monkeypatch.setattr("jax._src.distributed.global_state", None)
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: False)
-    assert demo.main(["--coordinator", "auto"]) == 1
+    assert trace_demo.main(["--coordinator", "auto"]) == 1
     error = capsys.readouterr().err
     assert "The number of processes is not known." in error and "--num-processes" in error
 

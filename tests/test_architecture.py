@@ -70,7 +70,8 @@ UNDECIDED = frozenset(
 )
 BROAD = ("Exception", "BaseException")
 COMMAND_LINE_ONLY = frozenset({"argparse", "rich", "matplotlib"})
-FOREIGN_SCRIPTS = frozenset({"models.make_goldens"})  # runs in an environment of its own, with the reference models
+# They run in an environment of their own, with the reference models.
+FOREIGN_SCRIPTS = frozenset({"models.make_goldens", "models.make_real_goldens"})
 
 
 def module_name(path: Path) -> str:

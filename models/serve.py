@@ -125,11 +125,17 @@ class Server:
             if not self.running:
                 time.sleep(WAIT_S)  # everybody waits for storage: leave the processor to its threads
 
-    def stream(self, request: Request) -> Iterator[int]:
-        """Submits a request and serves until it is finished; yields its tokens as they come."""
+    def stream(self, request: Request, keep_going: Callable[[], bool] = lambda: True) -> Iterator[int]:
+        """Submits a request and serves until it is finished; yields its tokens as they come.
+
+        keep_going: asked between steps; False: everything that is being served is abandoned
+        """
         self.submit(request)
         num_seen = 0
         while num_seen < len(request.output) or not request.is_finished:
+            if not keep_going():
+                self.abandon()
+                return
             if num_seen < len(request.output):
                 yield request.output[num_seen]
                 num_seen += 1
@@ -137,6 +143,19 @@ class Server:
                 self.step()
                 if not self.running and not request.is_finished:
                     time.sleep(WAIT_S)
+
+    def abandon(self) -> None:
+        """Nobody wants what is being served any more; what was computed of it can be found."""
+        for request in [*self.running, *self.waiting]:
+            if request.lease is not None:
+                self.cache.insert(request.lease, request.num_computed)
+                self.cache.release(request.lease)
+                request.lease = None
+            if request.ticket is not None:
+                self.cache.cancel(request.ticket)
+                request.ticket = None
+        self.running.clear()
+        self.waiting.clear()
 
     def step(self) -> list[Request]:
         """One iteration: decode, then prefill, each a step of the cache. Returns the requests that finished in it.

@@ -42,12 +42,12 @@ class Text:
         """Without markers."""
         return self.tokenizer.decode([int(token) for token in tokens], skip_special_tokens=True)
 
-    def chat(self, messages: Messages) -> str:
-        """The text after which the model answers. ValueError for a model without a chat template."""
+    def chat(self, messages: Messages, add_generation_prompt: bool = True) -> str:
+        """The text of a conversation, after which the model answers. ValueError for a model without a chat template."""
         if self.template is None:
             raise ValueError("this model has no chat template: it continues plain text")
         bos = "" if self.bos is None else self.tokenizer.id_to_token(self.bos)
-        return self.template.render(messages=list(messages), add_generation_prompt=True, bos_token=bos)
+        return self.template.render(messages=list(messages), add_generation_prompt=add_generation_prompt, bos_token=bos)
 
 
 def load_text(path: Path) -> Text:

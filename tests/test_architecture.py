@@ -60,7 +60,7 @@ LAYERS = {
     "jaxcache": Layer(("jaxcache",), ()),
     "models": Layer(
         ("jaxcache!", "jaxcache.components", *TRYING_OUT, "kernels_pallas", "models"),
-        ("jax", "flax", "numpy", "ml_dtypes", "safetensors", "matplotlib", "rich"),
+        ("jax", "flax", "numpy", "ml_dtypes", "safetensors", "matplotlib", "rich", "gguf", "tokenizers", "jinja2"),
     ),
 }
 

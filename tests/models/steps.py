@@ -1,0 +1,72 @@
+"""Model steps without a cache: a model on a mesh, zeroed pools, tables of shuffled pages, chunks of two rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxcache.pools.device_pool import init_pools
+from jaxcache.pools.page_layout import page_layouts
+from models import decoder
+from models.paged_attention import ExtendBatch
+
+PAGE_TOKENS = 8
+NUM_PAGES = 1024
+WIDTH = 12  # pages of a row's table
+TOLERANCE = 1e-4
+Tables = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A model on a mesh with its compiled step, and what it must compute: tokens int32[rows, n], logits [rows, n, V]"""
+
+    cfg: decoder.DecoderConfig
+    mesh: Mesh
+    params: decoder.Params
+    extend: Callable
+    tokens: np.ndarray
+    logits: np.ndarray
+
+    def pools(self) -> decoder.Pools:
+        return zero_pools(self.cfg, self.mesh)
+
+    def tables(self, rng: np.random.Generator) -> Tables:
+        return shuffled_tables(self.cfg, rng, len(self.tokens))
+
+    def run(self, pools: decoder.Pools, tables: Tables, chunks: Iterable[tuple[int, int, int]]) -> np.ndarray:
+        """Computes chunks (start, stop, columns) of all rows; returns the logits of all their tokens, in order."""
+        logits = []
+        for start, stop, columns in chunks:
+            step_logits, pools = self.extend(self.params, pools, make_batch(self.tokens, tables, start, stop, columns))
+            logits.append(np.asarray(step_logits)[:, : stop - start])
+        return np.concatenate(logits, axis=1)
+
+
+def zero_pools(cfg: decoder.DecoderConfig, mesh: Mesh) -> decoder.Pools:
+    layouts = page_layouts(decoder.components(cfg, PAGE_TOKENS, "float32"), mesh)
+    return init_pools(layouts, dict.fromkeys(layouts, NUM_PAGES), mesh)
+
+
+def make_batch(tokens: np.ndarray, tables: Tables, start: int, stop: int, columns: int) -> ExtendBatch:
+    """Every row from start to stop, padded with columns that are wrong tokens."""
+    rows = len(tokens)
+    padded = np.full((rows, columns), 7, np.int32)
+    padded[:, : stop - start] = tokens[:, start:stop]
+    at = np.broadcast_to(np.arange(columns, dtype=np.int32), (rows, columns)).copy()
+    starts, num_new = np.full(rows, start, np.int32), np.full(rows, stop - start, np.int32)
+    return ExtendBatch(padded, starts, num_new, tables, at)
+
+
+def shuffled_tables(cfg: decoder.DecoderConfig, rng: np.random.Generator, rows: int) -> Tables:
+    """Other pages for each component."""
+    pages = {name: rng.permutation(NUM_PAGES)[: rows * WIDTH] for name in dict.fromkeys(cfg.pattern)}
+    return {name: ids.reshape(rows, WIDTH).astype(np.int32) for name, ids in pages.items()}
+
+
+def addresses(pools: decoder.Pools) -> list[int]:
+    arrays = [fields["kv"] for fields in pools.values()]
+    return [shard.data.unsafe_buffer_pointer() for array in arrays for shard in array.addressable_shards]

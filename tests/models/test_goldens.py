@@ -1,0 +1,121 @@
+"""Every family against the logits of the reference implementation, and what `extend` promises.
+
+The goldens are tiny random models; tests/goldens/*/config.json says which. All have rows of 75 tokens, windows of 8.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models.decoder import WINDOW, make_extend
+from models.loading import load_model
+from tests.models.steps import NUM_PAGES, PAGE_TOKENS, TOLERANCE, Steps, addresses, make_batch
+
+GOLDENS = Path(__file__).parent.parent / "goldens"
+FAMILIES = ("qwen3", "qwen3_moe", "llama", "gemma3", "gpt_oss")
+CASES = [(family, mesh) for family in FAMILIES for mesh in ((1, 1, 1), (2, 2, 2))]
+CASES += [("llama_3_heads", (2, 1, 2))]  # three query heads and one kv head, untied embeddings
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
+def steps(request, make_mesh) -> Steps:
+    family, shape = request.param
+    mesh = make_mesh(*shape)
+    cfg, params = load_model(GOLDENS / family, mesh, jnp.float32)
+    reference = np.load(GOLDENS / family / "reference.npz")
+    tokens = reference["tokens"].astype(np.int32)
+    return Steps(cfg, mesh, params, make_extend(cfg, mesh, PAGE_TOKENS), tokens, reference["logits"])
+
+
+def test_chunks_and_decode_match_the_golden(steps, rng):
+    chunks = [(0, 16, 16), (16, 29, 16), (29, 45, 16), (45, 50, 16), (50, 64, 16)]
+    decode = [(n, n + 1, 1) for n in range(64, 75)]
+    logits = steps.run(steps.pools(), steps.tables(rng), chunks + decode)
+    assert np.abs(logits - steps.logits).max() <= TOLERANCE
+
+
+@pytest.mark.slow
+def test_whole_prompt_matches_the_golden(steps, rng):
+    logits = steps.run(steps.pools(), steps.tables(rng), [(0, 75, 80)])
+    assert np.abs(logits - steps.logits).max() <= TOLERANCE
+
+
+@pytest.mark.slow
+def test_token_by_token_matches_the_golden(steps, rng):
+    logits = steps.run(steps.pools(), steps.tables(rng), [(n, n + 1, 1) for n in range(75)])
+    assert np.abs(logits - steps.logits).max() <= TOLERANCE
+
+
+def test_pools_are_updated_in_place(steps, rng):
+    pools, batch = steps.pools(), make_batch(steps.tokens, steps.tables(rng), 0, 16, 16)
+    arrays = [fields["kv"] for fields in pools.values()]
+    shard_bytes = min(array.addressable_shards[0].data.nbytes for array in arrays)
+    analysis = steps.extend.lower(steps.params, pools, batch).compile().memory_analysis()
+    before = addresses(pools)
+    _, after = steps.extend(steps.params, pools, batch)
+    assert all(array.is_deleted() for array in arrays)
+    assert addresses(after) == before
+    assert analysis.temp_size_in_bytes < shard_bytes / 2
+
+
+def test_padding_writes_nothing(steps, rng):
+    tables = steps.tables(rng)
+    batch = make_batch(steps.tokens, tables, 0, 5, 16)._replace(num_new=np.array([5, 0], np.int32))
+    _, pools = steps.extend(steps.params, steps.pools(), batch)
+    for name, fields in pools.items():
+        kv = np.abs(np.asarray(fields["kv"]))
+        written = np.argwhere(kv.sum(axis=(*range(1, kv.ndim - 3), -2, -1)) > 0)
+        assert written.tolist() == [[tables[name][0, 0], slot] for slot in range(5)]
+
+
+@pytest.mark.parametrize("mutation", ["another page", "an earlier page", "position off by one", "stale window page"])
+def test_wrong_pages_show(steps, rng, mutation):
+    """What the comparison with the golden must notice."""
+    tables = steps.tables(rng)
+    pools, wrong = steps.pools(), {name: table.copy() for name, table in tables.items()}
+    for start in (0, 16, 32):
+        _, pools = steps.extend(steps.params, pools, make_batch(steps.tokens, tables, start, start + 16, 16))
+    if mutation == "another page":
+        wrong["full"][:, 2] = tables["full"][::-1, 2]
+    if mutation == "an earlier page":
+        wrong["full"][:, 2] = tables["full"][:, 1]
+    if mutation == "stale window page":
+        if WINDOW not in tables:
+            pytest.skip("this family has no window")
+        wrong[WINDOW][:, 5] = tables[WINDOW][:, 4]  # of tokens 40 to 47, which the first tokens of the chunk read
+    batch = make_batch(steps.tokens, wrong, 48, 64, 16)
+    if mutation == "position off by one":
+        batch = batch._replace(starts=batch.starts + 1)
+    logits, _ = steps.extend(steps.params, pools, batch)
+    assert np.abs(np.asarray(logits) - steps.logits[:, 48:64]).max() > 100 * TOLERANCE
+
+
+def test_pages_behind_the_window_are_not_read(steps, rng):
+    """Their ids are num_pages by then; the bits of the logits are the same."""
+    if WINDOW not in steps.cfg.pattern:
+        pytest.skip("this family has no window")
+    tables, logits = steps.tables(rng), []
+    pools = steps.pools()
+    for start in (0, 16, 32):
+        _, pools = steps.extend(steps.params, pools, make_batch(steps.tokens, tables, start, start + 16, 16))
+    gone = {**tables, WINDOW: np.where(np.arange(tables[WINDOW].shape[1]) < 5, NUM_PAGES, tables[WINDOW])}
+    for shown in (tables, gone):
+        out, pools = steps.extend(steps.params, pools, make_batch(steps.tokens, shown, 48, 64, 16))
+        logits.append(np.asarray(out))
+    assert np.array_equal(*logits)
+
+
+def test_result_depends_on_nothing_but_the_prefix(steps, rng):
+    """Bit for bit, within one compiled shape: not on the pages, the row, or where chunks begin."""
+    tables, chunks = steps.tables(rng), [(0, 16, 16), (16, 32, 16)]
+    want = steps.run(steps.pools(), tables, chunks)
+    assert np.array_equal(steps.run(steps.pools(), steps.tables(rng), chunks), want)
+    shifted = [(0, 5, 16), (5, 20, 16), (20, 32, 16)]
+    assert np.array_equal(steps.run(steps.pools(), tables, shifted), want)
+    mirrored = replace(steps, tokens=steps.tokens[::-1])
+    assert np.array_equal(mirrored.run(steps.pools(), tables, chunks)[::-1], want)

@@ -28,7 +28,7 @@ from rich.text import Text
 import jaxcache
 from models import fetch, fleet
 from models.conversation import Conversation, LocalModel
-from models.serve import BatchShape
+from models.serve import BatchShape, Server
 from models.trace_demo import TIERS, make_mesh
 
 SHAPE = BatchShape(prefill_rows=1, chunk_tokens=128, decode_rows=1, table_pages=256)
@@ -45,9 +45,10 @@ class Chat:
         self.server = self._server()
         self.talk = Conversation(model, self.server)
 
-    def _server(self):
+    def _server(self) -> Server:
         storage = jaxcache.FileStorage(self.folder)
-        return self.model.server(storage, device_pages=DEVICE_PAGES, host_pages=HOST_PAGES)
+        wait = jaxcache.PrefetchPolicy.WAIT_COMPLETE  # nobody else is served meanwhile
+        return self.model.server(storage, device_pages=DEVICE_PAGES, host_pages=HOST_PAGES, prefetch_policy=wait)
 
     def say(self, question: str) -> None:
         """Streams the answer, until the first Ctrl-C."""
@@ -80,8 +81,9 @@ class Chat:
         self.console.print(Text(str(cache.explain(sequence))), soft_wrap=True)
 
     def stats(self) -> None:
-        for source in (*TIERS, "computed"):
+        for source in TIERS:
             self.console.print(f"prompt tokens from {source}: {self.sources[source]:,}")
+        self.console.print(f"prompt tokens computed: {self.sources['computed']:,}")
 
     def restart(self) -> None:
         """Waits until everything is stored."""
@@ -139,7 +141,7 @@ def main(argv: Sequence[str]) -> int:
         "--storage", type=Path, help="folder that keeps pages for the next time (default: a temporary one)"
     )
     args = parser.parse_args(argv)
-    console, errors = Console(), Console(stderr=True)
+    console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
     folder = args.storage or Path(tempfile.mkdtemp(prefix="jaxcache-chat-"))
     try:
         fleet.join(None, None, None, 1)

@@ -29,6 +29,21 @@ def environment() -> dict[str, str]:
 
 
 @pytest.fixture
+def terminal():
+    """Starts a chat in a pseudo-terminal; whatever comes, it is ended."""
+    chats = []
+
+    def start(*options: str) -> pexpect.spawn:
+        run = ["-m", "models.chat", *options]
+        chats.append(pexpect.spawn(sys.executable, run, cwd=ROOT, env=environment(), encoding="utf-8", timeout=WAIT_S))
+        return chats[-1]
+
+    yield start
+    for chat in chats:
+        chat.close(force=True)
+
+
+@pytest.fixture
 def small_demo(monkeypatch) -> None:
     """Short documents, and tiers that hold a part of them."""
     short = [demo.Document(d.file, d.start, d.start + 400, d.questions) for d in demo.DOCUMENTS]
@@ -70,11 +85,9 @@ def test_the_demo_names_a_file_that_is_none(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("model", ["tiny", REAL])
-def test_a_chat(model, tiny, tmp_path):
+def test_a_chat(model, tiny, tmp_path, terminal):
     options = ["--storage", str(tmp_path / "storage"), *(["--model", str(tiny)] if model == "tiny" else [])]
-    chat = pexpect.spawn(
-        sys.executable, ["-m", "models.chat", *options], cwd=ROOT, env=environment(), encoding="utf-8", timeout=WAIT_S
-    )
+    chat = terminal(*options)
     chat.expect("Ask something.*> ")
     chat.sendline("What is the capital of France, and what is it known for among travellers of all ages?")
     if model == "real":
@@ -99,14 +112,12 @@ def test_a_chat(model, tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_an_answer_and_then_the_program(tmp_path):
+def test_ctrl_c_ends_an_answer_and_then_the_program(tmp_path, terminal):
     """With the real model: random weights may end any answer at once."""
-    options = ["-m", "models.chat", "--storage", str(tmp_path / "storage")]
-    chat = pexpect.spawn(sys.executable, options, cwd=ROOT, env=environment(), encoding="utf-8", timeout=WAIT_S)
+    chat = terminal("--storage", str(tmp_path / "storage"))
     chat.expect("Ask something.*> ")
     chat.sendline("Tell me a long story about a lighthouse.")
-    chat.expect("[a-z]+ [a-z]+ [a-z]+")  # the question's echo, or the answer
-    chat.expect("the")
+    chat.expect(" the ")  # of the answer: the question has none
     chat.sendintr()
     chat.expect(r"\(ended\).*> ")
     chat.sendline("What was it about?")

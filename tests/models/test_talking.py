@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
 
 import pexpect
 import pytest
+from pexpect.fdpexpect import fdspawn
 
 from models import demo
 from tests.models.tiny_gguf import write_tiny_gguf
@@ -28,19 +30,43 @@ def environment() -> dict[str, str]:
     return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "COLUMNS": "120"}
 
 
+class Terminal:
+    """A chat in a pseudo-terminal that controls it. (Not forked from here: this process has threads.)"""
+
+    def __init__(self, *options: str):
+        master, slave = pty.openpty()
+        run = ["setsid", "--ctty", "--wait", sys.executable, "-m", "models.chat", *options]
+        self.process = subprocess.Popen(run, cwd=ROOT, env=environment(), stdin=slave, stdout=slave, stderr=slave)
+        os.close(slave)
+        self.screen = fdspawn(master, encoding="utf-8", timeout=WAIT_S)
+
+    def expect(self, pattern: str) -> None:
+        self.screen.expect(pattern)
+
+    def type(self, line: str) -> None:
+        self.screen.sendline(line)
+
+    def press_ctrl_c(self) -> None:
+        self.screen.send("\x03")
+
+    def ends_with(self, status: int) -> None:
+        self.screen.expect(pexpect.EOF)
+        assert self.process.wait(WAIT_S) == status
+
+
 @pytest.fixture
 def terminal():
-    """Starts a chat in a pseudo-terminal; whatever comes, it is ended."""
-    chats = []
+    """Starts a chat; whatever comes, it is ended."""
+    terminals = []
 
-    def start(*options: str) -> pexpect.spawn:
-        run = ["-m", "models.chat", *options]
-        chats.append(pexpect.spawn(sys.executable, run, cwd=ROOT, env=environment(), encoding="utf-8", timeout=WAIT_S))
-        return chats[-1]
+    def start(*options: str) -> Terminal:
+        terminals.append(Terminal(*options))
+        return terminals[-1]
 
     yield start
-    for chat in chats:
-        chat.close(force=True)
+    for one in terminals:
+        one.screen.close()  # the terminal hangs up
+        one.process.wait(WAIT_S)
 
 
 @pytest.fixture
@@ -89,26 +115,24 @@ def test_a_chat(model, tiny, tmp_path, terminal):
     options = ["--storage", str(tmp_path / "storage"), *(["--model", str(tiny)] if model == "tiny" else [])]
     chat = terminal(*options)
     chat.expect("Ask something.*> ")
-    chat.sendline("What is the capital of France, and what is it known for among travellers of all ages?")
+    chat.type("What is the capital of France, and what is it known for among travellers of all ages?")
     if model == "real":
         chat.expect("Paris")
     chat.expect(r"nothing found; first token after [\d,]+ ms.*> ")
-    chat.sendline("Say that again.")
+    chat.type("Say that again.")
     chat.expect(r"from device; first token after [\d,]+ ms.*> ")
-    chat.sendline("/restart")
+    chat.type("/restart")
     chat.expect("storage is as it was.*> ")
-    chat.sendline("/why")
+    chat.type("/why")
     chat.expect("never computed here.*> ")  # of storage nobody knows before it is asked
-    chat.sendline("And once more.")
+    chat.type("And once more.")
     chat.expect(r"from storage; first token after [\d,]+ ms.*> ")
-    chat.sendline("/stats")
+    chat.type("/stats")
     chat.expect(r"tokens from storage: [1-9].*> ")
-    chat.sendline("/what")
+    chat.type("/what")
     chat.expect("only /why, /stats, /restart, /quit are known.*> ")
-    chat.sendline("/quit")
-    chat.expect(pexpect.EOF)
-    chat.close()
-    assert chat.exitstatus == 0
+    chat.type("/quit")
+    chat.ends_with(0)
 
 
 @pytest.mark.slow
@@ -116,16 +140,14 @@ def test_ctrl_c_ends_an_answer_and_then_the_program(tmp_path, terminal):
     """With the real model: random weights may end any answer at once."""
     chat = terminal("--storage", str(tmp_path / "storage"))
     chat.expect("Ask something.*> ")
-    chat.sendline("Tell me a long story about a lighthouse.")
+    chat.type("Tell me a long story about a lighthouse.")
     chat.expect(" the ")  # of the answer: the question has none
-    chat.sendintr()
+    chat.press_ctrl_c()
     chat.expect(r"\(ended\).*> ")
-    chat.sendline("What was it about?")
+    chat.type("What was it about?")
     chat.expect(r"from device; first token after [\d,]+ ms.*> ")
-    chat.sendintr()
-    chat.expect(pexpect.EOF)
-    chat.close()
-    assert chat.exitstatus == 0
+    chat.press_ctrl_c()
+    chat.ends_with(0)
 
 
 @pytest.mark.parametrize("command", ["demo", "chat"])

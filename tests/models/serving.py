@@ -48,6 +48,7 @@ class Rig:
     mesh: Mesh
     params: decoder.Params
     extend: Callable
+    model: decoder.DecoderConfig = MODEL
 
     def cache(self, storage: jaxcache.Storage | None = None, **changes: Any) -> jaxcache.Cache:
         """A cache of this model's pages; prefetches are waited for, nothing is too short or too slow for them, and
@@ -66,7 +67,7 @@ class Rig:
             "storage_deadline_s": 60.0,
             **changes,
         }
-        parts = decoder.components(MODEL, choices["page_tokens"], "float32")
+        parts = decoder.components(self.model, choices["page_tokens"], "float32")
         return jaxcache.Cache(parts, self.mesh, jaxcache.CacheConfig(**choices), storage=storage)
 
     def server(self, cache: jaxcache.Cache) -> Server:
@@ -74,8 +75,9 @@ class Rig:
 
 
 @functools.cache
-def rig_on(mesh: Mesh) -> Rig:
-    return Rig(mesh, decoder.init_params(MODEL, mesh, 0, jnp.float32), decoder.make_extend(MODEL, mesh, PAGE_TOKENS))
+def rig_on(mesh: Mesh, model: decoder.DecoderConfig = MODEL) -> Rig:
+    params = decoder.init_params(model, mesh, 0, jnp.float32)
+    return Rig(mesh, params, decoder.make_extend(model, mesh, PAGE_TOKENS), model)
 
 
 def random_tokens(seed: int, num_tokens: int) -> np.ndarray:
@@ -234,9 +236,9 @@ class Driver:
 
 
 @functools.cache
-def reference(mesh: Mesh, prompt: tuple[int, ...]) -> Answer:
+def reference(mesh: Mesh, prompt: tuple[int, ...], model: decoder.DecoderConfig = MODEL) -> Answer:
     """The answer to a prompt without caching, in the same program shapes."""
-    rig = rig_on(mesh)
+    rig = rig_on(mesh, model)
     with rig.cache(caching=False, host_pages=0) as cache:
         return Driver(rig, cache).ask(prompt)
 

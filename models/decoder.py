@@ -17,6 +17,7 @@ Layers beyond the last, in a block or a stage that is not full, are zero and do 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -158,24 +159,32 @@ class Decoder(nnx.Module):
         first = lax.axis_index("pp") * num_local * period
         is_padded = num_local * period * lax.axis_size("pp") != self.cfg.num_layers
 
-        def run_layer(
-            h: Array, pools: dict[str, Array], state: Any, i: Array, j: int
-        ) -> tuple[Array, dict[str, Array]]:
-            component = self.cfg.pattern[j]
-            place = (i, self.cfg.pattern[:j].count(component)) if _in_block(self.cfg, component) else (i,)
-            layer = nnx.merge(graphdef, state)
-            h, pool = layer(h, pools[component], place, views[component])
+        def run_layer(h: Array, pools: dict[str, Array], state: Any, component: str, place: tuple):
+            h, pool = nnx.merge(graphdef, state)(h, pools[component], place, views[component])
             return h, {**pools, component: pool}
 
         def run_block(carry: tuple[Array, dict[str, Array]], xs: tuple[Any, Array]):
+            """Neighbours of one component in a loop: XLA copies a pool that one body writes twice."""
             blocks, i = xs
-            for j in range(period):
-                run = functools.partial(run_layer, state=jax.tree.map(lambda x, j=j: x[j], blocks), i=i, j=j)
-                if is_padded:
-                    is_real = first + i * period + j < self.cfg.num_layers
-                    carry = lax.cond(is_real, run, lambda h, pools: (h, pools), *carry)
+            for component, js in itertools.groupby(range(period), self.cfg.pattern.__getitem__):
+                start, *rest = js
+                before = self.cfg.pattern[:start].count(component)
+
+                def run_one(carry, xs, component=component, start=start, before=before):
+                    state, k = xs
+                    place = (i, before + k) if _in_block(self.cfg, component) else (i,)
+                    run = functools.partial(run_layer, state=state, component=component, place=place)
+                    if not is_padded:
+                        return run(*carry), None
+                    is_real = first + i * period + start + k < self.cfg.num_layers
+                    return lax.cond(is_real, run, lambda h, pools: (h, pools), *carry), None
+
+                places = slice(start, start + 1 + len(rest))
+                states = jax.tree.map(lambda x, places=places: x[places], blocks)
+                if rest:
+                    carry, _ = lax.scan(run_one, carry, (states, jnp.arange(1 + len(rest))))
                 else:
-                    carry = run(*carry)
+                    carry, _ = run_one(carry, (jax.tree.map(lambda x: x[0], states), 0))
             return carry, None
 
         blocks = jax.tree.map(lambda x: x.reshape(num_local, period, *x.shape[1:]), state)

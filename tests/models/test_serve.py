@@ -404,7 +404,7 @@ def _pretend_to_serve(self, title, caching, storage, requests) -> trace_demo.Run
         (["--mesh", "a,b,c"], "--mesh must be three positive numbers"),
         (["--mesh", "0,1,1"], "--mesh must be three positive numbers"),
         (["--mesh", "4,4,4"], "needs 64 devices"),
-        (["--mesh", "1,3,1"], "must be multiples of tp=3"),
+        (["--mesh", "1,3,1"], "tp=3 does not divide 4 heads"),
         (["--page-tokens", "7", "--mesh", "2,1,1"], "page_tokens=7 must be a multiple of cp=2"),
         (["--trace", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--mesh", "1,1,2", "--processes", "3"], "--processes 3 must divide the 2 devices of --mesh"),

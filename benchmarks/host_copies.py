@@ -1,7 +1,7 @@
 """Times backup and load-back against numpy's memcpy of the same bytes, in one run: python -m benchmarks.host_copies.
 
-backup     gather of scattered pages dispatched, waited for, copied into host rows by the engine's workers
-load-back  host rows copied out, handed to the devices, scattered into the pools
+backup     scattered pages into host rows, until they are there
+load-back  host rows into scattered pages, until the pools are computed
 ratio      (backup + load-back) / (memcpy of the bytes, once for each), medians of alternating turns
 lists      pools that are lists of 64 arrays, (backup + load-back) / the same of one array with as many bytes a page
 

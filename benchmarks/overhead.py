@@ -7,7 +7,7 @@ has just served their shared beginning; the arms take turns, and which is first 
 throughput of prompt and generated tokens, with / without, the median round.
 
 model       KV bytes per FLOP of a token
-tiny        2e-3, that of `make demo`: 250 times what real models have, so copies weigh 250 times as much
+tiny        2e-3, that of `make demo-trace`: 250 times what real models have, so copies weigh 250 times as much
 real-ratio  9e-6, that of Qwen3-8B in bfloat16 (147 KB and 16 GFLOP a token)
 """
 

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 
 import jaxcache
 from models.decoder import components, make_extend
-from models.loading import load_model
+from models.gguf_file import opened
+from models.loading import load_model, weights_version
 from models.serve import BatchShape, Request, Server
 from models.text import load_text
-from models.trace_demo import weights_version
 
 PAGE_TOKENS = 16
 
@@ -28,15 +28,16 @@ class LocalModel:
 
     def __init__(self, path: Path, mesh: jax.sharding.Mesh, shape: BatchShape):
         self.path, self.mesh, self.shape = path, mesh, shape
-        self.text = load_text(path)
-        self.cfg, self.params = load_model(path, mesh, jnp.float32)
+        source = opened(path)
+        self.text = load_text(source)
+        self.cfg, self.params = load_model(source, mesh, jnp.float32)
         self.extend = make_extend(self.cfg, mesh, PAGE_TOKENS)
 
     def server(self, storage: jaxcache.Storage | None = None, **options: Any) -> Server:
         """A server with a cache of its own, compiled. options: of CacheConfig; close `server.cache` in the end"""
         config = jaxcache.CacheConfig(page_tokens=PAGE_TOKENS, **options)
         cache = jaxcache.Cache(components(self.cfg, PAGE_TOKENS, "float32"), self.mesh, config, storage=storage)
-        namespace = cache.new_namespace(model=self.path.stem, weights_version=weights_version(str(self.path)))
+        namespace = cache.new_namespace(model=self.path.stem, weights_version=weights_version(self.path))
         server = Server(cache, self.extend, self.params, namespace, self.shape)
         server.warmup()
         return server

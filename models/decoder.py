@@ -20,7 +20,7 @@ import functools
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -82,6 +82,27 @@ class DecoderConfig(ABC):
     @property
     def num_blocks(self) -> int:
         return -(-self.num_layers // len(self.pattern))
+
+
+def published_sizes(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """What every family's `config.json` calls alike."""
+    heads = hf["num_attention_heads"]
+    return {
+        "vocab_size": hf["vocab_size"],
+        "hidden_size": hf["hidden_size"],
+        "num_layers": hf["num_hidden_layers"],
+        "num_heads": heads,
+        "num_kv_heads": hf.get("num_key_value_heads") or heads,
+        "head_dim": hf.get("head_dim") or hf["hidden_size"] // heads,
+        "rms_norm_eps": hf["rms_norm_eps"],
+    }
+
+
+def refuse_unsupported(family: str, hf: Mapping[str, Any], supported: Mapping[str, bool]) -> None:
+    """ValueError that names each setting which is not supported, and says what `config.json` says of it."""
+    told = {name: hf.get(name, hf.get("rope_parameters") or hf.get("rope_scaling")) for name in supported}
+    if bad := [f"{name}={told[name]!r}" for name, is_good in supported.items() if not is_good]:
+        raise ValueError(f"{family} here does not support {', '.join(bad)}")
 
 
 def components(cfg: DecoderConfig, page_tokens: int, dtype: str) -> tuple[Component, ...]:

@@ -15,8 +15,27 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from models.decoder import FULL, WINDOW, DecoderConfig, Stored, stored_decoder, stored_mlp
-from models.layers import GatedMlp, Rope, View, norm_weight, plain_rope, project, rms_norm, rotate, weight
+from models.decoder import (
+    FULL,
+    WINDOW,
+    DecoderConfig,
+    Stored,
+    published_sizes,
+    refuse_unsupported,
+    stored_decoder,
+    stored_mlp,
+)
+from models.layers import (
+    GatedMlp,
+    Projections,
+    Rope,
+    View,
+    norm_weight,
+    plain_rope,
+    project,
+    rms_norm,
+    rotate,
+)
 from models.paged_attention import attend, write
 
 NORMS = ("input", "post_attention", "pre_feedforward", "post_feedforward")  # of a layer, in their order
@@ -59,15 +78,9 @@ class Gemma3Config(DecoderConfig):
         _refuse_unsupported(hf)
         full, local = _ropes(hf)
         return cls(
-            vocab_size=hf["vocab_size"],
-            hidden_size=hf["hidden_size"],
-            num_layers=hf["num_hidden_layers"],
-            num_heads=hf["num_attention_heads"],
-            num_kv_heads=hf["num_key_value_heads"],
-            head_dim=hf["head_dim"],
+            **published_sizes(hf),
             mlp_size=hf["intermediate_size"],
             rope_theta=float(full.get("rope_theta", 1e6)),
-            rms_norm_eps=hf["rms_norm_eps"],
             tie_embeddings=hf.get("tie_word_embeddings", True),
             window=hf["sliding_window"],
             local_rope_theta=float(local.get("rope_theta", 1e4)),
@@ -99,27 +112,21 @@ def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
         "rope_type": full.get("rope_type", "default") in ("default", "linear")
         and local.get("rope_type", "default") == "default",
     }
-    if bad := [f"{name}={hf.get(name, (full, local))!r}" for name, good in supported.items() if not good]:
-        raise ValueError(f"Gemma 3 here does not support {', '.join(bad)}")
+    refuse_unsupported("Gemma 3", hf, supported)
 
 
-class Attention(nnx.Module):
+class Attention(Projections):
     """Grouped-query attention over pages; heads over tp, token slots of each page over cp."""
 
     def __init__(self, cfg: Gemma3Config):
-        d, h, k, c = cfg.hidden_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-        self.wq = weight((d, h, c), (None, "tp", None), d)
-        self.wk = weight((d, k, c), (None, "tp", None), d)
-        self.wv = weight((d, k, c), (None, "tp", None), d)
-        self.wo = weight((h, c, d), ("tp", None, None), h * c)
-        self.q_norm, self.k_norm = norm_weight(c), norm_weight(c)
+        super().__init__(cfg.hidden_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim)
+        self.q_norm, self.k_norm = norm_weight(cfg.head_dim), norm_weight(cfg.head_dim)
         self.eps, self.scale = cfg.rms_norm_eps, cfg.query_scale**-0.5
 
     def __call__(self, h: Array, pool: Array, place: tuple, view: View) -> tuple[Array, Array]:
         """h: [B, T, D]; pool: [N, ..., 2, S, K, head_dim], written at `place` before it is read."""
-        q = rms_norm(jnp.einsum("btd,dhc->bthc", h, self.wq[...]), self.q_norm, self.eps)
-        k = rms_norm(jnp.einsum("btd,dkc->btkc", h, self.wk[...]), self.k_norm, self.eps)
-        v = jnp.einsum("btd,dkc->btkc", h, self.wv[...])
+        q, k, v = self.qkv(h)
+        q, k = rms_norm(q, self.q_norm, self.eps), rms_norm(k, self.k_norm, self.eps)
         pool = write(pool, place, view.pages, jnp.stack([rotate(k, view), v], axis=2))
         out = attend(rotate(q, view), pool, place, view.pages, self.scale).astype(h.dtype)
         return project("bthc,hcd->btd", out, self.wo), pool

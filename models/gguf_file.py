@@ -149,6 +149,11 @@ class GgufFile:
         return wanted - wanted % head_dim + 2 * place + half
 
 
+def opened(source: Path | GgufFile) -> Path | GgufFile:
+    """A GGUF file is opened, if it is not yet; a folder stays one. Reading a header takes seconds."""
+    return GgufFile(source) if isinstance(source, Path) and source.suffix == ".gguf" else source
+
+
 def _rows(tensor: Any) -> np.ndarray:
     """Of one dimension: one row."""
     return tensor.data.reshape(-1, tensor.data.shape[-1])

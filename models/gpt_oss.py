@@ -16,8 +16,17 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 
-from models.decoder import FULL, WINDOW, DecoderConfig, Stored, stored_decoder
-from models.layers import Rope, View, norm_weight, plain_rope, project, rms_norm, rotate, weight
+from models.decoder import FULL, WINDOW, DecoderConfig, Stored, published_sizes, refuse_unsupported, stored_decoder
+from models.layers import (
+    PreNormLayer,
+    Projections,
+    Rope,
+    View,
+    plain_rope,
+    project,
+    rotate,
+    weight,
+)
 from models.paged_attention import attend, write
 
 ALPHA = 1.702  # of the gate's sigmoid
@@ -71,8 +80,8 @@ class GptOssConfig(DecoderConfig):
         if self.experts_per_token > self.num_experts:
             raise ValueError(f"{self.experts_per_token=} must not exceed {self.num_experts=}")
 
-    def layer(self) -> Layer:
-        return Layer(self)
+    def layer(self) -> PreNormLayer:
+        return PreNormLayer(Attention(self), Experts(self), self.hidden_size, self.rms_norm_eps)
 
     def rope(self, component: str) -> Rope:
         return self.yarn.rope(self.rope_theta, self.head_dim) if self.yarn else super().rope(component)
@@ -87,15 +96,9 @@ class GptOssConfig(DecoderConfig):
         rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
         _refuse_unsupported(hf, rope)
         return cls(
-            vocab_size=hf["vocab_size"],
-            hidden_size=hf["hidden_size"],
-            num_layers=hf["num_hidden_layers"],
-            num_heads=hf["num_attention_heads"],
-            num_kv_heads=hf["num_key_value_heads"],
-            head_dim=hf["head_dim"],
+            **published_sizes(hf),
             mlp_size=hf["intermediate_size"],
             rope_theta=float(rope.get("rope_theta", hf.get("rope_theta", 150_000.0))),
-            rms_norm_eps=hf["rms_norm_eps"],
             tie_embeddings=hf.get("tie_word_embeddings", False),
             window=hf["sliding_window"],
             num_experts=hf.get("num_local_experts", hf.get("num_experts")),
@@ -125,31 +128,25 @@ def _refuse_unsupported(hf: Mapping[str, Any], rope: Mapping[str, Any]) -> None:
         "rope_type": _kind(rope) in ("default", "yarn"),
         "quantization_config": hf.get("quantization_config") is None,
     }
-    if bad := [f"{name}={hf.get(name, rope)!r}" for name, good in supported.items() if not good]:
-        raise ValueError(f"gpt-oss here does not support {', '.join(bad)}")
+    refuse_unsupported("gpt-oss", hf, supported)
 
 
 def _bias(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
     return nnx.Param(jnp.zeros(shape), out_sharding=axes, mean=0.0, std=BIAS_STD)
 
 
-class Attention(nnx.Module):
+class Attention(Projections):
     """Grouped-query attention over pages; heads over tp, token slots of each page over cp."""
 
     def __init__(self, cfg: GptOssConfig):
         d, h, k, c = cfg.hidden_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-        self.wq = weight((d, h, c), (None, "tp", None), d)
-        self.wk = weight((d, k, c), (None, "tp", None), d)
-        self.wv = weight((d, k, c), (None, "tp", None), d)
-        self.wo = weight((h, c, d), ("tp", None, None), h * c)
+        super().__init__(d, h, k, c)
         self.bq, self.bk, self.bv = (_bias((n, c), ("tp", None)) for n in (h, k, k))
         self.bo, self.sinks = _bias((d,), (None,)), _bias((h,), ("tp",))
 
     def __call__(self, h: Array, pool: Array, place: tuple, view: View) -> tuple[Array, Array]:
         """h: [B, T, D]; pool: [N, ..., 2, S, K, head_dim], written at `place` before it is read."""
-        q = jnp.einsum("btd,dhc->bthc", h, self.wq[...]) + self.bq[...][None, None]
-        k = jnp.einsum("btd,dkc->btkc", h, self.wk[...]) + self.bk[...][None, None]
-        v = jnp.einsum("btd,dkc->btkc", h, self.wv[...]) + self.bv[...][None, None]
+        q, k, v = (x + b[...][None, None] for x, b in zip(self.qkv(h), (self.bq, self.bk, self.bv), strict=True))
         pool = write(pool, place, view.pages, jnp.stack([rotate(k, view), v], axis=2))
         out = attend(rotate(q, view), pool, place, view.pages, sinks=self.sinks[...]).astype(h.dtype)
         return project("bthc,hcd->btd", out, self.wo) + self.bo[...][None, None], pool
@@ -181,22 +178,6 @@ class Experts(nnx.Module):
         top, experts = lax.top_k(logits + self.router_bias[...].astype(jnp.float32)[None, None], self.top_k)
         hot = jax.nn.one_hot(experts, logits.shape[-1], dtype=jnp.float32)
         return (hot * jax.nn.softmax(top, axis=-1)[..., None]).sum(axis=-2)
-
-
-class Layer(nnx.Module):
-    """Attention, then experts, each behind a norm and added to the residual."""
-
-    def __init__(self, cfg: GptOssConfig):
-        self.attention = Attention(cfg)
-        self.mlp = Experts(cfg)
-        self.attention_norm = norm_weight(cfg.hidden_size)
-        self.mlp_norm = norm_weight(cfg.hidden_size)
-        self.eps = cfg.rms_norm_eps
-
-    def __call__(self, h: Array, pool: Array, place: tuple, view: View) -> tuple[Array, Array]:
-        out, pool = self.attention(rms_norm(h, self.attention_norm, self.eps), pool, place, view)
-        h = h + out
-        return h + self.mlp(rms_norm(h, self.mlp_norm, self.eps)), pool
 
 
 def checkpoint(cfg: GptOssConfig) -> dict[str, Stored]:

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 
-from models.paged_attention import Pages
+from models.paged_attention import Pages, Place
 
 
 class Rope(NamedTuple):
@@ -71,6 +71,35 @@ def rms_norm(x: Array, weight: nnx.Param, eps: float) -> Array:
 def project(subscripts: str, x: Array, weight: nnx.Param) -> Array:
     """Back to D, from an axis that is sharded over tp; summed in fp32, returns x's dtype."""
     return lax.psum(jnp.einsum(subscripts, x, weight[...], preferred_element_type=jnp.float32), "tp").astype(x.dtype)
+
+
+class Projections(nnx.Module):
+    """The weights of grouped-query attention; heads over tp. What is done with them is the family's business."""
+
+    def __init__(self, d: int, h: int, k: int, c: int):
+        self.wq = weight((d, h, c), (None, "tp", None), d)
+        self.wk = weight((d, k, c), (None, "tp", None), d)
+        self.wv = weight((d, k, c), (None, "tp", None), d)
+        self.wo = weight((h, c, d), ("tp", None, None), h * c)
+
+    def qkv(self, x: Array) -> tuple[Array, Array, Array]:
+        """[B, T, D] -> [B, T, H, head_dim], and twice [B, T, K, head_dim]"""
+        q = jnp.einsum("btd,dhc->bthc", x, self.wq[...])
+        return q, jnp.einsum("btd,dkc->btkc", x, self.wk[...]), jnp.einsum("btd,dkc->btkc", x, self.wv[...])
+
+
+class PreNormLayer(nnx.Module):
+    """Attention, then mlp, each behind a norm and added to the residual."""
+
+    def __init__(self, attention: nnx.Module, mlp: nnx.Module, d: int, eps: float):
+        self.attention, self.mlp = attention, mlp
+        self.attention_norm, self.mlp_norm = norm_weight(d), norm_weight(d)
+        self.eps = eps
+
+    def __call__(self, h: Array, pool: Array, place: Place, view: View) -> tuple[Array, Array]:
+        out, pool = self.attention(rms_norm(h, self.attention_norm, self.eps), pool, place, view)
+        h = h + out
+        return h + self.mlp(rms_norm(h, self.mlp_norm, self.eps)), pool
 
 
 class GatedMlp(nnx.Module):

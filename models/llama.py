@@ -8,18 +8,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import Array
 
-from models.decoder import DecoderConfig, Stored, stored_decoder, stored_mlp
-from models.layers import GatedMlp, View, norm_weight, project, rms_norm, rotate, weight
+from models.decoder import DecoderConfig, Stored, published_sizes, refuse_unsupported, stored_decoder, stored_mlp
+from models.layers import GatedMlp, PreNormLayer, Projections, View, project, rotate
 from models.paged_attention import attend, write
 
 
 @dataclass(frozen=True)
 class LlamaConfig(DecoderConfig):
-    def layer(self) -> Layer:
-        return Layer(self)
+    def layer(self) -> PreNormLayer:
+        return PreNormLayer(
+            Attention(self), GatedMlp(self.hidden_size, self.mlp_size, jax.nn.silu), self.hidden_size, self.rms_norm_eps
+        )
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> LlamaConfig:
@@ -27,15 +28,9 @@ class LlamaConfig(DecoderConfig):
         _refuse_unsupported(hf)
         rope = hf.get("rope_parameters") or {}
         return cls(
-            vocab_size=hf["vocab_size"],
-            hidden_size=hf["hidden_size"],
-            num_layers=hf["num_hidden_layers"],
-            num_heads=hf["num_attention_heads"],
-            num_kv_heads=hf.get("num_key_value_heads") or hf["num_attention_heads"],
-            head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
+            **published_sizes(hf),
             mlp_size=hf["intermediate_size"],
             rope_theta=float(rope.get("rope_theta", hf.get("rope_theta", 10_000.0))),
-            rms_norm_eps=hf["rms_norm_eps"],
             tie_embeddings=hf.get("tie_word_embeddings", False),
         )
 
@@ -49,44 +44,21 @@ def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
         "mlp_bias": not hf.get("mlp_bias", False),
         "rope_type": rope.get("rope_type", rope.get("type", "default")) == "default",
     }
-    if bad := [f"{name}={hf.get(name, rope)!r}" for name, good in supported.items() if not good]:
-        raise ValueError(f"Llama here does not support {', '.join(bad)}")
+    refuse_unsupported("Llama", hf, supported)
 
 
-class Attention(nnx.Module):
+class Attention(Projections):
     """Grouped-query attention over pages; heads over tp, token slots of each page over cp."""
 
     def __init__(self, cfg: LlamaConfig):
-        d, h, k, c = cfg.hidden_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-        self.wq = weight((d, h, c), (None, "tp", None), d)
-        self.wk = weight((d, k, c), (None, "tp", None), d)
-        self.wv = weight((d, k, c), (None, "tp", None), d)
-        self.wo = weight((h, c, d), ("tp", None, None), h * c)
+        super().__init__(cfg.hidden_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim)
 
     def __call__(self, h: Array, pool: Array, place: tuple, view: View) -> tuple[Array, Array]:
         """h: [B, T, D]; pool: [N, L, 2, S, K, head_dim], written at `place` before it is read."""
-        q = jnp.einsum("btd,dhc->bthc", h, self.wq[...])
-        k = jnp.einsum("btd,dkc->btkc", h, self.wk[...])
-        v = jnp.einsum("btd,dkc->btkc", h, self.wv[...])
+        q, k, v = self.qkv(h)
         pool = write(pool, place, view.pages, jnp.stack([rotate(k, view), v], axis=2))
         out = attend(rotate(q, view), pool, place, view.pages).astype(h.dtype)
         return project("bthc,hcd->btd", out, self.wo), pool
-
-
-class Layer(nnx.Module):
-    """Attention, then mlp, each behind a norm and added to the residual."""
-
-    def __init__(self, cfg: LlamaConfig):
-        self.attention = Attention(cfg)
-        self.mlp = GatedMlp(cfg.hidden_size, cfg.mlp_size, jax.nn.silu)
-        self.attention_norm = norm_weight(cfg.hidden_size)
-        self.mlp_norm = norm_weight(cfg.hidden_size)
-        self.eps = cfg.rms_norm_eps
-
-    def __call__(self, h: Array, pool: Array, place: tuple, view: View) -> tuple[Array, Array]:
-        out, pool = self.attention(rms_norm(h, self.attention_norm, self.eps), pool, place, view)
-        h = h + out
-        return h + self.mlp(rms_norm(h, self.mlp_norm, self.eps)), pool
 
 
 def checkpoint(cfg: LlamaConfig) -> dict[str, Stored]:

@@ -11,6 +11,7 @@ A family says in `checkpoint(cfg)` where each parameter lies; this file knows no
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -27,7 +28,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from models import decoder, gemma3, gpt_oss, llama, qwen3
-from models.gguf_file import GgufFile
+from models.gguf_file import GgufFile, opened
 
 DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
@@ -56,16 +57,17 @@ FAMILIES = {
 }
 
 
-def load_model(path: Path, mesh: Mesh, dtype: DTypeLike) -> tuple[decoder.DecoderConfig, dict[str, Any]]:
+def load_model(source: Path | GgufFile, mesh: Mesh, dtype: DTypeLike) -> tuple[decoder.DecoderConfig, dict[str, Any]]:
     """The family's configuration, and its parameters as `param_targets` wants them on `mesh`.
 
-    path: a folder with config.json and *.safetensors, or a file *.gguf
+    source: a folder with config.json and *.safetensors, or a file *.gguf, opened or not
 
     Errors: ValueError names what is missing, misshapen, truncated or of an unknown dtype, before anything is read.
     """
-    tensors = GgufFile(path) if path.suffix == ".gguf" else Checkpoint(path)
+    source = opened(source)
+    tensors = source if isinstance(source, GgufFile) else Checkpoint(source)
     if (family := FAMILIES.get(tensors.hf["model_type"])) is None:
-        raise ValueError(f"{path}: model_type {tensors.hf['model_type']!r} is none of {sorted(FAMILIES)}")
+        raise ValueError(f"{source}: model_type {tensors.hf['model_type']!r} is none of {sorted(FAMILIES)}")
     cfg = family.config_from_hf(tensors.hf)
     stored = family.checkpoint(cfg)
 
@@ -78,6 +80,13 @@ def load_model(path: Path, mesh: Mesh, dtype: DTypeLike) -> tuple[decoder.Decode
     jax.tree.map(tensors.check, params)
     targets = decoder.param_targets(cfg, mesh, dtype)
     return cfg, jax.tree.map(lambda param, target: _load_param(tensors, param, target), params, targets)
+
+
+def weights_version(path: Path) -> str:
+    """Changes when the files of a model do: other weights must never get its pages."""
+    files = [path] if path.is_file() else sorted([*path.glob("*.json"), *path.glob("*.safetensors")])
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
-from models.decoder import DecoderConfig, Stored, stored_decoder, stored_mlp
-from models.layers import GatedMlp, View, norm_weight, project, rms_norm, rotate, weight
+from models.decoder import DecoderConfig, Stored, published_sizes, refuse_unsupported, stored_decoder, stored_mlp
+from models.layers import GatedMlp, PreNormLayer, Projections, View, norm_weight, project, rms_norm, rotate, weight
 from models.paged_attention import attend, write
 
 
@@ -35,8 +35,9 @@ class Qwen3Config(DecoderConfig):
         if self.experts_per_token > self.num_experts:
             raise ValueError(f"{self.experts_per_token=} must not exceed {self.num_experts=}")
 
-    def layer(self) -> Layer:
-        return Layer(self)
+    def layer(self) -> PreNormLayer:
+        mlp = SparseMlp(self) if self.num_experts else GatedMlp(self.hidden_size, self.mlp_size, jax.nn.silu)
+        return PreNormLayer(Attention(self), mlp, self.hidden_size, self.rms_norm_eps)
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> Qwen3Config:
@@ -45,15 +46,9 @@ class Qwen3Config(DecoderConfig):
         rope = hf.get("rope_parameters") or {}
         moe = hf["model_type"] == "qwen3_moe"
         return cls(
-            vocab_size=hf["vocab_size"],
-            hidden_size=hf["hidden_size"],
-            num_layers=hf["num_hidden_layers"],
-            num_heads=hf["num_attention_heads"],
-            num_kv_heads=hf["num_key_value_heads"],
-            head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
+            **published_sizes(hf),
             mlp_size=hf["moe_intermediate_size" if moe else "intermediate_size"],
             rope_theta=float(rope.get("rope_theta", hf.get("rope_theta", 10_000.0))),
-            rms_norm_eps=hf["rms_norm_eps"],
             num_experts=hf.get("num_experts", hf.get("num_local_experts", 0)) if moe else 0,
             experts_per_token=hf["num_experts_per_tok"] if moe else 0,
             norm_topk_prob=hf.get("norm_topk_prob", False),
@@ -72,27 +67,21 @@ def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
         "mlp_only_layers": not hf.get("mlp_only_layers"),
         "decoder_sparse_step": hf.get("decoder_sparse_step", 1) == 1,
     }
-    if bad := [f"{name}={hf.get(name, rope)!r}" for name, good in supported.items() if not good]:
-        raise ValueError(f"Qwen3 here does not support {', '.join(bad)}")
+    refuse_unsupported("Qwen3", hf, supported)
 
 
-class Attention(nnx.Module):
+class Attention(Projections):
     """Grouped-query attention over pages; heads over tp, token slots of each page over cp."""
 
     def __init__(self, cfg: Qwen3Config):
-        d, h, k, c = cfg.hidden_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-        self.wq = weight((d, h, c), (None, "tp", None), d)
-        self.wk = weight((d, k, c), (None, "tp", None), d)
-        self.wv = weight((d, k, c), (None, "tp", None), d)
-        self.wo = weight((h, c, d), ("tp", None, None), h * c)
-        self.q_norm, self.k_norm = norm_weight(c), norm_weight(c)
+        super().__init__(cfg.hidden_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim)
+        self.q_norm, self.k_norm = norm_weight(cfg.head_dim), norm_weight(cfg.head_dim)
         self.eps = cfg.rms_norm_eps
 
     def __call__(self, h: Array, pool: Array, place: tuple, view: View) -> tuple[Array, Array]:
         """h: [B, T, D]; pool: [N, L, 2, S, K, head_dim], written at `place` before it is read."""
-        q = rms_norm(jnp.einsum("btd,dhc->bthc", h, self.wq[...]), self.q_norm, self.eps)
-        k = rms_norm(jnp.einsum("btd,dkc->btkc", h, self.wk[...]), self.k_norm, self.eps)
-        v = jnp.einsum("btd,dkc->btkc", h, self.wv[...])
+        q, k, v = self.qkv(h)
+        q, k = rms_norm(q, self.q_norm, self.eps), rms_norm(k, self.k_norm, self.eps)
         pool = write(pool, place, view.pages, jnp.stack([rotate(k, view), v], axis=2))
         out = attend(rotate(q, view), pool, place, view.pages).astype(h.dtype)
         return project("bthc,hcd->btd", out, self.wo), pool
@@ -122,22 +111,6 @@ class SparseMlp(nnx.Module):
         if self.norm_topk_prob:
             top = top / top.sum(axis=-1, keepdims=True)
         return (jax.nn.one_hot(experts, logits.shape[-1], dtype=jnp.float32) * top[..., None]).sum(axis=-2)
-
-
-class Layer(nnx.Module):
-    """Attention, then mlp, each behind a norm and added to the residual."""
-
-    def __init__(self, cfg: Qwen3Config):
-        self.attention = Attention(cfg)
-        self.mlp = SparseMlp(cfg) if cfg.num_experts else GatedMlp(cfg.hidden_size, cfg.mlp_size, jax.nn.silu)
-        self.attention_norm = norm_weight(cfg.hidden_size)
-        self.mlp_norm = norm_weight(cfg.hidden_size)
-        self.eps = cfg.rms_norm_eps
-
-    def __call__(self, h: Array, pool: Array, place: tuple, view: View) -> tuple[Array, Array]:
-        out, pool = self.attention(rms_norm(h, self.attention_norm, self.eps), pool, place, view)
-        h = h + out
-        return h + self.mlp(rms_norm(h, self.mlp_norm, self.eps)), pool
 
 
 def checkpoint(cfg: Qwen3Config) -> dict[str, Stored]:

@@ -18,7 +18,7 @@ import numpy as np
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from models.gguf_file import GgufFile
+from models.gguf_file import GgufFile, opened
 
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # kinds of tokens in a GGUF header
 Messages = Sequence[Mapping[str, str]]  # of {"role": "system", "user" or "assistant", "content": text}
@@ -50,9 +50,10 @@ class Text:
         return self.template.render(messages=list(messages), add_generation_prompt=add_generation_prompt, bos_token=bos)
 
 
-def load_text(path: Path) -> Text:
+def load_text(source: Path | GgufFile) -> Text:
     """Of what `load_model` loads. ValueError says what is missing or unknown."""
-    return _from_gguf(path) if path.suffix == ".gguf" else _from_folder(path)
+    source = opened(source)
+    return _from_gguf(source) if isinstance(source, GgufFile) else _from_folder(source)
 
 
 def _template(source: str | None) -> jinja2.Template | None:
@@ -83,8 +84,8 @@ def _from_folder(folder: Path) -> Text:
     return Text(tokenizer, bos if config.get("add_bos_token") else None, stops, _template(config.get("chat_template")))
 
 
-def _from_gguf(path: Path) -> Text:
-    metadata = GgufFile(path).metadata
+def _from_gguf(file: GgufFile) -> Text:
+    path, metadata = file.path, file.metadata
     told = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
     if "tokens" not in told:
         raise ValueError(f"{path}: the header has no tokenizer (tokenizer.ggml.tokens)")

@@ -6,7 +6,6 @@ Every generated token must be the same. Prints a table and writes the figures as
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import shutil
@@ -31,7 +30,7 @@ from jaxcache.testing.mesh_shape import mesh_shape
 from jaxcache.testing.traces import read_trace
 from models import fleet
 from models.decoder import components, init_params, make_extend
-from models.loading import load_model
+from models.loading import load_model, weights_version
 from models.qwen3 import Qwen3Config
 from models.serve import BatchShape, Request, Server
 
@@ -161,8 +160,10 @@ class Demo:
         self.args, self.mesh, self.console = args, mesh, console
         if args.model == "tiny-moe":
             self.cfg, self.params = TINY_MOE, init_params(TINY_MOE, mesh, seed=0, dtype=jnp.float32)
+            self.weights_version = "seed 0"
         else:
             self.cfg, self.params = load_model(Path(args.model), mesh, jnp.float32)
+            self.weights_version = weights_version(Path(args.model))
         self.extend = make_extend(self.cfg, mesh, args.page_tokens)
         if args.requests < 1:
             raise ValueError(f"--requests must be at least 1, not {args.requests}")
@@ -195,7 +196,7 @@ class Demo:
         """One pass: a new cache, everything compiled before, then all requests as fast as they go."""
         parts = components(self.cfg, self.args.page_tokens, "float32")
         with jaxcache.Cache(parts, self.mesh, self.config(caching), storage=storage) as cache:
-            namespace = cache.new_namespace(model=self.args.model, weights_version=weights_version(self.args.model))
+            namespace = cache.new_namespace(model=self.args.model, weights_version=self.weights_version)
             server = Server(cache, self.extend, self.params, namespace, self.shape)
             server.warmup()
             for request in requests:
@@ -235,16 +236,6 @@ class Demo:
         figures = compare_runs(uncached, cached, again)
         self.console.print(report(figures, uncached, cached))
         return figures
-
-
-def weights_version(model: str) -> str:
-    """Changes when the files of a checkpoint do: other weights must never get these pages."""
-    if model == "tiny-moe":
-        return "seed 0"
-    path = Path(model)
-    files = [path] if path.is_file() else sorted([*path.glob("*.json"), *path.glob("*.safetensors")])
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(repr(stats).encode()).hexdigest()
 
 
 def compare_runs(uncached: Run, cached: Run, again: Run) -> dict[str, Any]:

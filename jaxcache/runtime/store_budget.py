@@ -3,9 +3,9 @@
     share 0.1:  |store 2 ms|------------ rest 18 ms ------------|store 1 ms|---- rest 9 ms ----|
 
 One worker stores at a time: whoever begins reserves the rest that the last one needed, and corrects it at its end. (So
-a rest begins with the work, and what is used comes to at most share / (1 - share).) What
-waits is not lost: it is stored later, or dropped and counted where `max_queued_stores` wait already. The deadline of a
-STORE does not run while storing rests.
+a rest begins with the work, and what is used comes to at most share / (1 - share).) What waits is not lost: it is
+stored later, or dropped and counted where `max_queued_stores` wait already. The deadline of a STORE does not run while
+storing rests.
 """
 
 from __future__ import annotations

@@ -136,7 +136,9 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m models.chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", type=Path, help="file *.gguf with a chat template (default: fetches SmolLM2)")
+    parser.add_argument(
+        "--model", type=Path, help="file *.gguf, Llama or Gemma 3, with a chat template (default: fetches SmolLM2)"
+    )
     parser.add_argument(
         "--storage", type=Path, help="folder that keeps pages for the next time (default: a temporary one)"
     )

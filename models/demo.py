@@ -194,7 +194,9 @@ def figures(arms: Sequence[Arm]) -> dict[str, Any]:
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m models.demo", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--model", type=Path, help="file *.gguf with a chat template (default: fetches SmolLM2)")
+    parser.add_argument(
+        "--model", type=Path, help="file *.gguf, Llama or Gemma 3, with a chat template (default: fetches SmolLM2)"
+    )
     parser.add_argument("--readers", type=int, choices=(1, 2), default=2, help="of each document (default: 2)")
     parser.add_argument("--turns", type=int, choices=(1, 2, 3), default=2, help="of each reader (default: 2)")
     parser.add_argument("--storage", type=Path, help="folder of the storage tier (default: a temporary one)")

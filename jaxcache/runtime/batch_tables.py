@@ -2,7 +2,7 @@
 
     step 7   row 0: table A   row 1: table B   row 2: table C
     step 8   row 0: table B   row 1: table D   row 2: table C     a lease's table never changes, it is replaced:
-             copied rows:  1               2                      known rows are copied, only D is written anew
+             copied rows:  1               2                      known leases' rows are copied, only D is written
 
 A row that no request uses, and a page that is not there, has the id num_pages, which every program drops.
 """
@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from operator import is_
+from itertools import compress, repeat
+from operator import is_not
 from typing import NamedTuple
 
 import numpy as np
@@ -22,53 +23,67 @@ from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.types import PageIds
 
 MAX_SHAPES = 8  # of batches, such as a prefill's and a decode's, of which the last tables are kept
+NOBODY = 0  # no lease has this id
 EMPTY = -1  # the last row
-Sources = list[PageIds | None]  # what each row is made of; None: nothing
+Source = PageIds | None  # what a row of one component is made of; None: nothing
 
 
 class Built(NamedTuple):
-    """A table of one component and, below it, one more row in which nothing is there."""
+    """The last tables of one shape. rows: by component, and below each table one more row in which nothing is there
 
-    rows: np.ndarray
-    sources: Sources
+    lease_ids, sources: what each row was made of: a lease, and by component its pages at that time
+    """
 
-    def following(self, sources: Sources, leases: Sequence[Lease | None], name: str) -> Built:
-        """The table of these sources; leases, name: for the error."""
-        if all(map(is_, sources, self.sources)):
-            return self
-        known = {id(source): row for row, source in enumerate(self.sources)}  # self.sources keeps them alive
-        copied = [known.get(id(source), EMPTY) for source in sources]
-        rows = self.rows.take([*copied, EMPTY], axis=0)
-        for row in [row for row, at in enumerate(copied) if at == EMPTY]:
-            source = sources[row]
-            if source is not None:
-                if len(source) > rows.shape[1]:
-                    raise ValueError(f"{leases[row]!r} has {len(source)} pages of {name!r}, max_pages={rows.shape[1]}")
-                rows[row, : len(source)] = source
-        return Built(_read_only(rows), sources)
+    lease_ids: list[int]
+    sources: list[list[Source]]
+    rows: list[np.ndarray]
 
 
 class BatchTables:
-    """Builds read-only tables: a table handed to a dispatched program is never changed afterwards."""
+    """Builds read-only tables of one cache's leases: a table handed to a dispatched program is never changed again."""
 
     def __init__(self, num_pages: Mapping[str, int]):
         self.num_pages = dict(num_pages)
-        self._last: OrderedDict[tuple[int, int], list[Built]] = OrderedDict()  # by shape, of every component
+        self._nothing: list[Source] = [None] * len(self.num_pages)
+        self._last: OrderedDict[tuple[int, int], Built] = OrderedDict()  # by shape
 
     def build(self, leases: Sequence[Lease | None], max_pages: int) -> dict[str, np.ndarray]:
         """Per component: int32[len(leases), max_pages]. ValueError for a lease with more pages."""
         shape = (len(leases), max_pages)
-        last = self._last.pop(shape, None) or [
-            Built(_read_only(np.full((len(leases) + 1, max_pages), absent, np.int32)), [None] * len(leases))
-            for absent in self.num_pages.values()
-        ]
-        self._last[shape] = built = [
-            last[c].following([None if lease is None else lease._tables[c] for lease in leases], leases, name)
-            for c, name in enumerate(self.num_pages)
-        ]
+        last = self._last.pop(shape, None) or self._empty(*shape)
+        lease_ids = [NOBODY if lease is None else lease.id for lease in leases]
+        tables = [self._nothing if lease is None else lease._tables for lease in leases]
+        moved = None
+        if lease_ids != last.lease_ids:
+            known = dict(zip(last.lease_ids, range(len(leases)), strict=True))
+            moved = [*map(known.get, lease_ids, repeat(EMPTY)), EMPTY]
+            at = np.array(moved)
+        built = Built(lease_ids, [], [])
+        for c, (name, absent) in enumerate(self.num_pages.items()):
+            sources, before, rows = [table[c] for table in tables], last.sources[c], last.rows[c]
+            if moved is not None:
+                before = [before[row] for row in moved]
+                rows = rows.take(at, axis=0)
+            changed = list(compress(range(len(leases)), map(is_not, sources, before)))
+            if changed and moved is None:
+                rows = rows.copy()
+            for row in changed:
+                pages = sources[row]
+                assert pages is not None, "the row of nobody, or of a component without tables, changes"
+                if len(pages) > max_pages:
+                    raise ValueError(f"{leases[row]!r} has {len(pages)} pages of {name!r}, {max_pages=}")
+                rows[row, : len(pages)] = pages
+                rows[row, len(pages) :] = absent
+            built.sources.append([*sources, None])
+            built.rows.append(_read_only(rows))
+        self._last[shape] = built
         if len(self._last) > MAX_SHAPES:
             self._last.popitem(last=False)
-        return {name: table.rows[:-1] for name, table in zip(self.num_pages, built, strict=True)}
+        return {name: rows[:-1] for name, rows in zip(self.num_pages, built.rows, strict=True)}
+
+    def _empty(self, num_rows: int, max_pages: int) -> Built:
+        absent = [np.full((num_rows + 1, max_pages), page, np.int32) for page in self.num_pages.values()]
+        return Built([NOBODY] * num_rows, [[None] * (num_rows + 1)] * len(absent), absent)
 
 
 def tables_of(

@@ -45,15 +45,15 @@ class FieldLayout:
     local_shape: tuple[int, ...]
     offset: int
 
-    @property
+    @cached_property
     def dtype(self) -> np.dtype:
         return np_dtype(self.spec.dtype)
 
-    @property
+    @cached_property
     def local_bytes(self) -> int:
         return math.prod(self.local_shape) * self.dtype.itemsize
 
-    @property
+    @cached_property
     def byte_range(self) -> slice:
         return slice(self.offset, self.offset + self.local_bytes)
 

@@ -77,7 +77,7 @@ def test_a_rest_ends_with(end):
 
 def test_workers_take_turns_and_all_they_do_counts():
     """Four at once, each with work beside its turns: storing ends no earlier than the share allows."""
-    budget = StoreBudget(0.25)
+    budget = StoreBudget(0.05)
     budget.serves(True)
     at_once, most, lock = 0, 0, threading.Lock()
 
@@ -88,12 +88,12 @@ def test_workers_take_turns_and_all_they_do_counts():
                 with lock:
                     at_once += 1
                     most = max(most, at_once)
-                spin(0.01)
+                spin(0.002)
                 with lock:
                     at_once -= 1
-            spin(0.01)
+            spin(0.002)
 
-    work(budget, 0.01)  # from here on it is known what a turn costs
+    work(budget, 0.002)  # from here on it is known what a turn costs
     start = time.monotonic()
     threads = [threading.Thread(target=worker) for _ in range(4)]
     for thread in threads:
@@ -101,8 +101,8 @@ def test_workers_take_turns_and_all_they_do_counts():
     for thread in threads:
         thread.join()
     assert most == 1
-    used_s = 4 * (3 * 0.01 + 2 * 0.01)  # what follows the last turn counts at the next
-    assert time.monotonic() - start >= 0.8 * used_s * (1 / 0.25 - 1)
+    used_s = 4 * (3 * 0.002 + 2 * 0.002)  # what follows the last turn counts at the next
+    assert time.monotonic() - start >= 0.8 * used_s * (1 / 0.05 - 1)
 
 
 def test_what_was_done_while_no_request_ran_is_not_made_up_for():

@@ -81,6 +81,20 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"jaxcache: devices {config.stash[PLATFORM]}, seed {seed or 0}, jax {jax.__version__}"
 
 
+CLOSING_LINES = pytest.StashKey[list[str]]()
+
+
+@pytest.fixture(scope="session")
+def closing_lines(request: pytest.FixtureRequest) -> list[str]:
+    """Tests add what is to be printed when all have run."""
+    return request.config.stash.setdefault(CLOSING_LINES, [])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config):
+    for line in config.stash.get(CLOSING_LINES, []):
+        terminalreporter.write_line(line)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]):
     if config.stash[PLATFORM] == "gpu":
         return

@@ -221,12 +221,12 @@ class Driver:
     def drain(self) -> None:
         self.pools = self.cache.drain(self.pools)
 
-    def edit_pool(self, edit: Callable[[np.ndarray], None]) -> None:
-        """Changes the device pool in place, [pages, layers, 2, page_tokens, heads, head_dim]."""
-        kv = self.pools["full"]["kv"]
+    def edit_pool(self, edit: Callable[[np.ndarray], None], component: str = "full") -> None:
+        """Changes a device pool in place, [pages, layers, 2, page_tokens, heads, head_dim]."""
+        kv = self.pools[component]["kv"]
         pages = np.array(kv)
         edit(pages)
-        self.pools = {"full": {"kv": jax.device_put(pages, kv.sharding)}}
+        self.pools = {**self.pools, component: {"kv": jax.device_put(pages, kv.sharding)}}
 
     def edit_host(self, edit: Callable[[np.ndarray], None]) -> None:
         """Changes the host rows of every device in place, uint8[pages, row_bytes]."""

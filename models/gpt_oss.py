@@ -126,7 +126,7 @@ def _refuse_unsupported(hf: Mapping[str, Any], rope: Mapping[str, Any]) -> None:
         "attention_bias": hf.get("attention_bias", True),
         "layer_types": hf.get("layer_types", kinds) == kinds,
         "rope_type": _kind(rope) in ("default", "yarn"),
-        "quantization_config": hf.get("quantization_config") is None,
+        "quantization_config": (hf.get("quantization_config") or {}).get("quant_method", "mxfp4") == "mxfp4",
     }
     refuse_unsupported("gpt-oss", hf, supported)
 

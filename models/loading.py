@@ -27,7 +27,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from models import decoder, gemma3, gpt_oss, llama, qwen3
+from models import decoder, gemma3, gpt_oss, llama, mxfp4, qwen3
 from models.gguf_file import GgufFile, opened
 
 DTYPES: dict[str, np.dtype] = {
@@ -37,6 +37,7 @@ DTYPES: dict[str, np.dtype] = {
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
+PACKED: dict[str, np.dtype] = {"U8": np.dtype(np.uint8)}
 Bounds = tuple[tuple[int, int], ...]  # [start, stop) of each axis
 
 
@@ -183,25 +184,39 @@ class Checkpoint:
 
     def check(self, param: Param) -> None:
         for name in param.names():
+            if name + mxfp4.BLOCKS in self._tensors:
+                self._check_packed(name, param.stored_shape)
+                continue
             self._check_tensor(name, param.stored_shape)
             if self._tensors[name].is_fp8:
                 grid = tuple(-(-n // block) for n, block in zip(param.stored_shape, self.weight_block, strict=True))
                 self._check_tensor(name + "_scale_inv", grid)
 
-    def _check_tensor(self, name: str, shape: tuple[int, ...]) -> None:
+    def _check_packed(self, name: str, shape: tuple[int, ...]) -> None:
+        try:
+            shapes = mxfp4.packed_shapes(shape)
+        except ValueError as error:
+            raise ValueError(f"{self.folder}: tensor {name + mxfp4.BLOCKS!r}: {error}") from None
+        for ending, packed in shapes.items():
+            self._check_tensor(name + ending, packed, PACKED)
+
+    def _check_tensor(self, name: str, shape: tuple[int, ...], dtypes: Mapping[str, np.dtype] = DTYPES) -> None:
         if name not in self._tensors:
             raise ValueError(f"{self.folder}: no tensor {name!r}")
         tensor = self._tensors[name]
-        if tensor.dtype not in DTYPES:
-            raise ValueError(f"{self.folder}: tensor {name!r} has dtype {tensor.dtype}, none of {sorted(DTYPES)}")
+        if tensor.dtype not in dtypes:
+            raise ValueError(f"{self.folder}: tensor {name!r} has dtype {tensor.dtype}, none of {sorted(dtypes)}")
         if tensor.shape != shape:
             raise ValueError(f"{self.folder}: tensor {name!r} has shape {tensor.shape}, not {shape}")
-        wanted = math.prod(shape) * DTYPES[tensor.dtype].itemsize
+        wanted = math.prod(shape) * dtypes[tensor.dtype].itemsize
         if tensor.data.nbytes != wanted:
             raise ValueError(f"{self.folder}: tensor {name!r} has {tensor.data.nbytes} bytes, not {wanted}")
 
     def read(self, name: str, picks: tuple[np.ndarray, ...]) -> np.ndarray:
-        """The picked entries of each dimension; fp8 weights times their block's scale, in fp32."""
+        """The picked entries of each dimension; fp8 weights times their block's scale, and MXFP4, in fp32."""
+        if name not in self._tensors:
+            blocks, scales = (self._tensors[name + ending].array for ending in (mxfp4.BLOCKS, mxfp4.SCALES))
+            return mxfp4.read(blocks, scales, picks)
         values = _take(self._tensors[name].array, picks)
         if not self._tensors[name].is_fp8:
             return values
@@ -220,7 +235,7 @@ class _Tensor:
 
     @property
     def array(self) -> np.ndarray:
-        return self.data.view(DTYPES[self.dtype]).reshape(self.shape)
+        return self.data.view((DTYPES | PACKED)[self.dtype]).reshape(self.shape)
 
     @property
     def is_fp8(self) -> bool:
@@ -269,10 +284,10 @@ def _map_file(path: Path) -> dict[str, _Tensor]:
 
 
 def _scale_block(hf: Mapping[str, Any]) -> tuple[int, int]:
-    """Rows and columns of a weight that share one scale."""
-    quantization = hf.get("quantization_config")
-    if quantization is None:
+    """Rows and columns of an fp8 weight that share one scale."""
+    quantization = hf.get("quantization_config") or {}
+    if quantization.get("quant_method", "mxfp4") == "mxfp4":
         return 128, 128
-    if quantization.get("quant_method") != "fp8" or quantization.get("weight_block_size") is None:
-        raise ValueError(f"quantization_config must be fp8 with a weight_block_size, not {quantization}")
+    if quantization["quant_method"] != "fp8" or quantization.get("weight_block_size") is None:
+        raise ValueError(f"quantization_config must be fp8 with a weight_block_size, or mxfp4, not {quantization}")
     return tuple(quantization["weight_block_size"])

@@ -12,12 +12,15 @@ Runs in an environment of its own (Python 3.11, torch 2.13.0, transformers 5); t
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 BATCH, NUM_TOKENS = 2, 75
 PREFILL_TOKENS = 40
@@ -86,6 +89,13 @@ def gpt_oss() -> transformers.PretrainedConfig:
     return transformers.GptOssConfig(**{**COMMON, **EPSILON, **own, **experts})
 
 
+def gpt_oss_mxfp4() -> transformers.PretrainedConfig:
+    """Experts as they are published: in groups of 32 inputs, so their size must be a multiple of that."""
+    config = gpt_oss()
+    config.intermediate_size = 96
+    return config
+
+
 CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "qwen3": qwen3,
     "qwen3_moe": qwen3_moe,
@@ -93,7 +103,9 @@ CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "llama_3_heads": llama_3_heads,
     "gemma3": gemma3,
     "gpt_oss": gpt_oss,
+    "gpt_oss_mxfp4": gpt_oss_mxfp4,
 }
+PACKED = "gpt_oss_mxfp4"
 
 
 def random_weight(
@@ -132,6 +144,26 @@ def build_model(config: transformers.PretrainedConfig, seed: int) -> transformer
     return model
 
 
+def pack_experts(model: transformers.PreTrainedModel, seed: int) -> dict[str, torch.Tensor]:
+    """Draws the experts' matrices packed, gives the model what the reference makes of them, returns the packed ones.
+
+    Any four bits; powers of two under which an entry is as large as one of `random_weight`.
+    """
+    generator = torch.Generator().manual_seed(seed + 2)
+    packed = {}
+    for name, parameter in model.named_parameters():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            experts, inputs, outputs = parameter.shape
+            grid = (experts, outputs, inputs // 32)
+            blocks = torch.randint(0, 256, (*grid, 16), generator=generator, dtype=torch.uint8)
+            low, high = (122, 125) if "gate_up" in name else (118, 121)
+            scales = torch.randint(low, high, grid, generator=generator, dtype=torch.uint8)
+            with torch.no_grad():
+                parameter.copy_(convert_moe_packed_tensors(blocks, scales, dtype=torch.float32))
+            packed |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    return packed
+
+
 def check_own_cache(model: transformers.PreTrainedModel, tokens: torch.Tensor, logits: torch.Tensor) -> None:
     """Raises ValueError unless the reference gives the same logits with its own cache: a prefill, then decode.
 
@@ -147,8 +179,11 @@ def check_own_cache(model: transformers.PreTrainedModel, tokens: torch.Tensor, l
             raise ValueError(f"the reference with its own cache is off by {error} from token {start} on")
 
 
-def write_golden(model: transformers.PreTrainedModel, seed: int, folder: Path) -> None:
-    """Checkpoint and reference logits, computed from the first token on without a cache."""
+def write_golden(model: transformers.PreTrainedModel, seed: int, folder: Path, packed: dict[str, torch.Tensor]) -> None:
+    """Checkpoint and reference logits, computed from the first token on without a cache.
+
+    packed: tensors in whose place matrices of the model are stored
+    """
     generator = torch.Generator().manual_seed(seed + 1)
     tokens = torch.randint(3, model.config.vocab_size, (BATCH, NUM_TOKENS), generator=generator)
     with torch.no_grad():
@@ -156,6 +191,14 @@ def write_golden(model: transformers.PreTrainedModel, seed: int, folder: Path) -
         check_own_cache(model, tokens, logits)
     model.save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
+    if packed:
+        tensors = load_file(folder / "model.safetensors") | packed
+        for name in packed:
+            tensors.pop(name.removesuffix("_blocks").removesuffix("_scales"), None)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     np.savez(folder / "reference.npz", tokens=tokens.numpy(), logits=logits.numpy())
     for path in folder.iterdir():
         if path.stat().st_size >= MAX_FILE_BYTES:
@@ -169,7 +212,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    write_golden(build_model(CONFIGS[args.model](), args.seed), args.seed, args.out)
+    model = build_model(CONFIGS[args.model](), args.seed)
+    packed = pack_experts(model, args.seed) if args.model == PACKED else {}
+    write_golden(model, args.seed, args.out, packed)
 
 
 if __name__ == "__main__":

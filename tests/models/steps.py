@@ -14,7 +14,7 @@ from models import decoder
 from models.paged_attention import ExtendBatch
 
 PAGE_TOKENS = 8
-NUM_PAGES = 1024
+NUM_PAGES = 4096  # so that any pool is larger than what a step computes with
 WIDTH = 12  # pages of a row's table
 TOLERANCE = 1e-4
 Tables = dict[str, np.ndarray]

@@ -222,7 +222,43 @@ def test_unknown_family(make_mesh, folder):
     refuse(folder, make_mesh, "model_type 'gpt2' is none of")
 
 
+DOWN = "model.layers.0.mlp.experts.down_proj"
+
+
+@pytest.fixture
+def packed_folder(tmp_path) -> Path:
+    """gpt-oss with experts in MXFP4, to be spoilt; test_goldens compares its logits with the reference's."""
+    return Path(shutil.copytree(GOLDENS / "gpt_oss_mxfp4", tmp_path / "model"))
+
+
+def test_mxfp4_is_cut_where_the_mesh_cuts(make_mesh, packed_folder):
+    """96 inputs of `down` over tp=4: a shard begins inside a group of 32."""
+    _, whole = load_model(packed_folder, make_mesh(), jnp.float32)
+    _, params = load_model(packed_folder, make_mesh(1, 4, 2), jnp.float32)
+    down = [np.asarray(loaded["layers"]["mlp"]["down"]) for loaded in (params, whole)]
+    np.testing.assert_array_equal(*down)
+    assert len(np.unique(np.abs(down[1]))) > 8
+
+
+def test_missing_scales(make_mesh, packed_folder):
+    tensors = load_file(packed_folder / "model.safetensors")
+    del tensors[DOWN + "_scales"]
+    write_tensors(packed_folder, tensors)
+    refuse(packed_folder, make_mesh, f"no tensor '{DOWN}_scales'")
+
+
+def test_packed_tensors_of_a_wrong_shape(make_mesh, packed_folder):
+    tensors = load_file(packed_folder / "model.safetensors")
+    write_tensors(packed_folder, {**tensors, DOWN + "_blocks": tensors[DOWN + "_blocks"][:, :, :2].copy()})
+    refuse(packed_folder, make_mesh, rf"{DOWN}_blocks' has shape \(4, 64, 2, 16\), not \(4, 64, 3, 16\)")
+
+
+def test_inputs_that_make_no_whole_groups(make_mesh, packed_folder):
+    edit_config(packed_folder, intermediate_size=40)
+    refuse(packed_folder, make_mesh, r"(gate_up|down)_proj.*(40 inputs are not whole groups of 32|has shape)")
+
+
 @pytest.mark.parametrize("change", [{"quant_method": "gptq"}, {"quant_method": "fp8", "weight_block_size": None}])
 def test_unknown_quantisation(make_mesh, folder, change):
     edit_config(folder, quantization_config=change)
-    refuse(folder, make_mesh, "must be fp8 with a weight_block_size")
+    refuse(folder, make_mesh, "must be fp8 with a weight_block_size, or mxfp4")

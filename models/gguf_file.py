@@ -64,6 +64,8 @@ class GgufFile:
 
     def __init__(self, path: Path):
         self.path = path
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file")
         try:
             reader = gguf.GGUFReader(path)
         except (ValueError, IndexError, KeyError, OSError, UnicodeDecodeError) as error:

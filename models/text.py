@@ -20,6 +20,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from models.gguf_file import GgufFile, opened
 
+TOKENIZER = "tokenizer.ggml."  # its keys in a GGUF header
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # kinds of tokens in a GGUF header
 Messages = Sequence[Mapping[str, str]]  # of {"role": "system", "user" or "assistant", "content": text}
 
@@ -47,7 +48,11 @@ class Text:
         if self.template is None:
             raise ValueError("this model has no chat template: it continues plain text")
         bos = "" if self.bos is None else self.tokenizer.id_to_token(self.bos)
-        return self.template.render(messages=list(messages), add_generation_prompt=add_generation_prompt, bos_token=bos)
+        given = {"messages": list(messages), "add_generation_prompt": add_generation_prompt, "bos_token": bos}
+        try:
+            return self.template.render(given)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the chat template fails: {error}") from error
 
 
 def load_text(source: Path | GgufFile) -> Text:
@@ -56,12 +61,15 @@ def load_text(source: Path | GgufFile) -> Text:
     return _from_gguf(source) if isinstance(source, GgufFile) else _from_folder(source)
 
 
-def _template(source: str | None) -> jinja2.Template | None:
+def _template(path: Path, source: str | None) -> jinja2.Template | None:
     if source is None:
         return None
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.globals["raise_exception"] = _refuse
-    return environment.from_string(source)
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateError as error:
+        raise ValueError(f"{path}: the chat template is none: {error}") from error
 
 
 def _refuse(message: str) -> None:
@@ -71,7 +79,10 @@ def _refuse(message: str) -> None:
 def _from_folder(folder: Path) -> Text:
     if not (path := folder / "tokenizer.json").exists():
         raise ValueError(f"{folder}: no tokenizer.json: publish it beside config.json, or use a GGUF file")
-    tokenizer = Tokenizer.from_file(str(path))
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing else
+        raise ValueError(f"{path}: no tokenizer that library `tokenizers` reads: {error}") from error
     settings = folder / "tokenizer_config.json"
     config = json.loads(settings.read_text()) if settings.exists() else {}
 
@@ -81,14 +92,25 @@ def _from_folder(folder: Path) -> Text:
 
     stop, bos = number("eos_token"), number("bos_token")
     stops = frozenset() if stop is None else frozenset({stop})
-    return Text(tokenizer, bos if config.get("add_bos_token") else None, stops, _template(config.get("chat_template")))
+    return Text(
+        tokenizer, bos if config.get("add_bos_token") else None, stops, _template(folder, config.get("chat_template"))
+    )
+
+
+class _Told(dict[str, Any]):
+    """What a GGUF header says of the tokenizer."""
+
+    def __init__(self, path: Path, metadata: Mapping[str, Any]):
+        super().__init__((key.removeprefix(TOKENIZER), value) for key, value in metadata.items())
+        self.path = path
+
+    def __missing__(self, key: str):
+        raise ValueError(f"{self.path}: the header has no tokenizer, or half of one: {TOKENIZER}{key} is missing")
 
 
 def _from_gguf(file: GgufFile) -> Text:
     path, metadata = file.path, file.metadata
-    told = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
-    if "tokens" not in told:
-        raise ValueError(f"{path}: the header has no tokenizer (tokenizer.ggml.tokens)")
+    told = _Told(path, metadata)
     builders = {"gpt2": _byte_level, "llama": _sentence_piece}
     if (build := builders.get(told["model"])) is None:
         raise ValueError(f"{path}: tokenizer {told['model']!r} is none of {sorted(builders)}")
@@ -99,7 +121,7 @@ def _from_gguf(file: GgufFile) -> Text:
         tokenizer.add_special_tokens(added) if is_special else tokenizer.add_tokens(added)
     bos = told["bos_token_id"] if told.get("add_bos_token", told["model"] == "llama") else None
     stops = frozenset(int(told[key]) for key in ("eos_token_id", "eot_token_id") if key in told)
-    return Text(tokenizer, bos, stops, _template(metadata.get("tokenizer.chat_template")))
+    return Text(tokenizer, bos, stops, _template(path, metadata.get("tokenizer.chat_template")))
 
 
 def _vocabulary(told: Mapping[str, Any]) -> dict[str, int]:

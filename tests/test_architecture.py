@@ -153,7 +153,7 @@ def probes(name: str, source: str) -> list[str]:
 
 def broad_excepts(name: str, source: str) -> list[str]:
     """`except:`, `except Exception`, `except BaseException`, alone or in a tuple, outside the workers' frames, and
-    unless it ends by raising the same again."""
+    unless it ends by raising the same again, or, of an Exception, another error from it."""
     if name.startswith("jaxcache.runtime."):
         return []
     found = []
@@ -161,7 +161,10 @@ def broad_excepts(name: str, source: str) -> list[str]:
         if isinstance(node, ast.ExceptHandler):
             types = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
             last = node.body[-1]
-            raises_again = isinstance(last, ast.Raise) and last.exc is None
+            cause = last.cause if isinstance(last, ast.Raise) else None
+            is_exception = all(isinstance(t, ast.Name) and t.id != "BaseException" for t in types)
+            from_it = is_exception and isinstance(cause, ast.Name) and cause.id == node.name
+            raises_again = isinstance(last, ast.Raise) and (last.exc is None or from_it)
             if not raises_again and any(t is None or (isinstance(t, ast.Name) and t.id in BROAD) for t in types):
                 found.append(f"{name}:{node.lineno}: too broad")
     return found

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import gguf
 import numpy as np
@@ -10,13 +12,15 @@ from tokenizers import pre_tokenizers
 
 HIDDEN, MLP, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 64, 96, 2, 4, 2, 16
 MARKERS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+NO_CHANGES: Mapping[str, str | None] = MappingProxyType({})
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}"
     "{{ '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
-def write_tiny_gguf(path: Path, seed: int = 0) -> Path:
+def write_tiny_gguf(path: Path, seed: int = 0, changes: Mapping[str, str | None] = NO_CHANGES) -> Path:
+    """changes: of the header's texts, by key; None: the key is left out"""
     tokens = [*MARKERS, *sorted(pre_tokenizers.ByteLevel.alphabet()), "th"]
     control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
     writer = gguf.GGUFWriter(path, "llama")
@@ -36,6 +40,12 @@ def write_tiny_gguf(path: Path, seed: int = 0) -> Path:
     writer.add_eos_token_id(2)
     writer.add_add_bos_token(False)
     writer.add_chat_template(TEMPLATE)
+    header = writer.kv_data[0]
+    for key, value in changes.items():
+        if value is None:
+            del header[key]
+        else:
+            header[key].value = value
     rng = np.random.default_rng(seed)
 
     def add(name: str, *shape: int) -> None:

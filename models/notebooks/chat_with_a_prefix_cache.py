@@ -127,8 +127,8 @@ for question in QUESTIONS:
     cached.ask(talk, question)
 
 # %% [markdown]
-# The first question computes the document; the later ones find it, with all that was said before, and compute the new
-# question only.
+# The first question computes the document. The later ones find it, with all that was said before, and compute little
+# more than the new question.
 
 
 # %%
@@ -220,6 +220,9 @@ plot_tiers([f"{i}\n{name}" for i, (name, _) in enumerate(schedule, 1)], shared.s
 # on device and host as events (`take_events`), for routers that send a request to the replica that has its prefix. Each
 # page names the page before it, so the events are enough to draw the tree: a square is a page, a row is what follows a
 # fork, and the text is how it begins. What is on the device and in host memory is drawn as on the device.
+#
+# The documents part after the first page, with the beginning of the system message; their questions part where the
+# document ends.
 
 
 # %%
@@ -292,7 +295,10 @@ plot_tree(tree)
 # %% [markdown]
 # ## Why a prompt misses
 #
-# `explain` says of any prompt what a request would find and why not more. It changes nothing.
+# `explain` says of any prompt what a request would find, and why not more. It changes nothing.
+#
+# First, a new question about a document that is there. The hit ends with the last whole page that is the same; what
+# follows was never computed.
 
 
 # %%
@@ -305,18 +311,15 @@ def why(system: str, question: str) -> None:
 why(LICENSE, "May I sell the work?")
 
 # %% [markdown]
-# A new question about a document that is there: the hit ends with the last whole page that both prompts have. The rest
-# was never computed.
-#
-# One other word at the very beginning, and nothing can be used: the keys and values of a token depend on all tokens
-# before it. So put what changes (a date, a name) at the end of a prompt.
+# With another word at the very beginning nothing can be used: the keys and values of a token depend on all tokens
+# before it. So what changes from prompt to prompt (a date, a name) belongs at the end.
 
 # %%
 why(LICENSE.replace("helpful", "friendly", 1), "May I sell the work?")
 
 # %% [markdown]
-# And a prompt whose pages are gone from memory: who made them leave, and when. Storage is not looked at here: nobody
-# knows what it has before it is asked.
+# A prompt whose pages have left memory: when, and why ("room" was needed for another request). Storage still has them,
+# but `explain` does not look there: a request asks storage by name for what memory lacks.
 
 # %%
 why(README, QUESTIONS[0])
@@ -324,13 +327,17 @@ why(README, QUESTIONS[0])
 # %% [markdown]
 # ## After a restart
 #
-# The server ends and a new one begins: device and host memory are empty, and storage has everything.
+# The server ends and a new one begins. Device and host memory are empty, so `explain` finds nothing; storage has
+# everything.
 
 # %%
 server.pools = server.cache.drain(server.pools)
 server.cache.close()
 server = new_server()
 why(README, QUESTIONS[0])
+
+# %% [markdown]
+# All the same the document is not computed again: the first question fetches its pages from storage.
 
 # %%
 restarted = Arm()

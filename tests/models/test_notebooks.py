@@ -17,7 +17,7 @@ jupytext = pytest.importorskip("jupytext")
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "models" / "notebooks").glob("*.py"))
 CHAT = ROOT / "models" / "notebooks" / "chat_with_a_prefix_cache.py"
-RUN_S = 800
+RUN_S = 1200
 
 
 def cells(path: Path) -> list[tuple[str, str]]:

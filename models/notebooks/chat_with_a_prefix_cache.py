@@ -145,7 +145,7 @@ def plot_first_token(arms: dict[str, Arm]) -> None:
     axes.set_xticks(turns)
     axes.set_xlabel("turn")
     axes.set_ylabel("time to first token [ms]")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, ncols=len(arms), loc="lower center", bbox_to_anchor=(0.5, 1))
     axes.spines[["top", "right"]].set_visible(False)
     plt.show()
 

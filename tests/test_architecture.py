@@ -27,6 +27,8 @@ class Layer:
 
 FOUNDATION = ("jaxcache.types", "jaxcache.components", "jaxcache.storage")
 TRYING_OUT = ("jaxcache.testing.traces", "jaxcache.testing.processes", "jaxcache.testing.mesh_shape")
+PUBLISHED = ("safetensors", "gguf", "tokenizers", "jinja2")
+NOTEBOOKS = ("jupytext", "nbclient", "nbformat")
 MIDDLE = (
     *FOUNDATION,
     "jaxcache.__version__",
@@ -60,7 +62,7 @@ LAYERS = {
     "jaxcache": Layer(("jaxcache",), ()),
     "models": Layer(
         ("jaxcache!", "jaxcache.components", *TRYING_OUT, "kernels_pallas", "models"),
-        ("jax", "flax", "numpy", "ml_dtypes", "safetensors", "matplotlib", "rich", "gguf", "tokenizers", "jinja2"),
+        ("jax", "flax", "numpy", "ml_dtypes", "matplotlib", "rich", *PUBLISHED, *NOTEBOOKS),
     ),
 }
 

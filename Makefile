@@ -8,7 +8,8 @@ STAMP  := $(VENV)/.stamp
 # Another Python for `make gpu`, such as one that already has a jax for GPUs: make gpu GPU_PYTHON=python3
 GPU_PYTHON ?= $(BIN)/python
 
-GPU_TESTS  := tests/kernels tests/pools tests/runtime tests/test_cache.py tests/models tests/multiprocess/test_serving.py
+GPU_TESTS  := tests/kernels tests/pools tests/runtime tests/test_cache.py tests/multiprocess/test_serving.py \
+              $(addprefix tests/models/,test_goldens.py test_hit_equals_miss.py test_serve.py)
 
 GOLDENS_PYTHON := python3.11
 GOLDENS_VENV   := .goldens-venv

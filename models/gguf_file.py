@@ -9,16 +9,19 @@ Library `gguf` knows the format and every quantisation; here is what differs fro
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import gguf
 import numpy as np
 
 if TYPE_CHECKING:
     from models.loading import Param
+
+# A program that opens no such file does without the library.
+gguf: Any = importlib.import_module("gguf") if importlib.util.find_spec("gguf") else None
 
 ROWS_AT_ONCE = 4096  # that are dequantised together
 
@@ -64,6 +67,8 @@ class GgufFile:
 
     def __init__(self, path: Path):
         self.path = path
+        if gguf is None:
+            raise ImportError(f"{path}: GGUF files need library gguf: pip install 'jaxcache[models]'")
         if not path.is_file():
             raise ValueError(f"{path}: no such file")
         try:

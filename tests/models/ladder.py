@@ -8,8 +8,8 @@
 
 Every request goes through the reference serving loop. Its prompt is a document, which others share, and a question:
 
-    |--- real text --- " The code of the owl is " 47 "." --- real text ---|--- What is the code of the owl? ... ---|
-    0                                             ^ Needle.at             Document.num_tokens
+    |--- real text --- " The owl code is: owl " 47 "." --- real text ---|--- So the owl code is: owl ---|
+    0                                           ^ Needle.at             Document.num_tokens
 
 `python -m tests.models.ladder MODEL FOLDER FILE` serves the last arm in a process of its own.
 """
@@ -39,6 +39,7 @@ from tests.models.serving import PAGE_TOKENS, Answer, Rig, WrongAnswer, check_eq
 
 ROOT = Path(__file__).parents[2]
 FAMILIES = ("qwen3", "qwen3_moe", "llama", "gemma3", "gpt_oss")  # their tiny models in tests/goldens
+LEAD, QUESTION = " The {0} code is: {0} ", "\n\nSo the {0} code is: {0} "  # a model of 135M parameters answers this
 CODE_TOKENS = 2
 CHUNKED = BatchShape(prefill_rows=2, chunk_tokens=32, decode_rows=4, table_pages=80)
 WHOLE = BatchShape(prefill_rows=2, chunk_tokens=256, decode_rows=4, table_pages=80)
@@ -77,7 +78,7 @@ class Document:
         assert len(tokens) == self.num_tokens
         last_stop = len(bos)
         for needle in self.needles:
-            lead, code = encode(f" The code of the {needle.name} is "), encode(f"{codes[needle.name]}")
+            lead, code = encode(LEAD.format(needle.name)), encode(f"{codes[needle.name]}")
             start = needle.at - len(lead)
             told = [*lead, *code, *encode(".")][: len(tokens) - start]
             assert start >= last_stop and len(code) == CODE_TOKENS, f"{needle}: no room"
@@ -131,7 +132,7 @@ def prompts(
         tokens = document.tokens(encode, bos, codes)
         for turn, needle in enumerate(document.needles):
             name = needle.name
-            question = encode(f"\n\nWhat is the code of the {name}? The code of the {name} is")
+            question = encode(QUESTION.format(name))
             prompt = np.concatenate([tokens, np.array(question, np.int32)])
             made.append((turn, Prompt(document, needle, codes[name], prompt)))
     return tuple(prompt for _, prompt in sorted(made, key=lambda item: item[0]))

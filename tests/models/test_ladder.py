@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import enum
 import functools
-import io
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -132,9 +131,8 @@ def report(request: pytest.FixtureRequest):
 
     yield add
     if request.config.get_verbosity() > 0:
-        text = io.StringIO()
-        Console(file=text, width=150).print(table)
-        request.config.get_terminal_writer().write(f"\n\n{text.getvalue()}")
+        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            Console(width=150).print("\n", table)
 
 
 def check_tiny(
@@ -192,7 +190,7 @@ def test_every_policy_on_eight_devices(report, tmp_path, make_mesh, policy):
 def restart_elsewhere(model: str, storage: Path, file: Path) -> list[Answer]:
     """The last arm, by a new process."""
     command = [sys.executable, "-m", "tests.models.ladder", model, str(storage), str(file)]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=240)
+    subprocess.run(command, cwd=ROOT, check=True, timeout=300)
     return read_answers(file)
 
 
@@ -232,11 +230,13 @@ def check_published(report, tmp_path: Path, name: str, path: Path, mesh: Mesh) -
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_smollm2(report, tmp_path, make_mesh):
     check_published(report, tmp_path, "SmolLM2 135M", fetch.fetch(fetch.SMOLLM2), make_mesh())
 
 
 @pytest.mark.gemma
+@pytest.mark.timeout(900)
 def test_gemma3_270m(report, tmp_path, make_mesh, gemma3_270m):
     check_published(report, tmp_path, "Gemma 3 270M", gemma3_270m, make_mesh())
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import enum
 import functools
+import itertools
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ TIERS = ("device", "host", "storage")
 NEAREST = {"warm": "device", "reloaded": "host", "restarted": "storage"}  # tier that an arm finds its prefixes in
 WINDOWED = "gpt_oss"
 COMPONENTS = (("qwen3", FULL), (WINDOWED, FULL), (WINDOWED, WINDOW))
-EIGHT = pytest.param((2, 2, 2), marks=pytest.mark.slow)
+ONE, EIGHT = (1, 1, 1), (2, 2, 2)
 SHAPES = {"chunked": CHUNKED, "whole": WHOLE}
 
 
@@ -135,10 +136,31 @@ def report(request: pytest.FixtureRequest):
             Console(width=150).print("\n", table)
 
 
-def check_tiny(
-    report, tmp_path: Path, family: str, mesh: Mesh, shape: str, submit: Submit, policy: str = "default"
-) -> None:
-    chosen = POLICIES.get(policy, DEFAULT)
+def cases() -> Iterator:
+    """Every family in every batching on one device and eight, every policy of every family, all policies on eight.
+
+    Quick: every family once, every policy once, and requests one by one.
+    """
+    batchings = list(itertools.product(SHAPES, (together, one_by_one)))
+    for family in FAMILIES:
+        for grid, (shape, submit) in itertools.product((ONE, EIGHT), batchings):
+            is_quick = grid == ONE and shape == "chunked" and (submit is together or family == WINDOWED)
+            yield case(is_quick, family, grid, shape, submit, "default")
+        for policy, submit in itertools.product(POLICIES, (together, one_by_one)):
+            yield case(family == WINDOWED and submit is together, family, ONE, "chunked", submit, policy)
+    for policy in POLICIES:
+        yield case(False, WINDOWED, EIGHT, "chunked", together, policy)
+
+
+def case(is_quick: bool, family: str, grid: tuple[int, ...], shape: str, submit: Submit, policy: str):
+    words = (family, "x".join(map(str, grid)), shape, submit.__name__, policy)
+    marks = () if is_quick else pytest.mark.slow
+    return pytest.param(family, grid, shape, submit, policy, marks=marks, id="-".join(words).replace("_", " "))
+
+
+@pytest.mark.parametrize(("family", "grid", "shape", "submit", "policy"), list(cases()))
+def test_every_arm_answers_as_without_a_cache(report, tmp_path, make_mesh, family, grid, shape, submit, policy):
+    chosen, mesh = POLICIES.get(policy, DEFAULT), make_mesh(*grid)
     ladder = tiny(family, mesh, SHAPES[shape], **chosen.choices)
     arms = climb(ladder, lambda: FileStorage(tmp_path / "storage"), submit)
     check_answers(ladder, arms, tiny_off(family, mesh, SHAPES[shape]))
@@ -148,43 +170,6 @@ def check_tiny(
 
 def mesh_name(mesh: Mesh) -> str:
     return " x ".join(map(str, mesh.devices.shape))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family(report, tmp_path, make_mesh, family):
-    check_tiny(report, tmp_path, family, make_mesh(), "chunked", together)
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-def test_every_policy(report, tmp_path, make_mesh, policy):
-    check_tiny(report, tmp_path, WINDOWED, make_mesh(), "chunked", together, policy)
-
-
-def test_one_by_one(report, tmp_path, make_mesh):
-    check_tiny(report, tmp_path, WINDOWED, make_mesh(), "chunked", one_by_one)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("submit", [together, one_by_one])
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_policy_of_every_family(report, tmp_path, make_mesh, family, policy, submit):
-    check_tiny(report, tmp_path, family, make_mesh(), "chunked", submit, policy)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("submit", [together, one_by_one])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("grid", [(1, 1, 1), (2, 2, 2)], ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_whole_and_chunked_on_one_device_and_eight(report, tmp_path, make_mesh, family, grid, shape, submit):
-    check_tiny(report, tmp_path, family, make_mesh(*grid), shape, submit)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("policy", POLICIES)
-def test_every_policy_on_eight_devices(report, tmp_path, make_mesh, policy):
-    check_tiny(report, tmp_path, WINDOWED, make_mesh(2, 2, 2), "chunked", together, policy)
 
 
 def restart_elsewhere(model: str, storage: Path, file: Path) -> list[Answer]:

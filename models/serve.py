@@ -47,6 +47,7 @@ class Request:
     """tokens: prompt, then what was generated, up to max_new_tokens or the first of `stop_tokens`.
 
     temperature: 0: greedy; else sampled, reproducibly from `seed`
+    arrival_s:   when it came, on the clock of time.perf_counter, if that is to count
     """
 
     prompt: np.ndarray
@@ -54,6 +55,7 @@ class Request:
     temperature: float = 0.0
     seed: int = 0
     stop_tokens: frozenset[int] = frozenset()
+    arrival_s: float | None = None
     output: list[int] = field(default_factory=list)
     num_computed: int = 0
     hit_tokens: dict[str, int] | None = None  # by tier, at the first admission
@@ -79,8 +81,9 @@ class Request:
 
     @property
     def ttft_ms(self) -> float:
-        """Time to first token from the start of service, without queueing."""
-        return (self.first_token_s - self.service_start_s) * 1000
+        """Time to first token from its arrival, if that counts, else from the start of service, without queueing."""
+        start_s = self.service_start_s if self.arrival_s is None else self.arrival_s
+        return (self.first_token_s - start_s) * 1000
 
 
 class Server:

@@ -12,7 +12,8 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from models import fleet
 from models.decoder import components, init_params, make_extend
 from models.loading import load_model, weights_version
 from models.qwen3 import Qwen3Config
-from models.serve import BatchShape, Request, Server
+from models.serve import WAIT_S, BatchShape, Request, Server
 
 TRACE = Path(__file__).parents[1] / "benchmarks" / "traces" / "conversation.jsonl.gz"
 BLOCK_TOKENS = 16  # a 512-token block of the trace becomes so many
@@ -89,6 +90,13 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--trace", TRACE, "requests in the Mooncake schema, JSONL, gzipped or not", type=Path)
     add("--requests", 500, "how many requests of the trace", type=int)
+    plain(
+        "--arrivals",
+        metavar="SPEED",
+        type=float,
+        help="requests come when the trace says, at so many times its speed, and times to first token count from there "
+        "(default: all come at once, and times count from the start of service); with one process only",
+    )
     add("--mesh", "2,2,2", "cp,tp,pp")
     add("--processes", 1, "start so many on this host, each with its part of the mesh", type=int)
     plain("--coordinator", help="HOST:PORT of process 0 of a fleet started elsewhere, or auto (Slurm, Open MPI)")
@@ -167,6 +175,10 @@ class Demo:
         self.extend = make_extend(self.cfg, mesh, args.page_tokens)
         if args.requests < 1:
             raise ValueError(f"--requests must be at least 1, not {args.requests}")
+        if args.arrivals is not None and not 0 < args.arrivals < math.inf:
+            raise ValueError(f"--arrivals must be a positive number, not {args.arrivals}")
+        if args.arrivals is not None and jax.process_count() > 1:
+            raise ValueError("--arrivals goes by the clock of one process, and several would not admit in one order")
         self.trace = read_trace(args.trace, args.requests)
         longest = max(len(r.prompt) + r.max_new_tokens for r in self.requests())
         self.shape = BatchShape(table_pages=1 << (longest // args.page_tokens).bit_length())
@@ -193,28 +205,44 @@ class Demo:
         )
 
     def serve(self, title: str, caching: bool, storage: jaxcache.Storage | None, requests: list[Request]) -> Run:
-        """One pass: a new cache, everything compiled before, then all requests as fast as they go."""
+        """One pass: a new cache, everything compiled before, then all requests."""
         parts = components(self.cfg, self.args.page_tokens, "float32")
         with jaxcache.Cache(parts, self.mesh, self.config(caching), storage=storage) as cache:
             namespace = cache.new_namespace(model=self.args.model, weights_version=self.weights_version)
             server = Server(cache, self.extend, self.params, namespace, self.shape)
             server.warmup()
-            for request in requests:
-                server.submit(request)
             compiled = jaxcache.compile_count()
             start = time.perf_counter()
-            self._watch(title, server, len(requests))
+            self._watch(title, server, requests)
             seconds = time.perf_counter() - start
             compiles = jaxcache.compile_count() - compiled
             if storage is not None:
                 server.pools = cache.drain(server.pools)
             return Run(requests, seconds, cache.stats(), compiles)
 
-    def _watch(self, title: str, server: Server, total: int) -> None:
+    def _served(self, server: Server, requests: list[Request]) -> Iterator[Request]:
+        """All of them, as they finish."""
+        if self.args.arrivals is None:
+            for request in requests:
+                server.submit(request)
+            yield from server.run()
+            return
+        start_s, coming = time.perf_counter(), deque[Request]()
+        for line, request in sorted(zip(self.trace, requests, strict=True), key=lambda pair: pair[0].timestamp_ms):
+            request.arrival_s = start_s + line.timestamp_ms / 1000 / self.args.arrivals
+            coming.append(request)
+        while coming or server.waiting or server.running:
+            while coming and (coming[0].arrival_s or 0.0) <= time.perf_counter():
+                server.submit(coming.popleft())
+            yield from server.step()
+            if not server.running:
+                time.sleep(WAIT_S)
+
+    def _watch(self, title: str, server: Server, requests: list[Request]) -> None:
         columns = (TextColumn("{task.description:22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=self.console) as progress:
-            task = progress.add_task(title, total=total)
-            for _ in server.run():
+            task = progress.add_task(title, total=len(requests))
+            for _ in self._served(server, requests):
                 progress.advance(task)
 
     def without_cache(self) -> dict[str, Any]:

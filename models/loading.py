@@ -184,7 +184,7 @@ class Checkpoint:
 
     def check(self, param: Param) -> None:
         for name in param.names():
-            if name + mxfp4.BLOCKS in self._tensors:
+            if name not in self._tensors and name + mxfp4.BLOCKS in self._tensors:
                 self._check_packed(name, param.stored_shape)
                 continue
             self._check_tensor(name, param.stored_shape)
@@ -285,9 +285,9 @@ def _map_file(path: Path) -> dict[str, _Tensor]:
 
 def _scale_block(hf: Mapping[str, Any]) -> tuple[int, int]:
     """Rows and columns of an fp8 weight that share one scale."""
-    quantization = hf.get("quantization_config") or {}
-    if quantization.get("quant_method", "mxfp4") == "mxfp4":
+    quantization = hf.get("quantization_config")
+    if quantization is None or quantization.get("quant_method") == "mxfp4":
         return 128, 128
-    if quantization["quant_method"] != "fp8" or quantization.get("weight_block_size") is None:
+    if quantization.get("quant_method") != "fp8" or quantization.get("weight_block_size") is None:
         raise ValueError(f"quantization_config must be fp8 with a weight_block_size, or mxfp4, not {quantization}")
     return tuple(quantization["weight_block_size"])

@@ -288,7 +288,9 @@ class Server:
         if grow() == wanted:
             return True
         self.pools = self.cache.apply(self.pools)
-        self.cache.tables([request.lease for request in self._loaded(self.running)], self.shape.table_pages)
+        leases = [request.lease for request in self._loaded(self.running)]
+        padding = [None] * (self.shape.decode_rows - len(leases))
+        self.cache.tables([*leases, *padding], self.shape.table_pages)
         return grow() == wanted
 
     def _retract(self, request: Request) -> None:

@@ -2,10 +2,10 @@
 
     share 0.1:  |store 2 ms|------------ rest 18 ms ------------|store 1 ms|---- rest 9 ms ----|
 
-One worker stores at a time. It reserves the rest that the last one needed, and corrects it at its end. (So a rest
-begins with the work, and what is used comes to at most share / (1 - share).) What waits is not lost: it is stored
-later, or dropped and counted where `max_queued_stores` wait already. The deadline of a STORE does not run while storing
-rests.
+One worker stores at a time, unless its turn takes longer than its rest: a storage that hangs must not hold up others.
+The one that begins reserves the rest that the last one needed, and corrects it at its end. (So a rest begins with the
+work, and what is used comes to at most share / (1 - share).) What waits is not lost: it is stored later, or dropped and
+counted where `max_queued_stores` wait already. The deadline of a STORE does not run while storing rests.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ class StoreBudget:
         self._rest_until = 0.0  # monotonic seconds
         self._rest_s = 0.0  # of all rests, up to `_rest_until`
         self._expected_s = self._rest_for(FIRST_S)
-        self._num_storing = 0
         self._lock = threading.Lock()
         self._worker = threading.local()  # made_up_for: its processor time at the end of its last turn
 
@@ -63,7 +62,6 @@ class StoreBudget:
             rest_s = self._rest_for(used_s - since_s)
             self._worker.made_up_for = used_s
             with self._lock:
-                self._num_storing -= 1
                 if self.is_serving:
                     self._expected_s = rest_s
                     self._rest(rest_s - reserved_s)
@@ -79,12 +77,11 @@ class StoreBudget:
         while keep_going():
             with self._lock:
                 left_s = self._rest_until - time.monotonic()
-                if left_s <= 0 and not (self._num_storing and self.is_serving and self.share < 1):
-                    self._num_storing += 1
+                if left_s <= 0:
                     reserved_s = self._expected_s if self.is_serving else 0.0
                     self._rest(reserved_s)
                     return reserved_s
-            time.sleep(min(max(left_s, FIRST_S), SLICE_S))
+            time.sleep(min(left_s, SLICE_S))
         return None
 
     def _rest_for(self, used_s: float) -> float:

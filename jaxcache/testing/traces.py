@@ -23,13 +23,14 @@ MAX_BLOCK_ID = 2**64 - 1
 
 @dataclass(frozen=True)
 class TraceRequest:
-    """One line: lengths in tokens, block ids of the prompt, tokens of a block of the trace, and when it came."""
+    """One line: lengths in tokens, block ids of the prompt, tokens of a block of the trace, and when it came, if
+    the line says so."""
 
     input_length: int
     output_length: int
     block_ids: tuple[int, ...]
     block_tokens: int = TRACE_BLOCK_TOKENS
-    timestamp_ms: float = 0.0
+    timestamp_ms: float | None = None
 
     def prompt(self, block_tokens: int, vocab_size: int) -> np.ndarray:
         """int32 tokens of the prompt when a block of the trace is made `block_tokens` long; at least one token."""
@@ -91,10 +92,9 @@ def _lines(path: Path, skipped: list[str] | None) -> Iterator[tuple[int, TraceRe
 
 
 def _request(row) -> TraceRequest:
-    blocks, timestamp_ms = tuple(map(int, row["hash_ids"])), float(row.get("timestamp", 0))
+    blocks, timestamp = tuple(map(int, row["hash_ids"])), row.get("timestamp")
+    timestamp_ms = float(timestamp) if type(timestamp) in (int, float) and math.isfinite(timestamp) else None
     request = TraceRequest(int(row["input_length"]), int(row["output_length"]), blocks, timestamp_ms=timestamp_ms)
-    if not 0 <= timestamp_ms < math.inf:
-        raise ValueError(f"timestamp {timestamp_ms} is no number of milliseconds")
     if request.input_length < 1 or request.output_length < 0 or not request.block_ids or min(request.block_ids) < 0:
         raise ValueError("it needs at least one token and one block, and nothing negative")
     if max(request.block_ids) > MAX_BLOCK_ID:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from models import trace_demo
@@ -61,19 +64,42 @@ def test_demo_without_a_cache_writes_to_standard_output(small_demo, capsys):
     assert figures.keys() == {"requests", "ttft_ms", "tokens_per_s"}
 
 
-def test_demo_lets_requests_come_when_the_trace_says(small_demo, capsys, tmp_path):
-    """Half a second after each other, at ten times that speed: no pass takes less than 0.15 s, no token comes early."""
+def write_trace(path: Path, timestamps_ms: Sequence[float | None]) -> Path:
     lines = [
-        {"timestamp": 500 * i, "input_length": 2000, "output_length": 1, "hash_ids": [0, 1, 2, 3 + i]} for i in range(4)
+        {"input_length": 2000, "output_length": 1, "hash_ids": [0, 1, 2, 3 + i]} for i in range(len(timestamps_ms))
     ]
-    trace = tmp_path / "trace.jsonl"
-    trace.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    assert trace_demo.main([*SMALL_DEMO, "--trace", str(trace), "--arrivals", "10", "--json", "-"]) == 0
-    figures = json.loads(capsys.readouterr().out)
-    assert figures["tokens_identical"] and figures["restart"]["tokens_identical"]
-    for run in (figures, figures["restart"]):
-        assert (figures["prompt_tokens"] + 4) / run["tokens_per_s"] >= 0.15
-    assert figures["ttft_ms"]["p50"] > 0
+    for line, timestamp_ms in zip(lines, timestamps_ms, strict=True):
+        line |= {} if timestamp_ms is None else {"timestamp": timestamp_ms}
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return path
+
+
+def test_demo_lets_requests_come_when_the_trace_says(small_demo, monkeypatch, tmp_path):
+    """Half a second after each other by a clock of another time, at ten times that speed."""
+    trace = write_trace(tmp_path / "trace.jsonl", [1.7e12 + 500 * i for i in range(4)])
+    served: list[trace_demo.Run] = []
+    compare_runs = trace_demo.compare_runs
+    monkeypatch.setattr(trace_demo, "compare_runs", lambda *runs: served.extend(runs) or compare_runs(*runs))
+    assert trace_demo.main([*SMALL_DEMO, "--trace", str(trace), "--arrivals", "10"]) == 0
+    assert len(served) == 3
+    for run in served:
+        arrivals = [request.arrival_s for request in run.requests]
+        assert np.diff(arrivals) == pytest.approx(0.05, abs=1e-3)
+        assert all(r.arrival_s < r.service_start_s < r.first_token_s for r in run.requests)
+        assert all(r.ttft_ms == pytest.approx((r.first_token_s - r.arrival_s) * 1000) for r in run.requests)
+
+
+@pytest.mark.parametrize(
+    ("stamps", "options", "reason"),
+    [
+        ([0, None], [], "not every request of"),
+        ([0, 1], ["--processes", "2", "--mesh", "1,1,2"], "--arrivals goes by the clock of one process"),
+    ],
+)
+def test_demo_says_why_requests_cannot_come_when_the_trace_says(small_demo, capsys, tmp_path, stamps, options, reason):
+    trace = write_trace(tmp_path / "trace.jsonl", stamps)
+    assert trace_demo.main([*SMALL_DEMO, "--trace", str(trace), "--arrivals", "10", *options]) == 1
+    assert reason in " ".join(capsys.readouterr().err.split())
 
 
 def test_demo_fails_when_tokens_differ(small_demo, monkeypatch):

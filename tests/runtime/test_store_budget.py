@@ -76,24 +76,25 @@ def test_a_rest_ends_with(end):
 
 
 def test_workers_take_turns_and_all_they_do_counts():
-    """Four at once, each with work beside its turns: storing ends no earlier than the share allows."""
-    budget = StoreBudget(0.05)
+    """Four at once, each with work beside its turns: storing ends no earlier than the share allows. A rest is 99 times
+    the work, so that a busy machine does not make a turn longer than its rest."""
+    budget = StoreBudget(0.01)
     budget.serves(True)
     at_once, most, lock = 0, 0, threading.Lock()
 
     def worker():
         nonlocal at_once, most
-        for _ in range(3):
+        for _ in range(2):
             with budget.turn(lambda: True):
                 with lock:
                     at_once += 1
                     most = max(most, at_once)
-                spin(0.002)
+                spin(0.001)
                 with lock:
                     at_once -= 1
-            spin(0.002)
+            spin(0.001)
 
-    work(budget, 0.002)  # from here on it is known what a turn costs
+    work(budget, 0.001)  # from here on it is known what a turn costs
     start = time.monotonic()
     threads = [threading.Thread(target=worker) for _ in range(4)]
     for thread in threads:
@@ -101,8 +102,26 @@ def test_workers_take_turns_and_all_they_do_counts():
     for thread in threads:
         thread.join()
     assert most == 1
-    used_s = 4 * (3 * 0.002 + 2 * 0.002)  # what follows the last turn counts at the next
-    assert time.monotonic() - start >= 0.8 * used_s * (1 / 0.05 - 1)
+    used_s = 4 * (2 * 0.001 + 0.001)  # what follows the last turn counts at the next
+    assert time.monotonic() - start >= 0.8 * used_s * (1 / 0.01 - 1)
+
+
+def test_a_turn_that_takes_longer_than_its_rest_holds_up_nobody():
+    """A storage that hangs in one call."""
+    budget, hangs = StoreBudget(0.5), threading.Event()
+    budget.serves(True)
+
+    def hang():
+        with budget.turn(lambda: True):
+            hangs.wait(20)
+
+    worker = threading.Thread(target=hang, daemon=True)
+    worker.start()
+    time.sleep(0.05)
+    assert rested_s(budget) < 1
+    hangs.set()
+    worker.join(10)
+    assert not worker.is_alive()
 
 
 def test_what_was_done_while_no_request_ran_is_not_made_up_for():

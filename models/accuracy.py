@@ -28,14 +28,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from rich.text import Text
 
 import jaxcache
-from models import fetch, fleet
+from models.command import ERRORS, check_json, open_model, show_error, write_json
 from models.conversation import PAGE_TOKENS, LocalModel
 from models.questions import ANSWER_TOKENS, GUESSED, THRESHOLD, QuestionSet, load
-from models.serve import BatchShape, Request, Server
-from models.trace_demo import TIERS, make_mesh, write_json
+from models.serve import TIERS, BatchShape, Request, Server, hits_by_tier
 
 SHAPE = BatchShape(prefill_rows=1, chunk_tokens=128, decode_rows=1, table_pages=128)
 PAGES = 256  # of device and of host memory: both documents and all questions
@@ -57,7 +55,7 @@ class Arm:
 
     @property
     def hit_tokens(self) -> dict[str, int]:
-        return {tier: sum((request.hit_tokens or {}).get(tier, 0) for request in self.requests) for tier in TIERS}
+        return hits_by_tier(self.requests)
 
 
 def keep(server: Server) -> None:
@@ -174,15 +172,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--model", type=Path, help="file *.gguf, Llama or Gemma 3 (default: fetches SmolLM2)")
     parser.add_argument("--json", metavar="FILE", help="write the figures there; - is standard output")
     args = parser.parse_args(argv)
-    console, errors = Console(stderr=args.json == "-"), Console(stderr=True)
+    console = Console(stderr=args.json == "-")
     try:
-        fleet.join(None, None, None, 1)
-        with console.status("loading the model"):
-            model = LocalModel(args.model or fetch.fetch(fetch.SMOLLM2), make_mesh((1, 1, 1)), SHAPE)
+        check_json(args.json)
+        model = open_model(args.model, SHAPE, console)
         with tempfile.TemporaryDirectory(prefix="jaxcache-accuracy-") as folder:
             arms = Exam(model, load(), console).run(Path(folder))
-    except (ValueError, OSError, MemoryError) as error:
-        errors.print("[red]error:[/]", Text(str(error)), soft_wrap=True)
+    except ERRORS as error:
+        show_error(error)
         return 2
     found = {"model": model.path.stem, **figures(arms)}
     console.print(table(arms))

@@ -26,10 +26,9 @@ from rich.console import Console
 from rich.text import Text
 
 import jaxcache
-from models import fetch, fleet
+from models.command import ERRORS, open_model, show_error
 from models.conversation import Conversation, LocalModel
-from models.serve import BatchShape, Server
-from models.trace_demo import TIERS, make_mesh
+from models.serve import TIERS, BatchShape, Server
 
 SHAPE = BatchShape(prefill_rows=1, chunk_tokens=128, decode_rows=1, table_pages=256)
 DEVICE_PAGES, HOST_PAGES = 512, 1024
@@ -143,19 +142,15 @@ def main(argv: Sequence[str]) -> int:
         "--storage", type=Path, help="folder that keeps pages for the next time (default: a temporary one)"
     )
     args = parser.parse_args(argv)
-    console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
+    console = Console(highlight=False)
     folder = args.storage or Path(tempfile.mkdtemp(prefix="jaxcache-chat-"))
     try:
-        fleet.join(None, None, None, 1)
-        with console.status("loading the model"):
-            chat = Chat(
-                LocalModel(args.model or fetch.fetch(fetch.SMOLLM2), make_mesh((1, 1, 1)), SHAPE), folder, console
-            )
+        chat = Chat(open_model(args.model, SHAPE, console), folder, console)
         console.print("Ask something. /why, /stats, /restart, /quit; Ctrl-C ends an answer.")
         chat.run()
         chat.close()
-    except (ValueError, OSError, MemoryError) as error:
-        errors.print("[red]error:[/]", Text(str(error)), soft_wrap=True)
+    except ERRORS as error:
+        show_error(error)
         return 2
     except KeyboardInterrupt:
         return 130

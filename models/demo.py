@@ -24,10 +24,9 @@ from rich.table import Table
 from rich.text import Text
 
 import jaxcache
-from models import fetch, fleet
+from models.command import ERRORS, check_json, open_model, show_error, write_json
 from models.conversation import Conversation, LocalModel
-from models.serve import BatchShape, Request
-from models.trace_demo import TIERS, make_mesh, write_json
+from models.serve import TIERS, BatchShape, Request, hits_by_tier
 
 ROOT = Path(__file__).parents[1]
 SYSTEM = "You are a helpful assistant. Answer from this document in one short sentence.\n\n"
@@ -94,8 +93,9 @@ class Arm:
     def requests(self) -> list[Request]:
         return [request for turn in self.turns for request in turn]
 
-    def hit_tokens(self, tier: str) -> int:
-        return sum((request.hit_tokens or {}).get(tier, 0) for request in self.requests)
+    @property
+    def hit_tokens(self) -> dict[str, int]:
+        return hits_by_tier(self.requests)
 
     @property
     def prompt_tokens(self) -> int:
@@ -168,7 +168,7 @@ def table(arms: Sequence[Arm]) -> Table:
     shown = Table("", *(arm.title for arm in arms), title=f"{len(arms[0].requests)} answers, three times")
     shown.add_row("prompt tokens", *(f"{arm.prompt_tokens:,}" for arm in arms))
     for tier in TIERS:
-        shown.add_row(f"  from {tier}", *(f"{arm.hit_tokens(tier):,}" for arm in arms))
+        shown.add_row(f"  from {tier}", *(f"{arm.hit_tokens[tier]:,}" for arm in arms))
     for name in arms[0].ttft_ms():
         times = (f"{arm.ttft_ms()[name]:,.0f} ms" for arm in arms)
         shown.add_row(f"first token, {name}", *times)
@@ -182,7 +182,7 @@ def figures(arms: Sequence[Arm]) -> dict[str, Any]:
     return {
         arm.title: {
             "prompt_tokens": arm.prompt_tokens,
-            "hit_tokens": {tier: arm.hit_tokens(tier) for tier in TIERS},
+            "hit_tokens": arm.hit_tokens,
             "ttft_p50_ms": {name: round(ms, 1) for name, ms in arm.ttft_ms().items()},
             "tokens_per_s": round(arm.tokens_per_s, 1),
             "seconds": round(arm.seconds, 1),
@@ -202,15 +202,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--storage", type=Path, help="folder of the storage tier (default: a temporary one)")
     parser.add_argument("--json", metavar="FILE", help="write the figures there; - is standard output")
     args = parser.parse_args(argv)
-    console, errors = Console(stderr=args.json == "-"), Console(stderr=True)
+    console = Console(stderr=args.json == "-")
     folder = args.storage or Path(tempfile.mkdtemp(prefix="jaxcache-demo-"))
     try:
-        fleet.join(None, None, None, 1)
-        with console.status("loading the model"):
-            model = LocalModel(args.model or fetch.fetch(fetch.SMOLLM2), make_mesh((1, 1, 1)), SHAPE)
+        check_json(args.json)
+        model = open_model(args.model, SHAPE, console)
         found = Demo(model, console, args.readers, args.turns).compare(folder)
-    except (ValueError, OSError, MemoryError) as error:
-        errors.print("[red]error:[/]", Text(str(error)), soft_wrap=True)
+    except ERRORS as error:
+        show_error(error)
         return 2
     finally:
         if args.storage is None:

@@ -17,9 +17,10 @@ from pathlib import Path
 import jax
 
 from jaxcache.testing import processes
+from jaxcache.testing.mesh_shape import mesh_shape
 from jaxcache.testing.processes import ProcessesFailed
 
-__all__ = ["ProcessesFailed", "check_options", "failed", "join", "start"]
+__all__ = ["ProcessesFailed", "check_options", "failed", "join", "make_mesh", "start", "three_numbers"]
 
 
 def start(argv: Sequence[str], num_processes: int, mesh_size: int, storage: Path | None) -> int:
@@ -93,3 +94,23 @@ def failed() -> int:
     if jax.distributed.is_initialized() and jax.process_count() > 1:
         processes.leave(1)
     return 1
+
+
+def three_numbers(option: str, text: str) -> tuple[int, int, int]:
+    """What an option says; ValueError names it."""
+    try:
+        return mesh_shape(text)
+    except ValueError as error:
+        raise ValueError(f"{option} {error}") from None
+
+
+def make_mesh(shape: tuple[int, ...]) -> jax.sharding.Mesh:
+    """A mesh (cp, tp, pp) of the devices of all processes."""
+    num_devices = math.prod(shape)
+    if len(jax.devices()) < num_devices:
+        raise ValueError(f"--mesh {shape} needs {num_devices} devices, there are {len(jax.devices())}")
+    devices = jax.devices()[:num_devices]
+    if idle := set(range(jax.process_count())) - {device.process_index for device in devices}:
+        raise ValueError(f"--mesh {shape} leaves processes {sorted(idle)} without a device")
+    axis_types = (jax.sharding.AxisType.Auto,) * 3
+    return jax.make_mesh(shape, ("cp", "tp", "pp"), axis_types=axis_types, devices=devices)

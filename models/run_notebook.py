@@ -17,7 +17,7 @@ from typing import Any
 import jupytext
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
 from models import fetch
 
@@ -55,12 +55,17 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("source", type=Path, nargs="?", default=NOTEBOOK, help="(default: the one there is)")
     parser.add_argument("--output", type=Path, help="(default: beside the source)")
     args = parser.parse_args(argv)
-    fetch.fetch(fetch.SMOLLM2)  # here, so that what pip says is no output of the notebook
     try:
+        if not args.source.is_file():
+            raise FileNotFoundError(f"{args.source}: no such file")
+        fetch.fetch(fetch.SMOLLM2)  # here, so that what pip says is no output of the notebook
         notebook = run(args.source)
     except CellExecutionError as error:
         print(error, file=sys.stderr)
         return 1
+    except (OSError, ValueError, CellTimeoutError, DeadKernelError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     nbformat.write(notebook, args.output or args.source.with_suffix(".ipynb"))
     return 0
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -26,6 +26,7 @@ import jaxcache
 from models.paged_attention import ExtendBatch
 
 WAIT_S = 0.0005
+TIERS = ("device", "host", "storage")
 Extend = Callable[[Any, Any, ExtendBatch], tuple[jax.Array, Any]]
 
 
@@ -342,6 +343,11 @@ class Server:
             request.lease = None
             self.running.remove(request)
         return finished
+
+
+def hits_by_tier(requests: Iterable[Request]) -> dict[str, int]:
+    """Cached tokens, of all of them together."""
+    return {tier: sum((request.hit_tokens or {}).get(tier, 0) for request in requests) for tier in TIERS}
 
 
 def _tokens(request: Request, begin: int, end: int) -> np.ndarray:

@@ -77,14 +77,17 @@ def _refuse(message: str) -> None:
 
 
 def _from_folder(folder: Path) -> Text:
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
     if not (path := folder / "tokenizer.json").exists():
         raise ValueError(f"{folder}: no tokenizer.json: publish it beside config.json, or use a GGUF file")
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing else
         raise ValueError(f"{path}: no tokenizer that library `tokenizers` reads: {error}") from error
-    settings = folder / "tokenizer_config.json"
-    config = json.loads(settings.read_text()) if settings.exists() else {}
+    config = _settings(folder / "tokenizer_config.json")
+    if (path := folder / "chat_template.jinja").exists():
+        config["chat_template"] = path.read_text()
 
     def number(name: str) -> int | None:
         token = config.get(name)
@@ -95,6 +98,18 @@ def _from_folder(folder: Path) -> Text:
     return Text(
         tokenizer, bos if config.get("add_bos_token") else None, stops, _template(folder, config.get("chat_template"))
     )
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        settings = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: no JSON: {error}") from error
+    if not isinstance(settings.get("chat_template"), str | None):
+        raise ValueError(f"{path}: chat_template must be one template, not {type(settings['chat_template']).__name__}")
+    return settings
 
 
 class _Told(dict[str, Any]):
@@ -114,6 +129,8 @@ def _from_gguf(file: GgufFile) -> Text:
     builders = {"gpt2": _byte_level, "llama": _sentence_piece}
     if (build := builders.get(told["model"])) is None:
         raise ValueError(f"{path}: tokenizer {told['model']!r} is none of {sorted(builders)}")
+    if len(told["token_type"]) != len(told["tokens"]):
+        raise ValueError(f"{path}: {len(told['tokens'])} tokens, but {len(told['token_type'])} token_type")
     tokenizer = build(path, told)
     for kind, is_special in ((CONTROL, True), (USER_DEFINED, False)):
         names = [name for name, of in zip(told["tokens"], told["token_type"], strict=True) if of == kind]
@@ -134,7 +151,11 @@ def _byte_level(path: Path, told: Mapping[str, Any]) -> Tokenizer:
         raise ValueError(
             f"{path}: how text is split before merging, {told.get('pre')!r}, is not known: only 'smollm' is"
         )
-    tokenizer = Tokenizer(models.BPE(_vocabulary(told), [tuple(merge.split(" ")) for merge in told["merges"]]))
+    vocabulary, merges = _vocabulary(told), [tuple(merge.split(" ")) for merge in told["merges"]]
+    for merge in merges:
+        if len(merge) != 2 or not {*merge, "".join(merge)} <= vocabulary.keys():
+            raise ValueError(f"{path}: merge {' '.join(merge)!r} must be two tokens that make a third")
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),

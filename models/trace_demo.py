@@ -6,10 +6,8 @@ Every generated token must be the same. Prints a table and writes the figures as
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import shutil
-import sys
 import tempfile
 import time
 from collections import deque
@@ -25,16 +23,16 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from rich.text import Text
 
 import jaxcache
-from jaxcache.testing.mesh_shape import mesh_shape
 from jaxcache.testing.traces import read_trace
 from models import fleet
+from models.command import ERRORS, check_json, show_error, write_json
 from models.decoder import components, init_params, make_extend
+from models.fleet import make_mesh, three_numbers
 from models.loading import load_model, weights_version
 from models.qwen3 import Qwen3Config
-from models.serve import WAIT_S, BatchShape, Request, Server
+from models.serve import TIERS, WAIT_S, BatchShape, Request, Server, hits_by_tier
 
 TRACE = Path(__file__).parents[1] / "benchmarks" / "traces" / "conversation.jsonl.gz"
 BLOCK_TOKENS = 16  # a 512-token block of the trace becomes so many
@@ -69,14 +67,11 @@ class Run:
         return [request.output for request in self.requests]
 
     def hit_tokens(self) -> dict[str, int]:
-        return {tier: sum(r.hit_tokens[tier] for r in self.requests if r.hit_tokens) for tier in TIERS}
+        return hits_by_tier(self.requests)
 
     def cached_share(self, i: int) -> float:
         hits = self.requests[i].hit_tokens
         return sum(hits.values()) / len(self.requests[i].prompt) if hits else 0.0
-
-
-TIERS = ("device", "host", "storage")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -123,8 +118,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     args = parser().parse_args(argv)
-    errors = Console(stderr=True)
     try:
+        check_json(args.json)
         shape = three_numbers("--mesh", args.mesh)
         fleet.check_options(args.processes, args.coordinator, args.num_processes, args.process_id)
         check_arrivals(args)
@@ -134,8 +129,8 @@ def main(argv: Sequence[str]) -> int:
         console = Console(stderr=args.json == "-", quiet=not is_first)
         demo = Demo(args, make_mesh(shape), console)
         figures = demo.without_cache() if args.no_cache else demo.compare()
-    except (ValueError, OSError, MemoryError, fleet.ProcessesFailed) as error:
-        errors.print("[red]error:[/]", Text(str(error)), soft_wrap=True)
+    except (*ERRORS, fleet.ProcessesFailed) as error:
+        show_error(error)
         return fleet.failed()
     if is_first:
         write_json(args.json, figures)
@@ -150,26 +145,6 @@ def check_arrivals(args: argparse.Namespace) -> None:
         raise ValueError(f"--arrivals must be a positive number, not {args.arrivals}")
     if args.processes != 1 or args.coordinator is not None:
         raise ValueError("--arrivals goes by the clock of one process: several would not admit in one order")
-
-
-def three_numbers(option: str, text: str) -> tuple[int, int, int]:
-    """What an option says; ValueError names it."""
-    try:
-        return mesh_shape(text)
-    except ValueError as error:
-        raise ValueError(f"{option} {error}") from None
-
-
-def make_mesh(shape: tuple[int, ...]) -> jax.sharding.Mesh:
-    """A mesh (cp, tp, pp) of the devices of all processes."""
-    num_devices = math.prod(shape)
-    if len(jax.devices()) < num_devices:
-        raise ValueError(f"--mesh {shape} needs {num_devices} devices, there are {len(jax.devices())}")
-    devices = jax.devices()[:num_devices]
-    if idle := set(range(jax.process_count())) - {device.process_index for device in devices}:
-        raise ValueError(f"--mesh {shape} leaves processes {sorted(idle)} without a device")
-    axis_types = (jax.sharding.AxisType.Auto,) * 3
-    return jax.make_mesh(shape, ("cp", "tp", "pp"), axis_types=axis_types, devices=devices)
 
 
 class Demo:
@@ -349,12 +324,3 @@ def report(figures: dict[str, Any], uncached: Run, cached: Run) -> Table:
     row("after a restart, every token the same", "yes" if restart["tokens_identical"] else "NO")
     row("programs compiled while serving", str(figures["compiles_after_warmup"]))
     return table
-
-
-def write_json(target: str | None, figures: dict[str, Any]) -> None:
-    text = json.dumps(figures, indent=2)
-    if target == "-":
-        sys.stdout.write(text + "\n")
-    elif target is not None:
-        Path(target).parent.mkdir(parents=True, exist_ok=True)
-        Path(target).write_text(text + "\n")

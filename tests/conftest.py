@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,15 @@ def pytest_testnodedown(node: Any):
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config):
     for line in config.stash.get(CLOSING_LINES, []):
         terminalreporter.write_line(line)
+    caught, run = Counter[str](), Counter[str]()
+    for outcome in ("passed", "failed", "error"):
+        for report in terminalreporter.stats.get(outcome, []):
+            if "mutation" in report.keywords and (report.when == "call" or outcome == "error"):
+                run[report.location[0]] += 1
+                caught[report.location[0]] += outcome == "passed"
+    if run:
+        by_file = ", ".join(f"{Path(file).stem} {caught[file]}/{run[file]}" for file in sorted(run))
+        terminalreporter.write_line(f"mutations caught: {caught.total()}/{run.total()}: {by_file}")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]):

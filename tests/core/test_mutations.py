@@ -327,6 +327,7 @@ def first_failing_seed(setup: Mapping[str, Any]) -> tuple[int, AssertionError] |
     return None
 
 
+@pytest.mark.mutation
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
 def test_the_fuzz_notices_that(mutation, monkeypatch):
     mutate(monkeypatch, mutation)

@@ -94,6 +94,7 @@ def test_what_waited_together_and_parted_shares_no_value():
     assert wrong_neighbours(moves, before) == 0
 
 
+@pytest.mark.mutation
 def test_mutation_runs_of_several_paths_as_one(monkeypatch):
     """Then a value holds the page of one prompt under the key of another."""
     server, before = queued_on_two_paths()

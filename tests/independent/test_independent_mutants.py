@@ -25,6 +25,7 @@ def params() -> list:
     return [pytest.param(m, id=m.name, marks=[pytest.mark.slow] if m.is_rare else []) for m in MUTANTS]
 
 
+@pytest.mark.mutation
 @pytest.mark.parametrize("mutant", params())
 def test_mutant_is_found(mutant: Mutant, monkeypatch: pytest.MonkeyPatch):
     mutant.plant(monkeypatch)

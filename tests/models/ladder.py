@@ -35,7 +35,7 @@ from models.loading import load_model
 from models.serve import BatchShape, Request, Server
 from models.text import load_text
 from tests import strict_jax
-from tests.models.serving import PAGE_TOKENS, Answer, Rig, WrongAnswer, check_equal, empty_device, serve
+from tests.models.serving import PAGE_TOKENS, Answer, Rig, WrongAnswer, check_equal, emptied, serve
 
 ROOT = Path(__file__).parents[2]
 FAMILIES = ("qwen3", "qwen3_moe", "llama", "gemma3", "gpt_oss")  # their tiny models in tests/goldens
@@ -278,7 +278,7 @@ def first_process(
     with ladder.server(storage) as server:
         for arm in ("cold", "warm", "reloaded"):
             if arm == "reloaded":
-                empty_device(server)
+                server.pools = emptied(server.cache, server.namespace, server.pools)
             if arm in spoil:
                 spoil[arm](server)
             arms[arm] = ladder.ask(server, submit)

@@ -113,6 +113,18 @@ def kl(p_logits: np.ndarray, q_logits: np.ndarray) -> float:
     return float((np.exp(p) * (p - q)).sum(axis=-1).max())
 
 
+def emptied(cache: jaxcache.Cache, namespace: jaxcache.Namespace, pools: decoder.Pools) -> decoder.Pools:
+    """Every page that is only cached leaves the device: a request takes them all, and computes nothing. The pools are
+    zero then: what is read of them later was brought back."""
+    pools = cache.apply(cache.step(pools))
+    num_tokens = min(cache.device_pages.values()) * cache.config.page_tokens
+    lease = cache.admit(cache.sequence([1], namespace), num_tokens)
+    assert isinstance(lease, jaxcache.Lease), lease
+    cache.release(lease)
+    pools = cache.apply(cache.step(pools))
+    return jax.tree.map(lambda pool: jax.device_put(np.zeros(pool.shape, pool.dtype), pool.sharding), pools)
+
+
 def unchanged(batch: ExtendBatch) -> ExtendBatch:
     return batch
 
@@ -211,12 +223,7 @@ class Driver:
         return self.finish(self.admit(sequence, ticket), **choices)
 
     def fill_device(self) -> None:
-        """Makes every page that is only cached leave the device: one request takes them all, and computes nothing."""
-        self.step()
-        lease = self.cache.admit(self.sequence([1]), DEVICE_PAGES * PAGE_TOKENS)
-        assert lease, lease
-        self.cache.release(lease)
-        self.step()
+        self.pools = emptied(self.cache, self.namespace, self.pools)
 
     def drain(self) -> None:
         self.pools = self.cache.drain(self.pools)
@@ -228,10 +235,10 @@ class Driver:
         edit(pages)
         self.pools = {**self.pools, component: {"kv": jax.device_put(pages, kv.sharding)}}
 
-    def edit_host(self, edit: Callable[[np.ndarray], None]) -> None:
+    def edit_host(self, edit: Callable[[np.ndarray], None], component: str = "full") -> None:
         """Changes the host rows of every device in place, uint8[pages, row_bytes]."""
         self.cache.engine.drain()
-        for rows in self.cache.engine.host_pools["full"].rows.values():
+        for rows in self.cache.engine.host_pools[component].rows.values():
             edit(rows)
 
 
@@ -262,16 +269,6 @@ def ask(user: int, num_tokens: int) -> Request:
     own = random_tokens(100 + user, 40)[: num_tokens + user % 5]
     prompt = np.concatenate([random_tokens(user % 3, 28), own])
     return Request(prompt, 3 + user % 3, temperature=0.7 * (user % 4 == 3), seed=user)
-
-
-def empty_device(server: Server) -> None:
-    """Makes every page that is only cached leave the device: a request takes them all, and computes nothing."""
-    cache = server.cache
-    num_tokens = min(cache.device_pages.values()) * cache.config.page_tokens
-    lease = cache.admit(cache.sequence([1], server.namespace), num_tokens)
-    assert isinstance(lease, jaxcache.Lease), lease
-    cache.release(lease)
-    server.pools = cache.apply(cache.step(cache.apply(server.pools)))
 
 
 def serve(server: Server, requests: list[Request]) -> list[list[int]]:

@@ -20,7 +20,6 @@ from models.accuracy import Arm, Exam
 from models.conversation import PAGE_TOKENS, LocalModel
 from models.questions import NAMES, SENTENCE, THRESHOLD, Question, QuestionSet
 from models.serve import Server
-from models.trace_demo import make_mesh
 from tests.models.tiny_gguf import write_tiny_gguf
 
 ARMS = ("question alone", "without a cache", "cold", "device", "host", "after a restart")
@@ -163,7 +162,7 @@ GEMMA = [pytest.mark.gemma, pytest.mark.timeout(1200)]
 def exam(request) -> Exam:
     is_smollm2 = request.param == "smollm2"
     path = fetch.fetch(fetch.SMOLLM2) if is_smollm2 else request.getfixturevalue("gemma3_270m")
-    model = LocalModel(path, make_mesh((1, 1, 1)), accuracy.SHAPE)
+    model = LocalModel(path, jaxcache.one_device_mesh(), accuracy.SHAPE)
     return Exam(model, questions.load(), Console(quiet=True))
 
 
@@ -185,6 +184,7 @@ def test_answers_are_equal_from_every_tier(arms, title):
     check_sources(title, arms[title].hit_tokens, arms[title].prompt_tokens)
 
 
+@pytest.mark.mutation
 @pytest.mark.parametrize(
     ("exam", "title"),
     [

@@ -80,6 +80,7 @@ def test_padding_writes_nothing(steps, rng):
         assert written.tolist() == [[tables[name][0, 0], slot] for slot in range(5)]
 
 
+@pytest.mark.mutation
 @pytest.mark.parametrize("mutation", ["another page", "an earlier page", "position off by one"])
 def test_wrong_pages_show(steps, rng, mutation):
     """What the comparison with the golden must notice."""

@@ -192,6 +192,7 @@ def must_differ(rig: Rig, driver: Driver, tier: str) -> None:
     assert np.abs(got_first - want_first).max() > FAR * MAX_ERROR
 
 
+@pytest.mark.mutation
 @pytest.mark.parametrize("tier", TIERS)
 def test_page_of_another_request_in_the_table_shows(rig, tier):
     with cached(rig, tier, "whole") as driver:
@@ -210,6 +211,7 @@ def test_page_of_another_request_in_the_table_shows(rig, tier):
         must_differ(rig, driver, tier)
 
 
+@pytest.mark.mutation
 @pytest.mark.parametrize("tier", TIERS)
 def test_position_off_by_one_shows(rig, tier):
     with cached(rig, tier, "whole") as driver:
@@ -217,6 +219,7 @@ def test_position_off_by_one_shows(rig, tier):
         must_differ(rig, driver, tier)
 
 
+@pytest.mark.mutation
 def test_zeroed_device_page_shows(rig):
     with cached(rig, "device", "whole") as driver:
         page = pages_of(driver, PROMPT)[5]
@@ -224,6 +227,7 @@ def test_zeroed_device_page_shows(rig):
         must_differ(rig, driver, "device")
 
 
+@pytest.mark.mutation
 def test_zeroed_layer_of_a_device_page_shows(rig):
     """The last layer's keys of one page: the least that can be lost."""
     with cached(rig, "device", "whole") as driver:
@@ -232,6 +236,7 @@ def test_zeroed_layer_of_a_device_page_shows(rig):
         must_differ(rig, driver, "device")
 
 
+@pytest.mark.mutation
 def test_zeroed_host_row_shows(rig):
     with cached(rig, "host", "whole") as driver:
         row = rows_of(driver, PROMPT)[5]
@@ -239,6 +244,7 @@ def test_zeroed_host_row_shows(rig):
         must_differ(rig, driver, "host")
 
 
+@pytest.mark.mutation
 def test_host_row_of_another_request_shows(rig):
     with cached(rig, "host", "whole") as driver:
         mine, other = rows_of(driver, PROMPT)[5], rows_of(driver, OTHER)[5]
@@ -256,6 +262,7 @@ def by_programs(monkeypatch):
     monkeypatch.setattr(transfer_engine, "load_back_now", lambda *args: None)
 
 
+@pytest.mark.mutation
 @pytest.mark.parametrize("tier", ["host", "storage"])
 def test_load_back_to_the_wrong_pages_shows(rig, tier, monkeypatch):
     """One page of the request lands where no page of it belongs. (Pages of a prefix that change places would not show:
@@ -274,6 +281,7 @@ def test_load_back_to_the_wrong_pages_shows(rig, tier, monkeypatch):
         must_differ(rig, driver, tier)
 
 
+@pytest.mark.mutation
 @pytest.mark.parametrize("tier", ["host", "storage"])
 def test_load_back_that_never_lands_shows(rig, tier, monkeypatch):
     by_programs(monkeypatch)
@@ -283,6 +291,7 @@ def test_load_back_that_never_lands_shows(rig, tier, monkeypatch):
         must_differ(rig, driver, tier)
 
 
+@pytest.mark.mutation
 def test_backup_of_pages_that_were_overwritten_shows(rig, monkeypatch):
     """A gather that reads its pages after they were reused: what snapshots prevent."""
     by_programs(monkeypatch)
@@ -295,6 +304,7 @@ def test_backup_of_pages_that_were_overwritten_shows(rig, monkeypatch):
         must_differ(rig, driver, "host")
 
 
+@pytest.mark.mutation
 def test_fetch_into_the_wrong_row_shows(rig, monkeypatch):
     with cached(rig, "storage", "whole") as driver:
         storage_io, fetch = driver.cache.engine._storage_io, driver.cache.engine._storage_io._fetch_page

@@ -312,6 +312,7 @@ def check_shows(ladder: Ladder, component: str, arm: str) -> None:
         check_answers(ladder, {arm: arms[arm]}, want)
 
 
+@pytest.mark.mutation
 @pytest.mark.parametrize("arm", SPOILS)
 @pytest.mark.parametrize(("family", "component"), COMPONENTS)
 def test_a_page_of_another_request_shows(make_mesh, family, component, arm):
@@ -319,6 +320,7 @@ def test_a_page_of_another_request_shows(make_mesh, family, component, arm):
     check_shows(replace(ladder, prompts=ladder.prompts[:2]), component, arm)
 
 
+@pytest.mark.mutation
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_page_of_another_code_shows(make_mesh, family):
     """Of the same text, but for two digits."""

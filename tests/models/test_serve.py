@@ -22,7 +22,7 @@ from tests.models.serving import (
     SHAPE,
     Rig,
     conversations,
-    empty_device,
+    emptied,
     random_tokens,
     rig_on,
     serve,
@@ -147,6 +147,7 @@ def test_outputs_differ_between_requests(one):
 # ---- mutations
 
 
+@pytest.mark.mutation
 @pytest.mark.parametrize("tier", ["device", "host"])
 def test_corrupting_one_page_that_is_hit_changes_the_tokens(rig, tier):
     """A shared beginning is spoilt in one page; whoever hits it answers otherwise, and the comparison says so."""
@@ -155,7 +156,7 @@ def test_corrupting_one_page_that_is_hit_changes_the_tokens(rig, tier):
         server = rig.server(cache)
         serve(server, first)
         if tier == "host":
-            empty_device(server)
+            server.pools = emptied(server.cache, server.namespace, server.pools)
         sequence = cache.sequence(random_tokens(0, 28), server.namespace)
         (node, _), *_ = cache.core.tiers.tree.walk(sequence, 28)
         corrupt(server, tier, int(node.pages[tier == "host"][0]))

@@ -64,6 +64,7 @@ def test_another_grid_is_a_miss(make_mesh):
     assert got.hits == (0, 0, 0)
 
 
+@pytest.mark.mutation
 def test_one_wrong_cell_shows(make_mesh, monkeypatch):
     """Two heads that change places when they are put back."""
     storage = jaxcache.MemoryStorage()

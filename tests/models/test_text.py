@@ -62,6 +62,10 @@ def test_a_published_folder_has_the_same_tokens(path, folder):
         ({"tokenizer.ggml.model": None}, r"tokenizer\.ggml\.model is missing"),
         ({"tokenizer.ggml.token_type": None}, r"tokenizer\.ggml\.token_type is missing"),
         ({"tokenizer.ggml.merges": None}, r"tokenizer\.ggml\.merges is missing"),
+        ({"tokenizer.ggml.merges": ["t h", "zz h"]}, "merge 'zz h' must be two tokens that make a third"),
+        ({"tokenizer.ggml.merges": ["th"]}, "merge 'th' must be two tokens"),
+        ({"tokenizer.ggml.merges": ["h t"]}, "merge 'h t' must be two tokens that make a third"),
+        ({"tokenizer.ggml.token_type": [1, 1]}, "tokens, but 2 token_type"),
         ({"tokenizer.ggml.model": "bert"}, r"tokenizer 'bert' is none of \['gpt2', 'llama'\]"),
         ({"tokenizer.ggml.pre": "qwen2"}, "how text is split before merging, 'qwen2', is not known"),
         ({"tokenizer.chat_template": "{% if %}"}, "the chat template is none"),
@@ -93,6 +97,23 @@ def test_a_folder_without_a_tokenizer(folder):
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match=r"no tokenizer\.json: publish it beside config\.json"):
         load_text(folder)
+
+
+def test_a_template_in_a_file_of_its_own(folder):
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}!")
+    settings(folder, chat_template="{{ nothing }}")
+    assert load_text(folder).chat(SAID) == f"{SAID[0]['content']}!"
+
+
+def test_settings_that_cannot_be_used(folder, tmp_path):
+    settings(folder, chat_template=[{"name": "default", "template": ""}])
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: chat_template must be one template, not list"):
+        load_text(folder)
+    (folder / "tokenizer_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: no JSON"):
+        load_text(folder)
+    with pytest.raises(ValueError, match="nowhere: no such folder"):
+        load_text(tmp_path / "nowhere")
 
 
 def test_a_folder_with_a_broken_tokenizer(folder):

@@ -34,6 +34,7 @@ def test_r10_the_turns_are_answered_differently(make_mesh):
     assert len({tuple(answer.tokens) for answer in want(make_mesh())}) > len(TURNS) // 2
 
 
+@pytest.mark.mutation
 def test_r10_a_wrong_page_in_a_later_turn_shows(make_mesh):
     rig = rig_on(make_mesh())
     with rig.cache() as cache:

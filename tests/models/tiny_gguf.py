@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import gguf
 import numpy as np
@@ -12,15 +13,15 @@ from tokenizers import pre_tokenizers
 
 HIDDEN, MLP, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 64, 96, 2, 4, 2, 16
 MARKERS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-NO_CHANGES: Mapping[str, str | None] = MappingProxyType({})
+NO_CHANGES: Mapping[str, Any] = MappingProxyType({})
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}"
     "{{ '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
-def write_tiny_gguf(path: Path, seed: int = 0, changes: Mapping[str, str | None] = NO_CHANGES) -> Path:
-    """changes: of the header's texts, by key; None: the key is left out"""
+def write_tiny_gguf(path: Path, seed: int = 0, changes: Mapping[str, Any] = NO_CHANGES) -> Path:
+    """changes: of the header's values, by key; None: the key is left out"""
     tokens = [*MARKERS, *sorted(pre_tokenizers.ByteLevel.alphabet()), "th"]
     control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
     writer = gguf.GGUFWriter(path, "llama")

@@ -125,6 +125,7 @@ def test_the_next_one_that_shares_it_writes_only_its_own(rig):
     assert found(rig, storage, prompt(13, seed=3)) == 20
 
 
+@pytest.mark.mutation
 def test_mutation_without_what_is_above_a_branch_cannot_be_found(rig, monkeypatch):
     monkeypatch.setattr(Stores, "_above", lambda *args: [])
     storage = Values()

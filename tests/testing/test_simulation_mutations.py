@@ -267,6 +267,7 @@ def first_failure(seeds: Sequence[int] = SEEDS) -> tuple[int, Exception] | None:
     return None
 
 
+@pytest.mark.mutation
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.__name__)
 def test_the_simulation_notices_that(mutation, monkeypatch):
     setup = SETUPS.get(mutation, USUAL)

@@ -30,7 +30,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import jaxcache
-from models.command import ERRORS, check_json, open_model, show_error, write_json
+from jaxcache.testing.report_file import prepare_json, write_json
+from models.command import ERRORS, open_model, show_error
 from models.conversation import PAGE_TOKENS, LocalModel
 from models.questions import ANSWER_TOKENS, GUESSED, THRESHOLD, QuestionSet, load
 from models.serve import TIERS, BatchShape, Request, Server, hits_by_tier
@@ -174,7 +175,7 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     console = Console(stderr=args.json == "-")
     try:
-        check_json(args.json)
+        prepare_json(args.json)
         model = open_model(args.model, SHAPE, console)
         with tempfile.TemporaryDirectory(prefix="jaxcache-accuracy-") as folder:
             arms = Exam(model, load(), console).run(Path(folder))

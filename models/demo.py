@@ -24,7 +24,8 @@ from rich.table import Table
 from rich.text import Text
 
 import jaxcache
-from models.command import ERRORS, check_json, open_model, show_error, write_json
+from jaxcache.testing.report_file import prepare_json, write_json
+from models.command import ERRORS, open_model, show_error
 from models.conversation import Conversation, LocalModel
 from models.serve import TIERS, BatchShape, Request, hits_by_tier
 
@@ -205,7 +206,7 @@ def main(argv: Sequence[str]) -> int:
     console = Console(stderr=args.json == "-")
     folder = args.storage or Path(tempfile.mkdtemp(prefix="jaxcache-demo-"))
     try:
-        check_json(args.json)
+        prepare_json(args.json)
         model = open_model(args.model, SHAPE, console)
         found = Demo(model, console, args.readers, args.turns).compare(folder)
     except ERRORS as error:

@@ -30,7 +30,6 @@ from models.layers import (
 from models.paged_attention import attend, write
 
 ALPHA = 1.702  # of the gate's sigmoid
-MXFP4 = {"quant_method": "mxfp4"}
 BIAS_STD = 0.1  # of random parameters
 
 
@@ -121,13 +120,14 @@ def _yarn(hf: Mapping[str, Any], rope: Mapping[str, Any]) -> Yarn:
 
 def _refuse_unsupported(hf: Mapping[str, Any], rope: Mapping[str, Any]) -> None:
     kinds = ["full_attention" if i % 2 else "sliding_attention" for i in range(hf["num_hidden_layers"])]
+    packed = hf.get("quantization_config")
     supported = {
         "model_type": hf.get("model_type") == "gpt_oss",
         "hidden_act": hf.get("hidden_act", "silu") == "silu",
         "attention_bias": hf.get("attention_bias", True),
         "layer_types": hf.get("layer_types", kinds) == kinds,
         "rope_type": _kind(rope) in ("default", "yarn"),
-        "quantization_config": (hf.get("quantization_config") or MXFP4).get("quant_method") == MXFP4["quant_method"],
+        "quantization_config": packed is None or packed.get("quant_method") == "mxfp4",
     }
     refuse_unsupported("gpt-oss", hf, supported)
 

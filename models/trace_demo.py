@@ -25,9 +25,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import jaxcache
+from jaxcache.testing.report_file import prepare_json, write_json
 from jaxcache.testing.traces import read_trace
 from models import fleet
-from models.command import ERRORS, check_json, show_error, write_json
+from models.command import ERRORS, show_error
 from models.decoder import components, init_params, make_extend
 from models.fleet import make_mesh, three_numbers
 from models.loading import load_model, weights_version
@@ -119,7 +120,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     args = parser().parse_args(argv)
     try:
-        check_json(args.json)
+        prepare_json(args.json)
         shape = three_numbers("--mesh", args.mesh)
         fleet.check_options(args.processes, args.coordinator, args.num_processes, args.process_id)
         check_arrivals(args)

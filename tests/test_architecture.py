@@ -26,7 +26,7 @@ class Layer:
 
 
 FOUNDATION = ("jaxcache.types", "jaxcache.components", "jaxcache.storage")
-TRYING_OUT = ("jaxcache.testing.traces", "jaxcache.testing.processes", "jaxcache.testing.mesh_shape")
+TRYING_OUT = tuple(f"jaxcache.testing.{name}" for name in ("mesh_shape", "processes", "report_file", "traces"))
 PUBLISHED = ("safetensors", "gguf", "tokenizers", "jinja2")
 NOTEBOOKS = ("jupytext", "nbclient", "nbformat")
 MIDDLE = (

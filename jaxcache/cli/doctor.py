@@ -21,8 +21,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from jaxcache.cli._output import STDOUT, prepare_json, write_json
 from jaxcache.testing.mesh_shape import mesh_shape
+from jaxcache.testing.report_file import STDOUT, prepare_json, write_json
 
 HELP = "say what this machine offers the cache, and why something asked for is missing"
 MESH_AXES = ("cp", "tp", "pp")

@@ -14,9 +14,9 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from jaxcache.cli._output import STDOUT, prepare_json, write_json
 from jaxcache.cli.doctor import mesh_option
 from jaxcache.cli.replay import natural, positive
+from jaxcache.testing.report_file import STDOUT, prepare_json, write_json
 
 if TYPE_CHECKING:
     from jaxcache.testing.schedule import Operation

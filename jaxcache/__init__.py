@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from jaxcache.core.page_hash import Namespace
     from jaxcache.core.sequence import Sequence
     from jaxcache.core.ticket import Ticket
+    from jaxcache.pools.page_layout import pool_shardings
     from jaxcache.runtime.compiles import compile_count
     from jaxcache.runtime.process_end import end_process
     from jaxcache.storage.base import Storage, StorageError
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
         RanksDiverged,
         RankUnresponsive,
         ServingEnded,
+        StateSlots,
         TransferFault,
         Wait,
         WritePolicy,
@@ -43,6 +45,7 @@ _HOMES = {
     "jaxcache.core.page_hash": ("Namespace",),
     "jaxcache.core.sequence": ("Sequence",),
     "jaxcache.core.ticket": ("Ticket",),
+    "jaxcache.pools.page_layout": ("pool_shardings",),
     "jaxcache.runtime.compiles": ("compile_count",),
     "jaxcache.runtime.process_end": ("end_process",),
     "jaxcache.storage.base": ("Storage", "StorageError"),
@@ -57,6 +60,7 @@ _HOMES = {
         "RankUnresponsive",
         "RanksDiverged",
         "ServingEnded",
+        "StateSlots",
         "TransferFault",
         "Wait",
         "WritePolicy",
@@ -85,6 +89,7 @@ __all__ = [
     "Sequence",
     "ServingEnded",
     "SlidingWindow",
+    "StateSlots",
     "Storage",
     "StorageError",
     "TenantShare",
@@ -95,6 +100,7 @@ __all__ = [
     "compile_count",
     "end_process",
     "one_device_mesh",
+    "pool_shardings",
 ]
 __version__ = "0.1.0"
 

@@ -23,7 +23,7 @@ from jaxcache.core.ticket import Ticket
 from jaxcache.pools.device_pool import DevicePools, init_pools
 from jaxcache.pools.pools_check import PoolsCheck
 from jaxcache.runtime.agreement import Agreement
-from jaxcache.runtime.batch_tables import BatchTables, tables_of
+from jaxcache.runtime.batch_tables import BatchTables, state_slots_of, tables_of
 from jaxcache.runtime.controller import Controller
 from jaxcache.runtime.events import EventStream
 from jaxcache.runtime.fleet import Fleet
@@ -31,7 +31,7 @@ from jaxcache.runtime.garbage import GarbageControl
 from jaxcache.runtime.start_agreement import agree_on_start, all_allocate
 from jaxcache.runtime.transfer_engine import TransferEngine
 from jaxcache.storage.base import Storage
-from jaxcache.types import CLOCK_MODULUS, Event, Match, PrefetchPolicy, Tier, Wait, WritePolicy
+from jaxcache.types import CLOCK_MODULUS, Event, Match, PrefetchPolicy, StateSlots, Tier, Wait, WritePolicy
 
 T = TypeVar("T")
 DRAIN_SLICE_S = 0.05  # between the steps of a drain, which all processes take together
@@ -193,6 +193,14 @@ class Cache:
             raise TypeError(f"leases must be a list, not {type(leases).__name__}")
         max_pages = count("max_pages", max_pages, 1)
         return tables_of(self.core, self._tables, leases, max_pages)
+
+    def state_slots(self, leases: Sequence[Lease | None], ends: Sequence[int]) -> StateSlots | None:
+        """Slots of recurrent states for a batch whose rows compute up to `ends`; None if no component is one.
+
+        Rows begin where their leases have computed (what `admit` and `grow` were told). End chunks at
+        `lease.next_stop`, and name the ends that are in `lease.checkpoints` in `insert(states=...)`.
+        """
+        return state_slots_of(self.core, leases, ends)
 
     @property
     def step_number(self) -> int:

@@ -121,6 +121,19 @@ class Outcome(NamedTuple):
     largest_end: int = 0
 
 
+class StateSlots(NamedTuple):
+    """Where a model step reads and writes the recurrent states of a batch; num_pages: nowhere.
+
+    read:  int32[rows]  the state before the first token of a row; nowhere: it is zero
+    write: int32[rows]  for the state after the last one
+    keep:  int32[rows]  for the same state, where it is kept for later requests: a slot of `Lease.checkpoints`
+    """
+
+    read: np.ndarray
+    write: np.ndarray
+    keep: np.ndarray
+
+
 class Match(NamedTuple):
     """The longest resumable prefix; looking changes nothing.
 

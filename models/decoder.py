@@ -1,28 +1,22 @@
-"""What all decoders here are: blocks of layers over stages, their parameters on a mesh, and one `extend`.
+"""What all decoders here are: layers over stages, their parameters on a mesh, and one `extend`.
 
 Owns the layout of parameters and the order of a step. Never allocates, frees or moves a page: layers write where the
-page tables say, into pools that are donated to the step.
+page tables and state slots say, into pools that are donated to the step.
 
     mesh ("cp", "tp", "pp")      stage 0 ----- h -----> stage 1 ----- h -----> last stage -----> logits, everywhere
                                  blocks over pp; in each block its layers, one after the other
 
-A block is one round of the family's pattern of components, such as five layers with a window and one without:
-
-    layer      0 1 2 3 4 5   6 7 8 9 ..        window  [N, blocks, 5, 2, page_tokens, K, head_dim]
-    component  w w w w w f   w w w w ..        full    [N, blocks, 2, page_tokens, K, head_dim]
-
-Layers beyond the last, in a block or a stage that is not full, are zero and do nothing.
+Where a layer's parameters and pages are, `models/layer_plan.py` says.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -33,18 +27,22 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
-from jaxcache.components import Component, FieldSpec, FullAttention, SlidingWindow
-from models.layers import Rope, View, norm_weight, plain_rope, rms_norm, view, weight
+import jaxcache
+from jaxcache.components import Component
+from models.layer_plan import FULL, SLOTS, STATE, WINDOW, Keeps, Kept, LayerPlan
+from models.layers import Held, Rope, Step, View, norm_weight, plain_rope, rms_norm, view, weight
 from models.paged_attention import ExtendBatch, plan_pages
 
 Params = dict[str, Any]
 Pools = dict[str, dict[str, Array]]
-FULL, WINDOW = "full", "window"
 
 
 @dataclass(frozen=True)
 class DecoderConfig(ABC):
-    """What every family's configuration has. pattern: the components of a block's layers, FULL or WINDOW, FULL last."""
+    """What every family's configuration has.
+
+    pattern: kinds of a block's layers. Here a kind is named by its component, and keeps keys and values of it.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -64,8 +62,27 @@ class DecoderConfig(ABC):
             raise ValueError(f"{self.num_heads=} must be a multiple of {self.num_kv_heads=}, and {self.head_dim=} even")
 
     @abstractmethod
-    def layer(self) -> nnx.Module:
-        """One layer: (h [B, T, D], pool, where in the pool, View) -> (h, pool)."""
+    def layer(self, kind: str) -> nnx.Module:
+        """One layer: (h [B, T, D], {field: Held}, Step) -> (h, {field: Held})."""
+
+    @property
+    def layer_kinds(self) -> tuple[str, ...]:
+        """Of each layer."""
+        rounds = -(-self.num_layers // len(self.pattern))
+        return (self.pattern * rounds)[: self.num_layers]
+
+    @property
+    def block_layers(self) -> int:
+        """How many layers a block has: stages hold whole blocks."""
+        return len(self.pattern)
+
+    def keeps(self, kind: str) -> Keeps:
+        """What a layer of this kind keeps of a page, or of a state."""
+        return {kind: {"kv": self.keys_and_values}}
+
+    @property
+    def keys_and_values(self) -> Kept:
+        return Kept((2, SLOTS, self.num_kv_heads, self.head_dim), (None, "slots", "heads", None))
 
     def rope(self, component: str) -> Rope:
         return plain_rope(self.rope_theta, self.head_dim)
@@ -76,12 +93,23 @@ class DecoderConfig(ABC):
         raise NotImplementedError
 
     @property
+    def state_grid_tokens(self) -> int:
+        """A request resumes at multiples of so many tokens, if the layers have a recurrent state."""
+        return 1
+
+    @property
     def embedding_scale(self) -> float:
         return 1.0
 
     @property
-    def num_blocks(self) -> int:
-        return -(-self.num_layers // len(self.pattern))
+    def split_over_tp(self) -> dict[str, int]:
+        """Sizes that tp must divide."""
+        return {"heads": self.num_heads, "mlp entries": self.mlp_size, "tokens": self.vocab_size}
+
+    @property
+    def split_or_repeated(self) -> dict[str, int]:
+        """Sizes that tp must divide, or that must divide tp: then they are repeated."""
+        return {"kv heads": self.num_kv_heads}
 
 
 def published_sizes(hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,56 +134,42 @@ def refuse_unsupported(family: str, hf: Mapping[str, Any], supported: Mapping[st
 
 
 def components(cfg: DecoderConfig, page_tokens: int, dtype: str) -> tuple[Component, ...]:
-    """What one page holds, unsharded: keys and values of every layer of a component."""
-
-    def fields(component: str) -> tuple[FieldSpec, ...]:
-        in_block = _in_block(cfg, component)
-        shape = (cfg.num_blocks, *in_block, 2, page_tokens, cfg.num_kv_heads, cfg.head_dim)
-        axes = ("layers", *(None for _ in in_block), None, "slots", "heads", None)
-        return (FieldSpec("kv", shape, dtype, axes),)
-
-    full = FullAttention(FULL, fields(FULL))
-    if WINDOW not in cfg.pattern:
-        return (full,)
-    return full, SlidingWindow(WINDOW, fields(WINDOW), window_tokens=cfg.window_tokens)
-
-
-def _in_block(cfg: DecoderConfig, component: str) -> tuple[int, ...]:
-    """The dimension that counts a component's layers in a block, where there are several."""
-    count = cfg.pattern.count(component)
-    return (count,) if count > 1 else ()
-
-
-def pool_specs(cfg: DecoderConfig) -> dict[str, dict[str, P]]:
-    """Of the pools of each component: [N, blocks, (layers of a block,) 2, page_tokens, K, head_dim]."""
-    names = dict.fromkeys(cfg.pattern)
-    return {c: {"kv": P(None, "pp", *(None for _ in _in_block(cfg, c)), None, "cp", "tp", None)} for c in names}
+    """What the cache is told of a model: its components, unsharded."""
+    return LayerPlan(cfg).components(page_tokens, dtype)
 
 
 class Decoder(nnx.Module):
     """The model as one rank of a `shard_map` sees it: its parameters are that rank's shards."""
 
     def __init__(self, cfg: DecoderConfig):
-        make_layers = nnx.vmap(cfg.layer, axis_size=cfg.num_layers, transform_metadata={nnx.PARTITION_NAME: "pp"})
-        self.layers = make_layers()
+        plan = LayerPlan(cfg)
+        self.layers = nnx.Dict({kind: self._stack(cfg, plan, kind) for kind in plan.kinds})
         v, d = cfg.vocab_size, cfg.hidden_size
-        self.cfg, self.norm = cfg, norm_weight(d)
+        self.cfg, self.plan, self.norm = cfg, plan, norm_weight(d)
         self.embed = weight((v, d), ("tp", None), d if cfg.tie_embeddings else 1)
         self.head = self.embed if cfg.tie_embeddings else weight((v, d), ("tp", None), d)
 
-    def __call__(self, pools: dict[str, Array], batch: ExtendBatch) -> tuple[Array, dict[str, Array]]:
-        """pools: by component, of this rank; returns f32[B, logits_at, V], the same on every rank."""
-        views = {name: self._view(name, batch, pool) for name, pool in pools.items()}
-        h, pools = self._run_stages(self._embed(batch.tokens), pools, views)
+    @staticmethod
+    def _stack(cfg: DecoderConfig, plan: LayerPlan, kind: str) -> nnx.Module:
+        num_layers = plan.num_blocks * plan.per_block[kind]
+        make = nnx.vmap(cfg.layer, axis_size=num_layers, in_axes=None, transform_metadata={nnx.PARTITION_NAME: "pp"})
+        return make(kind)
+
+    def __call__(self, pools: Pools, batch: ExtendBatch, page_tokens: int) -> tuple[Array, Pools]:
+        """pools: of this rank; returns f32[B, logits_at, V], the same on every rank."""
+        views = {name: self._view(name, batch, fields, page_tokens) for name, fields in pools.items() if name != STATE}
+        h, pools = self._run_stages(self._embed(batch.tokens), pools, Step(batch, views))
         h = jnp.take_along_axis(h, batch.logits_at[..., None], axis=1, mode="clip")
         h = lax.psum(jnp.where(lax.axis_index("pp") == lax.axis_size("pp") - 1, h, 0), "pp")
         h = rms_norm(h, self.norm, self.cfg.rms_norm_eps)
         logits = jnp.einsum("bkd,vd->bkv", h, self.head[...], preferred_element_type=jnp.float32)
         return lax.all_gather(logits, "tp", axis=2, tiled=True), pools
 
-    def _view(self, component: str, batch: ExtendBatch, pool: Array) -> View:
+    def _view(self, component: str, batch: ExtendBatch, fields: dict[str, Array], page_tokens: int) -> View:
         window_tokens = self.cfg.window_tokens if component == WINDOW else None
-        return view(plan_pages(batch, component, pool, window_tokens), self.cfg.rope(component))
+        num_pages = next(iter(fields.values())).shape[0]
+        pages = plan_pages(batch, component, num_pages, page_tokens, window_tokens)
+        return view(pages, self.cfg.rope(component))
 
     def _embed(self, tokens: Array) -> Array:
         """i32[B, T] -> [B, T, D]; each tp rank knows its part of the vocabulary."""
@@ -165,51 +179,56 @@ class Decoder(nnx.Module):
         h = lax.psum(jnp.where(is_local[..., None], rows.at[local].get(mode="clip"), 0), "tp")
         return h if self.cfg.embedding_scale == 1 else h * jnp.asarray(self.cfg.embedding_scale, h.dtype)
 
-    def _run_stages(self, h: Array, pools: dict[str, Array], views: dict[str, View]) -> tuple[Array, dict[str, Array]]:
+    def _run_stages(self, h: Array, pools: Pools, step: Step) -> tuple[Array, Pools]:
         """Stage after stage; a stage that is not at work skips its layers and leaves its pools alone."""
         stage, num_stages = lax.axis_index("pp"), lax.axis_size("pp")
         for active in range(num_stages):
-            h, pools = lax.cond(stage == active, self._run_blocks, lambda h, pools, _: (h, pools), h, pools, views)
+            h, pools = lax.cond(stage == active, self._run_blocks, lambda h, pools, _: (h, pools), h, pools, step)
             h = h if active == num_stages - 1 else lax.ppermute(h, "pp", [(active, active + 1)])
         return h, pools
 
-    def _run_blocks(self, h: Array, pools: dict[str, Array], views: dict[str, View]) -> tuple[Array, dict[str, Array]]:
-        """The blocks of this stage."""
-        graphdef, state = nnx.split(self.layers)
-        period, num_local = len(self.cfg.pattern), next(iter(pools.values())).shape[1]
-        first = lax.axis_index("pp") * num_local * period
-        is_padded = num_local * period * lax.axis_size("pp") != self.cfg.num_layers
+    def _run_blocks(self, h: Array, pools: Pools, step: Step) -> tuple[Array, Pools]:
+        """The blocks of this stage. Neighbours of one kind in a loop: XLA copies a pool that one body writes twice."""
+        plan, stacks = self.plan, {kind: nnx.split(layers) for kind, layers in self.layers.items()}
+        num_local = next(iter(next(iter(pools.values())).values())).shape[1]
+        is_full = num_local * lax.axis_size("pp") == plan.num_blocks and not plan.is_ragged
+        rows = jnp.minimum(lax.axis_index("pp") * num_local + jnp.arange(num_local), plan.num_blocks)
+        nothing = len(plan.kinds)
 
-        def run_layer(h: Array, pools: dict[str, Array], state: Any, component: str, place: tuple):
-            h, pool = nnx.merge(graphdef, state)(h, pools[component], place, views[component])
-            return h, {**pools, component: pool}
+        def run_layer(h: Array, pools: Pools, kind: str, block: Array, row: Array, j: Array) -> tuple[Array, Pools]:
+            graphdef, stack = stacks[kind]
+            at = block * plan.per_block[kind] + jnp.asarray(plan.place_at(kind))[row, j]
+            state = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, at, keepdims=False), stack)
+            held, owners = {}, {}
+            for component, fields in plan.keeps[kind].items():
+                for name in fields:
+                    place = (block,)
+                    if plan.per_block[component, name] > 1:
+                        place = (block, jnp.asarray(plan.place_at((component, name)))[row, j])
+                    held[name], owners[name] = Held(pools[component][name], place), component
+            h, held = nnx.merge(graphdef, state)(h, held, step)
+            for name, component in owners.items():
+                pools = {**pools, component: {**pools[component], name: held[name].pool}}
+            return h, pools
 
-        def run_block(carry: tuple[Array, dict[str, Array]], xs: tuple[Any, Array]):
-            """Neighbours of one component in a loop: XLA copies a pool that one body writes twice."""
-            blocks, i = xs
-            for component, js in itertools.groupby(range(period), self.cfg.pattern.__getitem__):
-                start, *rest = js
-                before = self.cfg.pattern[:start].count(component)
+        def run_place(carry: tuple[Array, Pools], block: Array, row: Array, j: Array, kinds: tuple[str, ...]):
+            branches = [functools.partial(run_layer, kind=kind, block=block, row=row, j=j) for kind in kinds]
+            if len(kinds) == 1 and is_full:
+                return branches[0](*carry)
+            chosen = jnp.asarray([*(plan.kinds.index(kind) for kind in kinds), nothing])
+            is_kind = jnp.asarray(plan.kind_at)[row, j] == chosen
+            return lax.switch(jnp.argmax(is_kind), [*branches, lambda h, pools: (h, pools)], *carry)
 
-                def run_one(carry, xs, component=component, start=start, before=before):
-                    state, k = xs
-                    place = (i, before + k) if _in_block(self.cfg, component) else (i,)
-                    run = functools.partial(run_layer, state=state, component=component, place=place)
-                    if not is_padded:
-                        return run(*carry), None
-                    is_real = first + i * period + start + k < self.cfg.num_layers
-                    return lax.cond(is_real, run, lambda h, pools: (h, pools), *carry), None
-
-                places = slice(start, start + 1 + len(rest))
-                states = jax.tree.map(lambda x, places=places: x[places], blocks)
-                if rest:
-                    carry, _ = lax.scan(run_one, carry, (states, jnp.arange(1 + len(rest))))
+        def run_block(carry: tuple[Array, Pools], xs: tuple[Array, Array]):
+            for places, kinds in plan.groups:
+                run = functools.partial(run_place, block=xs[0], row=xs[1], kinds=kinds)
+                if len(places) == 1:
+                    carry = run(carry, j=jnp.int32(places[0]))
                 else:
-                    carry, _ = run_one(carry, (jax.tree.map(lambda x: x[0], states), 0))
+                    carry, _ = lax.scan(lambda c, j, run=run: (run(c, j=j), None), carry, jnp.asarray(places))
             return carry, None
 
-        blocks = jax.tree.map(lambda x: x.reshape(num_local, period, *x.shape[1:]), state)
-        carry, _ = lax.scan(run_block, (h, pools), (blocks, jnp.arange(num_local)))
+        carry, _ = lax.scan(run_block, (h, pools), (jnp.arange(num_local), rows))
         return carry
 
 
@@ -219,8 +238,8 @@ def make_extend(
     """Compiles, once per shape, the step that prefills chunks and decodes.
 
     extend(params, pools, batch) -> (logits f32[B, logits_at, V], replicated; pools)
-    pools: {component: {"kv": [N, blocks, ..., 2, page_tokens, K, head_dim]}}, see `pool_specs`, blocks and K padded;
-           donated, updated in place
+    pools: {component: {field: [N, blocks, ...]}}, as `Cache.init_pools` makes them of `components`; donated, updated
+           in place
     """
     _check_mesh(cfg, mesh)
     if page_tokens % mesh.shape["cp"]:
@@ -228,18 +247,16 @@ def make_extend(
     graphdef, _ = nnx.split(_abstract_model(cfg))
     param_shardings = jax.tree.map(lambda target: target.sharding, param_targets(cfg, mesh, jnp.float32))
     param_specs = jax.tree.map(lambda sharding: sharding.spec, param_shardings)
-    specs = pool_specs(cfg)
+    pool_shardings = jaxcache.pool_shardings(components(cfg, page_tokens, "float32"), mesh)
+    specs = jax.tree.map(lambda sharding: sharding.spec, pool_shardings)
 
     @functools.partial(
         jax.shard_map, mesh=mesh, in_specs=(param_specs, specs, P()), out_specs=(P(), specs), check_vma=False
     )
     def forward(params: Params, pools: Pools, batch: ExtendBatch) -> tuple[Array, Pools]:
-        model = nnx.merge(graphdef, params)
-        logits, written = model({name: fields["kv"] for name, fields in pools.items()}, batch)
-        return logits, {name: {"kv": pool} for name, pool in written.items()}
+        return nnx.merge(graphdef, params)(pools, batch, page_tokens)
 
     replicated = NamedSharding(mesh, P())
-    pool_shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P))
     in_shardings = (param_shardings, pool_shardings, replicated)
     return jax.jit(forward, donate_argnums=1, in_shardings=in_shardings, out_shardings=(replicated, pool_shardings))
 
@@ -265,22 +282,23 @@ def _pad_param(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def abstract_params(cfg: DecoderConfig) -> Params:
-    """Shapes of the parameters as published: nothing padded, nothing sharded."""
+    """Shapes of the parameters as published: blocks are filled up, nothing else is padded, and nothing sharded."""
     return nnx.to_pure_dict(nnx.state(_abstract_model(cfg)))
 
 
 def param_targets(cfg: DecoderConfig, mesh: Mesh, dtype: DTypeLike) -> Params:
     """Shapes, dtypes and shardings of the parameters on `mesh`.
 
-    Layers are padded with zeros to whole blocks, as many on every stage. Kv heads fewer than tp are repeated, each
+    Layers are padded to whole blocks, as many on every stage. Kv heads fewer than tp are repeated, each
     tp / kv_heads times in a row: entry i of a padded axis of n is entry i * kv_heads // n.
     """
     _check_mesh(cfg, mesh)
+    plan = LayerPlan(cfg)
 
     def padded(n: int, axis: str | None) -> int:
         if axis == "pp":
-            multiple = mesh.shape["pp"] * len(cfg.pattern)
-            return -(-n // multiple) * multiple
+            num_blocks = -(-plan.num_blocks // mesh.shape["pp"]) * mesh.shape["pp"]
+            return n // plan.num_blocks * num_blocks
         return max(n, mesh.shape["tp"]) if axis == "tp" else n
 
     def target(leaf: jax.ShapeDtypeStruct, spec: P) -> jax.ShapeDtypeStruct:
@@ -297,61 +315,19 @@ def _check_mesh(cfg: DecoderConfig, mesh: Mesh) -> None:
     tp = mesh.shape["tp"]
     if not _fits(cfg, tp):
         fit = [n for n in range(1, cfg.num_heads + 1) if _fits(cfg, n)]
+        sizes = [f"{n} {name}" for name, n in (cfg.split_over_tp | cfg.split_or_repeated).items()]
+        repeated = " and ".join(cfg.split_or_repeated)
         raise ValueError(
-            f"{tp=} does not divide {cfg.num_heads} heads, {cfg.num_kv_heads} kv heads, {cfg.mlp_size} mlp entries and "
-            f"{cfg.vocab_size} tokens (of kv heads it may be a multiple: they are repeated); tp may be one of {fit}"
+            f"{tp=} does not divide {', '.join(sizes)} (of {repeated} it may be a multiple: they are repeated); "
+            f"tp may be one of {fit}"
         )
 
 
 def _fits(cfg: DecoderConfig, tp: int) -> bool:
-    divides = math.gcd(cfg.num_heads, cfg.mlp_size, cfg.vocab_size) % tp == 0
-    return divides and (cfg.num_kv_heads % tp == 0 or tp % cfg.num_kv_heads == 0)
+    divides = math.gcd(*cfg.split_over_tp.values()) % tp == 0
+    return divides and all(n % tp == 0 or tp % n == 0 for n in cfg.split_or_repeated.values())
 
 
 def _abstract_model(cfg: DecoderConfig) -> Decoder:
     with nnx.use_eager_sharding(False):
         return nnx.eval_shape(lambda: Decoder(cfg))
-
-
-class Stored(NamedTuple):
-    """Where a parameter lies in published files.
-
-    name:   of its tensors, with a field for each axis that is spread over several: {l} and {e}
-    stored: its axes there, a comma between the stored dimensions
-    axes:   the parameter's own
-    add:    what is to be added to each entry
-
-    Axes are letters in lower case: v, d, f as in models/layers.py, l layer, h query heads, k kv heads, c head_dim, e
-    expert.
-    """
-
-    name: str
-    stored: str
-    axes: str
-    add: float = 0.0
-
-
-def stored_decoder(cfg: DecoderConfig) -> dict[str, Stored]:
-    """What all families here publish alike, by parameter: embeddings, projections, and the norm before attention."""
-    layer, attention = "model.layers.{l}.", "model.layers.{l}.self_attn."
-    stored = {
-        "embed": Stored("model.embed_tokens.weight", "v,d", "vd"),
-        "norm": Stored("model.norm.weight", "d", "d"),
-        "layers.attention.wq": Stored(attention + "q_proj.weight", "hc,d", "ldhc"),
-        "layers.attention.wk": Stored(attention + "k_proj.weight", "kc,d", "ldkc"),
-        "layers.attention.wv": Stored(attention + "v_proj.weight", "kc,d", "ldkc"),
-        "layers.attention.wo": Stored(attention + "o_proj.weight", "d,hc", "lhcd"),
-        "layers.attention_norm": Stored(layer + "input_layernorm.weight", "d", "ld"),
-        "layers.mlp_norm": Stored(layer + "post_attention_layernorm.weight", "d", "ld"),
-    }
-    if not cfg.tie_embeddings:
-        stored["head"] = Stored("lm_head.weight", "v,d", "vd")
-    return stored
-
-
-def stored_mlp() -> dict[str, Stored]:
-    """A `GatedMlp`, as published."""
-    mlp = "model.layers.{l}.mlp."
-    return {f"layers.mlp.{name}": Stored(f"{mlp}{name}_proj.weight", "f,d", "ldf") for name in ("gate", "up")} | {
-        "layers.mlp.down": Stored(mlp + "down_proj.weight", "d,f", "lfd")
-    }

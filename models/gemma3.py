@@ -19,17 +19,15 @@ from models.decoder import (
     FULL,
     WINDOW,
     DecoderConfig,
-    Stored,
     published_sizes,
     refuse_unsupported,
-    stored_decoder,
-    stored_mlp,
 )
 from models.layers import (
     GatedMlp,
+    HeldFields,
     Projections,
     Rope,
-    View,
+    Step,
     norm_weight,
     plain_rope,
     project,
@@ -37,6 +35,7 @@ from models.layers import (
     rotate,
 )
 from models.paged_attention import attend, write
+from models.stored import Stored, stored_decoder, stored_mlp
 
 NORMS = ("input", "post_attention", "pre_feedforward", "post_feedforward")  # of a layer, in their order
 
@@ -56,8 +55,8 @@ class Gemma3Config(DecoderConfig):
 
     pattern: ClassVar[tuple[str, ...]] = (*(WINDOW,) * 5, FULL)
 
-    def layer(self) -> Layer:
-        return Layer(self)
+    def layer(self, kind: str) -> Layer:
+        return Layer(self, kind)
 
     def rope(self, component: str) -> Rope:
         if component == WINDOW:
@@ -118,34 +117,36 @@ def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
 class Attention(Projections):
     """Grouped-query attention over pages; heads over tp, token slots of each page over cp."""
 
-    def __init__(self, cfg: Gemma3Config):
+    def __init__(self, cfg: Gemma3Config, component: str):
         super().__init__(cfg.hidden_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim)
+        self.component = component
         self.q_norm, self.k_norm = norm_weight(cfg.head_dim), norm_weight(cfg.head_dim)
         self.eps, self.scale = cfg.rms_norm_eps, cfg.query_scale**-0.5
 
-    def __call__(self, h: Array, pool: Array, place: tuple, view: View) -> tuple[Array, Array]:
-        """h: [B, T, D]; pool: [N, ..., 2, S, K, head_dim], written at `place` before it is read."""
+    def __call__(self, h: Array, held: HeldFields, step: Step) -> tuple[Array, HeldFields]:
+        """h: [B, T, D]; held: kv [N, ..., 2, S, K, head_dim], written before it is read."""
+        view = step.views[self.component]
         q, k, v = self.qkv(h)
         q, k = rms_norm(q, self.q_norm, self.eps), rms_norm(k, self.k_norm, self.eps)
-        pool = write(pool, place, view.pages, jnp.stack([rotate(k, view), v], axis=2))
-        out = attend(rotate(q, view), pool, place, view.pages, self.scale).astype(h.dtype)
-        return project("bthc,hcd->btd", out, self.wo), pool
+        kv = write(held["kv"], view.pages, jnp.stack([rotate(k, view), v], axis=2))
+        out = attend(rotate(q, view), kv, view.pages, self.scale).astype(h.dtype)
+        return project("bthc,hcd->btd", out, self.wo), {"kv": kv}
 
 
 class Layer(nnx.Module):
     """Attention, then mlp, each between two norms and added to the residual."""
 
-    def __init__(self, cfg: Gemma3Config):
-        self.attention = Attention(cfg)
+    def __init__(self, cfg: Gemma3Config, component: str):
+        self.attention = Attention(cfg, component)
         self.mlp = GatedMlp(cfg.hidden_size, cfg.mlp_size, partial(jax.nn.gelu, approximate=True))
         self.attention_norm, self.after_attention_norm = norm_weight(cfg.hidden_size), norm_weight(cfg.hidden_size)
         self.mlp_norm, self.after_mlp_norm = norm_weight(cfg.hidden_size), norm_weight(cfg.hidden_size)
         self.eps = cfg.rms_norm_eps
 
-    def __call__(self, h: Array, pool: Array, place: tuple, view: View) -> tuple[Array, Array]:
-        out, pool = self.attention(rms_norm(h, self.attention_norm, self.eps), pool, place, view)
+    def __call__(self, h: Array, held: HeldFields, step: Step) -> tuple[Array, HeldFields]:
+        out, held = self.attention(rms_norm(h, self.attention_norm, self.eps), held, step)
         h = h + rms_norm(out, self.after_attention_norm, self.eps)
-        return h + rms_norm(self.mlp(rms_norm(h, self.mlp_norm, self.eps)), self.after_mlp_norm, self.eps), pool
+        return h + rms_norm(self.mlp(rms_norm(h, self.mlp_norm, self.eps)), self.after_mlp_norm, self.eps), held
 
 
 def checkpoint(cfg: Gemma3Config) -> dict[str, Stored]:

@@ -16,18 +16,20 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 
-from models.decoder import FULL, WINDOW, DecoderConfig, Stored, published_sizes, refuse_unsupported, stored_decoder
+from models.decoder import FULL, WINDOW, DecoderConfig, published_sizes, refuse_unsupported
 from models.layers import (
+    HeldFields,
     PreNormLayer,
     Projections,
     Rope,
-    View,
+    Step,
     plain_rope,
     project,
     rotate,
     weight,
 )
 from models.paged_attention import attend, write
+from models.stored import Stored, stored_decoder
 
 ALPHA = 1.702  # of the gate's sigmoid
 BIAS_STD = 0.1  # of random parameters
@@ -80,8 +82,8 @@ class GptOssConfig(DecoderConfig):
         if self.experts_per_token > self.num_experts:
             raise ValueError(f"{self.experts_per_token=} must not exceed {self.num_experts=}")
 
-    def layer(self) -> PreNormLayer:
-        return PreNormLayer(Attention(self), Experts(self), self.hidden_size, self.rms_norm_eps)
+    def layer(self, kind: str) -> PreNormLayer:
+        return PreNormLayer(Attention(self, kind), Experts(self), self.hidden_size, self.rms_norm_eps)
 
     def rope(self, component: str) -> Rope:
         return self.yarn.rope(self.rope_theta, self.head_dim) if self.yarn else super().rope(component)
@@ -139,18 +141,20 @@ def _bias(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
 class Attention(Projections):
     """Grouped-query attention over pages; heads over tp, token slots of each page over cp."""
 
-    def __init__(self, cfg: GptOssConfig):
+    def __init__(self, cfg: GptOssConfig, component: str):
         d, h, k, c = cfg.hidden_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
         super().__init__(d, h, k, c)
+        self.component = component
         self.bq, self.bk, self.bv = (_bias((n, c), ("tp", None)) for n in (h, k, k))
         self.bo, self.sinks = _bias((d,), (None,)), _bias((h,), ("tp",))
 
-    def __call__(self, h: Array, pool: Array, place: tuple, view: View) -> tuple[Array, Array]:
-        """h: [B, T, D]; pool: [N, ..., 2, S, K, head_dim], written at `place` before it is read."""
+    def __call__(self, h: Array, held: HeldFields, step: Step) -> tuple[Array, HeldFields]:
+        """h: [B, T, D]; held: kv [N, ..., 2, S, K, head_dim], written before it is read."""
+        view = step.views[self.component]
         q, k, v = (x + b[...][None, None] for x, b in zip(self.qkv(h), (self.bq, self.bk, self.bv), strict=True))
-        pool = write(pool, place, view.pages, jnp.stack([rotate(k, view), v], axis=2))
-        out = attend(rotate(q, view), pool, place, view.pages, sinks=self.sinks[...]).astype(h.dtype)
-        return project("bthc,hcd->btd", out, self.wo) + self.bo[...][None, None], pool
+        kv = write(held["kv"], view.pages, jnp.stack([rotate(k, view), v], axis=2))
+        out = attend(rotate(q, view), kv, view.pages, sinks=self.sinks[...]).astype(h.dtype)
+        return project("bthc,hcd->btd", out, self.wo) + self.bo[...][None, None], {"kv": kv}
 
 
 class Experts(nnx.Module):

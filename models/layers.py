@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 
-from models.paged_attention import Pages, Place
+from models.paged_attention import ExtendBatch, Held, Pages
 
 
 class Rope(NamedTuple):
@@ -37,6 +37,16 @@ class View(NamedTuple):
     pages: Pages
     cos: Array
     sin: Array
+
+
+class Step(NamedTuple):
+    """What a layer needs to know of a model step. views: by component, but for states"""
+
+    batch: ExtendBatch
+    views: dict[str, View]
+
+
+HeldFields = dict[str, Held]
 
 
 def view(pages: Pages, rope: Rope) -> View:
@@ -96,10 +106,10 @@ class PreNormLayer(nnx.Module):
         self.attention_norm, self.mlp_norm = norm_weight(d), norm_weight(d)
         self.eps = eps
 
-    def __call__(self, h: Array, pool: Array, place: Place, view: View) -> tuple[Array, Array]:
-        out, pool = self.attention(rms_norm(h, self.attention_norm, self.eps), pool, place, view)
+    def __call__(self, h: Array, held: HeldFields, step: Step) -> tuple[Array, HeldFields]:
+        out, held = self.attention(rms_norm(h, self.attention_norm, self.eps), held, step)
         h = h + out
-        return h + self.mlp(rms_norm(h, self.mlp_norm, self.eps)), pool
+        return h + self.mlp(rms_norm(h, self.mlp_norm, self.eps)), held
 
 
 class GatedMlp(nnx.Module):

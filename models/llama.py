@@ -10,16 +10,20 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from models.decoder import DecoderConfig, Stored, published_sizes, refuse_unsupported, stored_decoder, stored_mlp
-from models.layers import GatedMlp, PreNormLayer, Projections, View, project, rotate
+from models.decoder import DecoderConfig, published_sizes, refuse_unsupported
+from models.layers import GatedMlp, HeldFields, PreNormLayer, Projections, Step, project, rotate
 from models.paged_attention import attend, write
+from models.stored import Stored, stored_decoder, stored_mlp
 
 
 @dataclass(frozen=True)
 class LlamaConfig(DecoderConfig):
-    def layer(self) -> PreNormLayer:
+    def layer(self, kind: str) -> PreNormLayer:
         return PreNormLayer(
-            Attention(self), GatedMlp(self.hidden_size, self.mlp_size, jax.nn.silu), self.hidden_size, self.rms_norm_eps
+            Attention(self, kind),
+            GatedMlp(self.hidden_size, self.mlp_size, jax.nn.silu),
+            self.hidden_size,
+            self.rms_norm_eps,
         )
 
     @classmethod
@@ -50,15 +54,17 @@ def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
 class Attention(Projections):
     """Grouped-query attention over pages; heads over tp, token slots of each page over cp."""
 
-    def __init__(self, cfg: LlamaConfig):
+    def __init__(self, cfg: LlamaConfig, component: str):
         super().__init__(cfg.hidden_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim)
+        self.component = component
 
-    def __call__(self, h: Array, pool: Array, place: tuple, view: View) -> tuple[Array, Array]:
-        """h: [B, T, D]; pool: [N, L, 2, S, K, head_dim], written at `place` before it is read."""
+    def __call__(self, h: Array, held: HeldFields, step: Step) -> tuple[Array, HeldFields]:
+        """h: [B, T, D]; held: kv [N, ..., 2, S, K, head_dim], written before it is read."""
+        view = step.views[self.component]
         q, k, v = self.qkv(h)
-        pool = write(pool, place, view.pages, jnp.stack([rotate(k, view), v], axis=2))
-        out = attend(rotate(q, view), pool, place, view.pages).astype(h.dtype)
-        return project("bthc,hcd->btd", out, self.wo), pool
+        kv = write(held["kv"], view.pages, jnp.stack([rotate(k, view), v], axis=2))
+        out = attend(rotate(q, view), kv, view.pages).astype(h.dtype)
+        return project("bthc,hcd->btd", out, self.wo), {"kv": kv}
 
 
 def checkpoint(cfg: LlamaConfig) -> dict[str, Stored]:

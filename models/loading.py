@@ -29,6 +29,8 @@ from jax.typing import DTypeLike
 
 from models import decoder, gemma3, gpt_oss, llama, mxfp4, qwen3
 from models.gguf_file import GgufFile, opened
+from models.layer_plan import LayerPlan
+from models.stored import Stored, stored_of
 
 DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
@@ -45,7 +47,7 @@ class Family(NamedTuple):
     """What a model file offers to the loader."""
 
     config_from_hf: Callable[[Mapping[str, Any]], decoder.DecoderConfig]
-    checkpoint: Callable[[Any], dict[str, decoder.Stored]]
+    checkpoint: Callable[[Any], dict[str, Stored]]
 
 
 QWEN3 = Family(qwen3.Qwen3Config.from_hf, qwen3.checkpoint)
@@ -70,12 +72,15 @@ def load_model(source: Path | GgufFile, mesh: Mesh, dtype: DTypeLike) -> tuple[d
     if (family := FAMILIES.get(tensors.hf["model_type"])) is None:
         raise ValueError(f"{source}: model_type {tensors.hf['model_type']!r} is none of {sorted(FAMILIES)}")
     cfg = family.config_from_hf(tensors.hf)
-    stored = family.checkpoint(cfg)
+    stored, plan = family.checkpoint(cfg), LayerPlan(cfg)
 
     def param(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Param:
-        there = stored[jax.tree_util.keystr(path, simple=True, separator=".")]
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        there = stored_of(stored, name)
         sizes = dict(zip(there.axes, leaf.shape, strict=True))
-        return Param(there.name, tuple(there.stored.split(",")), there.axes, sizes, there.add if tensors.adds else 0.0)
+        layers = plan.layers_of(name.split(".")[1]) if "l" in there.axes else ()
+        add = there.add if tensors.adds else 0.0
+        return Param(there.name, tuple(there.stored.split(",")), there.axes, sizes, layers, add, there.part)
 
     params = jax.tree_util.tree_map_with_path(param, decoder.abstract_params(cfg))
     jax.tree.map(tensors.check, params)
@@ -98,14 +103,18 @@ class Param:
     groups: for each stored dimension the parameter's axes that it joins
     axes:   of the parameter
     sizes:  of each axis, as published
+    layers: which layer each entry of axis l is; -1: padding
     add:    to each entry
+    part:   see `Stored`
     """
 
     name: str
     groups: tuple[str, ...]
     axes: str
     sizes: dict[str, int]
+    layers: tuple[int, ...]
     add: float
+    part: tuple[int, int] | None
 
     @property
     def spread(self) -> str:
@@ -113,11 +122,14 @@ class Param:
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        return tuple(math.prod(self.sizes[axis] for axis in group) for group in self.groups)
+        first, *others = (math.prod(self.sizes[axis] for axis in group) for group in self.groups)
+        return (self.part[1] if self.part else first, *others)
 
     def names(self) -> Iterator[str]:
-        for numbers in itertools.product(*(range(self.sizes[axis]) for axis in self.spread)):
-            yield self.name.format(**dict(zip(self.spread, numbers, strict=True)))
+        numbers = {axis: range(self.sizes[axis]) for axis in self.spread}
+        numbers |= {"l": [layer for layer in self.layers if layer >= 0]} if "l" in numbers else {}
+        for chosen in itertools.product(*numbers.values()):
+            yield self.name.format(**dict(zip(numbers, chosen, strict=True)))
 
 
 def _load_param(tensors: Checkpoint | GgufFile, param: Param, target: jax.ShapeDtypeStruct) -> jax.Array:
@@ -136,18 +148,23 @@ def _load_param(tensors: Checkpoint | GgufFile, param: Param, target: jax.ShapeD
 def _read_shard(
     tensors: Checkpoint | GgufFile, param: Param, bounds: Bounds, target: jax.ShapeDtypeStruct
 ) -> np.ndarray:
-    """The entries [start, stop) of each axis. Beyond its published size the layer axis is zero, others repeat."""
+    """The entries [start, stop) of each axis. The layer axis is padded with zeros, others are repeated."""
     shard = np.zeros([stop - start for start, stop in bounds], target.dtype)
     picks: dict[str, np.ndarray] = {}
     for axis, (start, stop), padded in zip(param.axes, bounds, target.shape, strict=True):
-        size, wanted = param.sizes[axis], np.arange(start, stop)
-        picks[axis] = wanted[wanted < size] if axis == "l" else wanted * size // padded
+        wanted = np.arange(start, stop)
+        picks[axis] = wanted * param.sizes[axis] // padded
+        if axis == "l":
+            picks[axis] = np.pad(param.layers, (0, padded - len(param.layers)), constant_values=-1)[wanted]
     stored = "".join(param.groups)
     order = [stored.index(axis) for axis in param.axes if axis in stored]
     for places in itertools.product(*(range(len(picks[axis])) for axis in param.spread)):
         place = dict(zip(param.spread, places, strict=True))
+        if "l" in place and picks["l"][place["l"]] < 0:
+            continue
         name = param.name.format(**{axis: picks[axis][i] for axis, i in place.items()})
-        values = tensors.read(name, tuple(_join(group, picks, param.sizes) for group in param.groups))
+        first, *others = (_join(group, picks, param.sizes) for group in param.groups)
+        values = tensors.read(name, (first + (param.part[0] if param.part else 0), *others))
         values = values.reshape([len(picks[axis]) for axis in stored]).transpose(order)
         values = values + np.float32(param.add) if param.add else values
         shard[tuple(place.get(axis, slice(None)) for axis in param.axes)] = values

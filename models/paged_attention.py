@@ -18,9 +18,18 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxcache import StateSlots
+
 BLOCK_TOKENS = 256  # attention reads this many keys at a time, or one page
 Place = tuple[Any, ...]
 MASKED = -1e30  # finite: exp(MASKED - MASKED) must not be nan; what it lets in is multiplied by zero later
+
+
+class Held(NamedTuple):
+    """What one layer keeps in one field: pool[page, *place]."""
+
+    pool: Array
+    place: Place
 
 
 class ExtendBatch(NamedTuple):
@@ -31,6 +40,7 @@ class ExtendBatch(NamedTuple):
     num_new:     i32[B]     0: the row is padding
     page_tables: {component: i32[B, W]}, padded with num_pages
     logits_at:   i32[B, K]  columns whose logits are wanted
+    states:      where recurrent states are read and written, if the model has any: see `Cache.state_slots`
     """
 
     tokens: Array
@@ -38,6 +48,7 @@ class ExtendBatch(NamedTuple):
     num_new: Array
     page_tables: dict[str, Array]
     logits_at: Array
+    states: StateSlots | None = None
 
 
 class Pages(NamedTuple):
@@ -63,10 +74,12 @@ class Pages(NamedTuple):
     blocks: Array
 
 
-def plan_pages(batch: ExtendBatch, component: str, pool: Array, window_tokens: int | None = None) -> Pages:
+def plan_pages(
+    batch: ExtendBatch, component: str, num_pages: int, page_tokens: int, window_tokens: int | None = None
+) -> Pages:
     """window_tokens: how many tokens, the newest included, a token reads; None: all"""
-    num_pages, rank_slots = pool.shape[0], pool.shape[-3]
-    page_tokens, first_slot = rank_slots * lax.axis_size("cp"), rank_slots * lax.axis_index("cp")
+    rank_slots = page_tokens // lax.axis_size("cp")
+    first_slot = rank_slots * lax.axis_index("cp")
     width = max(1, BLOCK_TOKENS // page_tokens)
     table = batch.page_tables[component]
     table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % width)), constant_values=num_pages)
@@ -93,14 +106,13 @@ def plan_pages(batch: ExtendBatch, component: str, pool: Array, window_tokens: i
     )
 
 
-def write(pool: Array, place: Place, pages: Pages, kv: Array) -> Array:
+def write(held: Held, pages: Pages, kv: Array) -> Held:
     """Puts the new keys and values, [B, T, 2, K, head_dim], where this rank holds their slots."""
-    return pool.at[(pages.write_ids, *place, slice(None), pages.write_slots)].set(kv.astype(pool.dtype), mode="drop")
+    at = held.pool.at[(pages.write_ids, *held.place, slice(None), pages.write_slots)]
+    return held._replace(pool=at.set(kv.astype(held.pool.dtype), mode="drop"))
 
 
-def attend(
-    q: Array, pool: Array, place: Place, pages: Pages, scale: float | None = None, sinks: Array | None = None
-) -> Array:
+def attend(q: Array, held: Held, pages: Pages, scale: float | None = None, sinks: Array | None = None) -> Array:
     """Softmax attention over the pages of the table, a block of columns at a time, merged over cp by log-sum-exp.
 
     q:     [B, T, H, head_dim]; returns f32[B, T, H, head_dim]
@@ -111,11 +123,11 @@ def attend(
     rounding: so a token's result depends, bit for bit, neither on the table's width, nor on the other rows, nor on
     where its chunk began; only B and T matter, which choose the compiled program.
     """
-    (b, t, h, c), k = q.shape, pool.shape[-2]
+    (b, t, h, c), k = q.shape, held.pool.shape[-2]
     q = q.reshape(b, t, k, h // k, c).transpose(0, 2, 3, 1, 4).reshape(b, k, -1, c)  # [B, K, G * T, head_dim]
     zeros = jnp.zeros(q.shape, jnp.float32)
     partial = (jnp.full_like(zeros[..., :1], MASKED), zeros[..., :1], zeros)
-    block = functools.partial(_attend_block, q, pool, place, pages, c**-0.5 if scale is None else scale)
+    block = functools.partial(_attend_block, q, held, pages, c**-0.5 if scale is None else scale)
     peak, total, mixed = lax.fori_loop(pages.blocks[0], pages.blocks[1], block, partial)
     top = lax.pmax(peak, "cp")
     if sinks is not None:
@@ -129,11 +141,11 @@ def attend(
 
 
 def _attend_block(
-    q: Array, pool: Array, place: Place, pages: Pages, scale: float, i: Array, partial: tuple[Array, Array, Array]
+    q: Array, held: Held, pages: Pages, scale: float, i: Array, partial: tuple[Array, Array, Array]
 ) -> tuple[Array, Array, Array]:
     """Adds block i of the table to (maximum, sum of weights, weighted values), f32[B, K, G * T, 1, 1, head_dim]."""
     peak, total, mixed = partial
-    width = pages.key_offsets.shape[0] // pool.shape[-3]
+    (pool, place), width = held, pages.key_offsets.shape[0] // held.pool.shape[-3]
     table = lax.dynamic_slice_in_dim(pages.table, i * width, width, axis=1)
     keys, values = (pool.at[(table, *place, j)].get(mode="promise_in_bounds") for j in (0, 1))
     keys, values = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (keys, values))  # [B, width * S, K, head_dim]

@@ -17,9 +17,21 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
-from models.decoder import DecoderConfig, Stored, published_sizes, refuse_unsupported, stored_decoder, stored_mlp
-from models.layers import GatedMlp, PreNormLayer, Projections, View, norm_weight, project, rms_norm, rotate, weight
+from models.decoder import DecoderConfig, published_sizes, refuse_unsupported
+from models.layers import (
+    GatedMlp,
+    HeldFields,
+    PreNormLayer,
+    Projections,
+    Step,
+    norm_weight,
+    project,
+    rms_norm,
+    rotate,
+    weight,
+)
 from models.paged_attention import attend, write
+from models.stored import Stored, stored_decoder, stored_mlp
 
 
 @dataclass(frozen=True)
@@ -35,9 +47,9 @@ class Qwen3Config(DecoderConfig):
         if self.experts_per_token > self.num_experts:
             raise ValueError(f"{self.experts_per_token=} must not exceed {self.num_experts=}")
 
-    def layer(self) -> PreNormLayer:
+    def layer(self, kind: str) -> PreNormLayer:
         mlp = SparseMlp(self) if self.num_experts else GatedMlp(self.hidden_size, self.mlp_size, jax.nn.silu)
-        return PreNormLayer(Attention(self), mlp, self.hidden_size, self.rms_norm_eps)
+        return PreNormLayer(Attention(self, kind), mlp, self.hidden_size, self.rms_norm_eps)
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> Qwen3Config:
@@ -73,18 +85,20 @@ def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
 class Attention(Projections):
     """Grouped-query attention over pages; heads over tp, token slots of each page over cp."""
 
-    def __init__(self, cfg: Qwen3Config):
+    def __init__(self, cfg: Qwen3Config, component: str):
         super().__init__(cfg.hidden_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim)
+        self.component = component
         self.q_norm, self.k_norm = norm_weight(cfg.head_dim), norm_weight(cfg.head_dim)
         self.eps = cfg.rms_norm_eps
 
-    def __call__(self, h: Array, pool: Array, place: tuple, view: View) -> tuple[Array, Array]:
-        """h: [B, T, D]; pool: [N, L, 2, S, K, head_dim], written at `place` before it is read."""
+    def __call__(self, h: Array, held: HeldFields, step: Step) -> tuple[Array, HeldFields]:
+        """h: [B, T, D]; held: kv [N, ..., 2, S, K, head_dim], written before it is read."""
+        view = step.views[self.component]
         q, k, v = self.qkv(h)
         q, k = rms_norm(q, self.q_norm, self.eps), rms_norm(k, self.k_norm, self.eps)
-        pool = write(pool, place, view.pages, jnp.stack([rotate(k, view), v], axis=2))
-        out = attend(rotate(q, view), pool, place, view.pages).astype(h.dtype)
-        return project("bthc,hcd->btd", out, self.wo), pool
+        kv = write(held["kv"], view.pages, jnp.stack([rotate(k, view), v], axis=2))
+        out = attend(rotate(q, view), kv, view.pages).astype(h.dtype)
+        return project("bthc,hcd->btd", out, self.wo), {"kv": kv}
 
 
 class SparseMlp(nnx.Module):

@@ -236,8 +236,8 @@ class Server:
             request.num_computed = end
             is_prompt_computed = end >= len(request.prompt) and len(request.output) == 1
             assert request.lease is not None
-            if is_prompt_computed or end == request.lease.next_stop:  # or a state is to be kept here
-                self.cache.insert(request.lease, end)
+            if is_prompt_computed or end == request.lease.next_stop:  # where a window or a state is to be kept
+                self.cache.insert(request.lease, end, states=[end] if end in request.lease.checkpoints else [])
 
     def _loaded(self, batch: list[Request]) -> list[Request]:
         """Those whose pages are on the device."""
@@ -319,9 +319,11 @@ class Server:
                 request, end = row
                 starts[b], num_new[b] = request.num_computed, end - request.num_computed
                 tokens[b, : num_new[b]] = _tokens(request, request.num_computed, end)
-        tables = self.cache.tables([None if row is None else row[0].lease for row in rows], self.shape.table_pages)
+        leases = [None if row is None else row[0].lease for row in rows]
+        tables = self.cache.tables(leases, self.shape.table_pages)
+        slots = self.cache.state_slots(leases, [0 if row is None else row[1] for row in rows])
         last = np.maximum(num_new - 1, 0)[:, None]
-        arrays: Any = (tokens, starts, num_new, tables, last)  # numpy: jit puts them on the mesh
+        arrays: Any = (tokens, starts, num_new, tables, last, slots)  # numpy: jit puts them on the mesh
         logits, self.pools = self.extend(self.params, self.pools, ExtendBatch(*arrays))
         return np.asarray(self.cache.wait(logits))
 

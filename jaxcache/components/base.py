@@ -12,6 +12,7 @@ queries, commits and eviction are derived from it.
 from __future__ import annotations
 
 import enum
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
@@ -40,6 +41,7 @@ class FieldSpec:
     dtype: a numpy or ml_dtypes name, e.g. "bfloat16"
     axes:  for each dimension "layers" (sharded over pp), "slots" (token slots, over cp), "heads" (over tp), or None
     tokens_per_slot: how many tokens share a slot (compressed caches); slots times this is page_tokens
+    padding: how many entries of the shape no layer uses, such as those that fill up a grid of layers
     """
 
     name: str
@@ -47,6 +49,7 @@ class FieldSpec:
     dtype: str
     axes: tuple[str | None, ...]
     tokens_per_slot: int = 1
+    padding: int = 0
 
     def __post_init__(self):
         if len(self.shape) != len(self.axes):
@@ -56,12 +59,19 @@ class FieldSpec:
         named = [axis for axis in self.axes if axis is not None]
         if any(axis not in AXES for axis in named) or len(set(named)) != len(named):
             raise ValueError(f"field {self.name!r}: {self.axes=} must be distinct names of {AXES[:-1]}, or None")
+        if not 0 <= self.padding < math.prod(self.shape):
+            raise ValueError(f"field {self.name!r}: {self.padding=} must be in [0, {math.prod(self.shape)})")
         np_dtype(self.dtype)
 
     @property
     def page_tokens(self) -> int | None:
         """How many tokens this field takes a page to be; None if it has no token slots."""
         return self.shape[self.axes.index("slots")] * self.tokens_per_slot if "slots" in self.axes else None
+
+    @property
+    def num_bytes(self) -> int:
+        """Of one page, without padding."""
+        return (math.prod(self.shape) - self.padding) * np_dtype(self.dtype).itemsize
 
 
 def np_dtype(name: str) -> np.dtype:

@@ -91,7 +91,7 @@ class PageLayout:
     @property
     def page_bytes(self) -> int:
         """Bytes of a page over all ranks, without padding and repetition."""
-        return sum(math.prod(f.spec.shape) * f.dtype.itemsize for f in self.fields)
+        return sum(f.spec.num_bytes for f in self.fields)
 
     @cached_property
     def stacks(self) -> tuple[Stack, ...]:
@@ -136,6 +136,12 @@ def check_axes(mesh: Mesh) -> None:
 def page_layouts(components: Sequence[Component], mesh: Mesh, grid: Grid | None = None) -> dict[str, PageLayout]:
     """One layout per component, by name, in order."""
     return {component.name: page_layout(component, mesh, grid) for component in components}
+
+
+def pool_shardings(components: Sequence[Component], mesh: Mesh) -> dict[str, dict[str, NamedSharding]]:
+    """How `Cache.init_pools` shards its arrays [pages, *page], by component and field: what a model step is compiled
+    for. ValueError for a dimension that the mesh does not divide."""
+    return {name: layout.shardings() for name, layout in page_layouts(components, mesh).items()}
 
 
 def local_devices(mesh: Mesh) -> tuple:

@@ -20,7 +20,8 @@ import numpy as np
 from jaxcache.core.bad_input import check_runnable
 from jaxcache.core.lease import Lease
 from jaxcache.core.prefix_cache import PrefixCache
-from jaxcache.types import PageIds
+from jaxcache.core.serving import RefusedCall
+from jaxcache.types import PageIds, StateSlots
 
 MAX_SHAPES = 8  # of batches, such as a prefill's and a decode's, of which the last tables are kept
 NOBODY = 0  # no lease has this id
@@ -96,6 +97,29 @@ def tables_of(
     if changed:
         core.tables_were_read(changed)
     return built
+
+
+def state_slots_of(core: PrefixCache, leases: Sequence[Lease | None], ends: Sequence[int]) -> StateSlots | None:
+    """Of rows that compute from where their leases have computed to `ends`; None without recurrent states."""
+    point = core.tiers.point
+    if point is None:
+        return None
+    check_runnable(core, leases)
+    if len(ends) != len(leases):
+        raise RefusedCall(f"{len(leases)} leases and {len(ends)} ends: each row has one")
+    nowhere = core.tiers.device[point].allocator.num_pages
+    rows = [_row_slots(row, lease, end, nowhere) for row, (lease, end) in enumerate(zip(leases, ends, strict=True))]
+    return StateSlots(*(_read_only(np.array(column, np.int32)) for column in zip(*rows, strict=True)))
+
+
+def _row_slots(row: int, lease: Lease | None, end: int, nowhere: int) -> tuple[int, int, int]:
+    if lease is None:
+        return nowhere, nowhere, nowhere
+    assert lease.write_slot is not None
+    if not lease.num_computed < end <= lease.num_tokens:
+        raise RefusedCall(f"{lease!r} has computed {lease.num_computed}: {end=} of row {row} is not in its room")
+    read = lease.write_slot if lease.num_computed > lease.num_cached_tokens else lease.read_slot
+    return nowhere if read is None else read, lease.write_slot, lease.checkpoints.get(end, nowhere)
 
 
 def _read_only(table: np.ndarray) -> np.ndarray:

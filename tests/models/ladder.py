@@ -31,6 +31,7 @@ from jax.sharding import Mesh
 
 import jaxcache
 from models.decoder import WINDOW, DecoderConfig, make_extend
+from models.layer_plan import LayerPlan
 from models.loading import load_model
 from models.serve import BatchShape, Request, Server
 from models.text import load_text
@@ -247,7 +248,7 @@ def _text(tokens: Sequence[int]) -> str:
 
 def _window_tokens(cfg: DecoderConfig) -> int:
     """What the needles are placed for where a model has no window."""
-    return cfg.window_tokens if WINDOW in cfg.pattern else 8
+    return cfg.window_tokens if WINDOW in LayerPlan(cfg).kept else 8
 
 
 # ---- the arms

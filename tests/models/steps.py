@@ -63,7 +63,7 @@ def make_batch(tokens: np.ndarray, tables: Tables, start: int, stop: int, column
 
 def shuffled_tables(cfg: decoder.DecoderConfig, rng: np.random.Generator, rows: int) -> Tables:
     """Other pages for each component."""
-    pages = {name: rng.permutation(NUM_PAGES)[: rows * WIDTH] for name in dict.fromkeys(cfg.pattern)}
+    pages = {name: rng.permutation(NUM_PAGES)[: rows * WIDTH] for name in decoder.LayerPlan(cfg).kept}
     return {name: ids.reshape(rows, WIDTH).astype(np.int32) for name, ids in pages.items()}
 
 

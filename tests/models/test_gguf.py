@@ -97,7 +97,7 @@ def test_the_parameters_are_those_of_the_safetensors(tmp_path, make_mesh, golden
 def test_quantised_rows_are_read_as_what_they_mean(tmp_path, make_mesh):
     meaning = write_gguf(tmp_path / "model.gguf", "llama", quantise=True)
     _, params = load_model(tmp_path / "model.gguf", make_mesh(1, 2, 1), jnp.float32)
-    attention = params["layers"]["attention"]
+    attention = params["layers"]["full"]["attention"]
     np.testing.assert_array_equal(np.asarray(params["embed"]), meaning["model.embed_tokens.weight"])
     for name, projection in (("wq", "q_proj"), ("wk", "k_proj"), ("wv", "v_proj")):
         want = meaning[f"model.layers.1.self_attn.{projection}.weight"]

@@ -121,7 +121,7 @@ def test_config_refuses_what_is_not_computed(change):
             {"num_heads": 6, "num_kv_heads": 3},
             (1, 2, 1),
             8,
-            r"tp=2 does not divide 6 heads, 3 kv heads.*may be one of \[1\]",
+            r"tp=2 does not divide 6 heads.*3 kv heads.*may be one of \[1\]",
         ),
         ({"vocab_size": 33}, (1, 2, 1), 8, r"33 tokens.*may be one of \[1\]"),
         ({"mlp_size": 12}, (1, 8, 1), 8, r"12 mlp entries.*may be one of \[1, 2, 4\]"),

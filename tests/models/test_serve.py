@@ -252,8 +252,8 @@ def test_chunks_of_one_token(one):
 # ---- recurrent states
 
 
-def test_prefill_stops_where_a_state_is_kept(one):
-    """Chunks end there. This model writes no state, so none is published, and no hit reads what was never written."""
+def test_states_are_read_and_kept_where_the_slots_say(one):
+    """Chunks end where a state is kept. This state is the number of tokens that it has seen."""
     with one.cache() as plain:
         state = RecurrentState("state", (FieldSpec("h", (1, 4), "float32", ("layers", None)),), chunk_tokens=8)
         cache = jaxcache.Cache((*plain.core.components, state), one.mesh, plain.config)
@@ -261,19 +261,27 @@ def test_prefill_stops_where_a_state_is_kept(one):
     ends: list[int] = []
 
     def extend(params, pools, batch):
-        """The model knows nothing of the state."""
-        ends.extend((batch.starts + batch.num_new).tolist())
-        logits, rest = one.extend(params, {name: pools[name] for name in pools if name != "state"}, batch)
-        return logits, {**rest, "state": pools["state"]}
+        h = np.array(pools["state"]["h"])
+        for row in np.flatnonzero(batch.num_new):
+            read, write, keep = (slots[row] for slots in batch.states)
+            end = batch.starts[row] + batch.num_new[row]
+            assert np.all((h[read] if read < len(h) else 0) == batch.starts[row])
+            h[write] = end
+            if keep < len(h):
+                h[keep] = end
+            ends.append(end)
+        logits, rest = one.extend(params, {"full": pools["full"]}, batch._replace(states=None))
+        return logits, {**rest, "state": {"h": jax.device_put(h, pools["state"]["h"].sharding)}}
 
     with cache:
         server = Server(cache, extend, one.params, cache.new_namespace(model="tiny"), SHAPE)
-        first, again = (Request(random_tokens(5, 45), 4) for _ in range(2))
+        first, again, longer = (Request(random_tokens(5, n), 4) for n in (45, 45, 70))
         assert serve(server, [first]) == serve(server, [again])
+        serve(server, [longer])
         assert hits([first]).total() == 0
         assert 40 in ends  # the last multiple of 8 tokens in the prompt
-        assert hits([again]).total() == 0
-        assert cache.stats()["counters"]["unwritten_states"]
+        assert hits([again]) == hits([longer]) == {"device": 40}
+        assert "unwritten_states" not in cache.stats()["counters"]
 
 
 # ---- sampling

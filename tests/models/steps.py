@@ -17,7 +17,7 @@ from models.paged_attention import ExtendBatch
 
 PAGE_TOKENS = 8
 NUM_PAGES = 4096  # so that any pool is larger than what a step computes with
-NUM_SLOTS = 512  # of recurrent states
+NUM_SLOTS = 1024  # of recurrent states
 WIDTH = 12  # pages of a row's table
 TOLERANCE = 1e-4
 Tables = dict[str, np.ndarray]

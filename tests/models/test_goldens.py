@@ -23,6 +23,8 @@ CASES = [(family, mesh) for family in FAMILIES for mesh in ((1, 1, 1), (2, 2, 2)
 CASES += [("llama_3_heads", (2, 1, 2))]  # three query heads and one kv head, untied embeddings
 
 
+FAR = 50  # times the tolerance is the least that a mutation must make
+WITH_STATES = [case for case in CASES if case[0] in ("nemotron_h", "qwen3_next")]
 WITH_WINDOWS = [case for case in CASES if case[0] in ("gemma3", "gpt_oss", "gpt_oss_mxfp4")]
 
 
@@ -99,7 +101,44 @@ def test_wrong_pages_show(steps, rng, mutation):
     if mutation == "position off by one":
         batch = batch._replace(starts=batch.starts + 1)
     logits, _ = steps.extend(steps.params, pools, batch)
-    assert np.abs(np.asarray(logits) - steps.logits[:, 48:64]).max() > 100 * TOLERANCE
+    assert np.abs(np.asarray(logits) - steps.logits[:, 48:64]).max() > FAR * TOLERANCE
+
+
+@pytest.mark.mutation
+@pytest.mark.parametrize("steps", WITH_STATES, ids=named, indirect=True)
+@pytest.mark.parametrize("mutation", ["another request's state", "an earlier state", "zeroed inputs", "zeroed memory"])
+def test_a_wrong_state_shows(steps, rng, mutation):
+    """The right one gives the golden's logits, bit for bit what the next chunk gives without stopping there."""
+    tables, pools = steps.tables(rng), steps.pools()
+    _, pools = steps.extend(steps.params, pools, make_batch(steps.tokens, tables, 0, 30, 32))
+    _, pools = steps.extend(steps.params, pools, make_batch(steps.tokens, tables, 30, 48, 32))
+    batch = make_batch(steps.tokens, tables, 48, 64, 32)
+    slots = batch.states.read
+    if mutation == "another request's state":
+        batch = batch._replace(states=batch.states._replace(read=slots[::-1]))
+    elif mutation == "an earlier state":
+        batch = batch._replace(states=batch.states._replace(read=tables[STATE][:, 29]))
+    else:
+        memory = {"memory": pools[STATE]["memory"]}
+        inputs = {name: pool for name, pool in pools[STATE].items() if name not in memory}
+        zeroed = inputs if mutation == "zeroed inputs" else memory
+        zeroed = {name: jax.device_put(np.zeros_like(pool), pool.sharding) for name, pool in zeroed.items()}
+        pools = {**pools, STATE: {**pools[STATE], **zeroed}}
+    logits, _ = steps.extend(steps.params, pools, batch)
+    assert np.abs(np.asarray(logits)[:, :16] - steps.logits[:, 48:64]).max() > FAR * TOLERANCE
+
+
+@pytest.mark.parametrize("steps", WITH_STATES, ids=named, indirect=True)
+def test_a_kept_state_is_the_one_that_is_written(steps, rng):
+    """In both slots, and in no other."""
+    tables, pools = steps.tables(rng), steps.pools()
+    batch = make_batch(steps.tokens, tables, 0, 16, 16)
+    keep = tables[STATE][:, 40]
+    _, pools = steps.extend(steps.params, pools, batch._replace(states=batch.states._replace(keep=keep)))
+    for pool in map(np.asarray, pools[STATE].values()):
+        assert np.array_equal(pool[keep], pool[batch.states.write])
+        written = np.flatnonzero(np.abs(pool).sum(axis=tuple(range(1, pool.ndim))))
+        assert sorted(written) == sorted([*keep, *batch.states.write])
 
 
 @pytest.mark.parametrize("steps", WITH_WINDOWS, ids=named, indirect=True)
@@ -116,7 +155,7 @@ def test_of_the_window_the_right_pages_are_read(steps, rng):
         out, pools = steps.extend(steps.params, pools, make_batch(steps.tokens, shown, 48, 64, 16))
         logits.append(np.asarray(out))
     assert np.array_equal(logits[0], logits[1])
-    assert np.abs(logits[2] - logits[0]).max() > 100 * TOLERANCE
+    assert np.abs(logits[2] - logits[0]).max() > FAR * TOLERANCE
 
 
 def test_result_depends_on_nothing_but_the_prefix(steps, rng):

@@ -1,14 +1,20 @@
-"""A tiny model with random weights of every family here; windows of more than two pages (wide) and less than one."""
+"""A tiny model with random weights of every family here.
+
+Windows of more than two pages (wide) and of less than one; states at the ends of pages, or of every second (coarse).
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 from models.decoder import DecoderConfig
+from models.experts import Routing
 from models.gemma3 import Gemma3Config
 from models.gpt_oss import GptOssConfig, Yarn
 from models.llama import LlamaConfig
+from models.nemotron_h import NemotronHConfig
 from models.qwen3 import Qwen3Config
+from models.qwen3_next import Qwen3NextConfig
 from tests.models.serving import MODEL, PAGE_TOKENS
 
 SIZES: dict[str, Any] = {
@@ -44,4 +50,26 @@ WINDOWED = {
     for make in (gemma3, gpt_oss)
     for width, tokens in (("wide", WIDE), ("narrow", NARROW))
 }
-FAMILIES = FULL_ONLY | WINDOWED
+
+
+def nemotron_h(grid_tokens: int) -> DecoderConfig:
+    """Every kind of layer, in two blocks that differ."""
+    state = {"heads": 4, "head_size": 8, "groups": 2, "state_size": 8, "grid_tokens": grid_tokens}
+    experts = {"expert_size": 16, "shared_size": 8, "routing": Routing(num_experts=4, top_k=2, groups=2, scale=1.5)}
+    kinds = ("full", "state", "moe", "state", "full", "mlp")
+    return NemotronHConfig(**SIZES, **state, **experts, num_layers=6, kinds=kinds, rope_theta=1.0)
+
+
+def qwen3_next(grid_tokens: int) -> DecoderConfig:
+    """The second block has no layer that reads everything."""
+    net = {"key_heads": 2, "value_heads": 4, "key_dim": 8, "value_dim": 8, "grid_tokens": grid_tokens}
+    experts = {"num_experts": 4, "experts_per_token": 2, "shared_mlp_size": 8, "rotary_dim": 4}
+    return Qwen3NextConfig(**SIZES, **net, **experts, num_layers=6, rope_theta=1e4)
+
+
+WITH_STATES = {
+    f"{make.__name__}_{name}": make(tokens)
+    for make in (nemotron_h, qwen3_next)
+    for name, tokens in (("fine", 1), ("coarse", 2 * PAGE_TOKENS))
+}
+FAMILIES = FULL_ONLY | WINDOWED | WITH_STATES

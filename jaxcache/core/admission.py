@@ -239,15 +239,21 @@ class Admission:
     # ---- checkpoints of states
 
     def _plan_stops(self, lease: Lease, prefix: Prefix) -> None:
-        """Prefill chunks end at the prompt's last grid point and where a missing window or state would have helped."""
+        """Prefill chunks end where a missing window or state would have helped, and at the prompt's last grid point.
+
+        A prompt that ends there itself, sent again, has to resume one grid point earlier: unless there are two stops
+        already, that is one, too.
+        """
         grid = self.tiers.grid_tokens
-        sequence = lease.sequence
-        branch = min(prefix.found_tokens, sequence.num_tokens - 1) // grid * grid
-        stops = (branch,)
+        num_prompt = lease.sequence.prompt_tokens
+        branch = min(prefix.found_tokens, lease.sequence.num_tokens - 1) // grid * grid
+        stops = [branch] if branch > prefix.num_tokens else []
         if self.tiers.point is not None:
-            last = sequence.prompt_tokens // grid * grid
-            stops = (branch,) if branch == last else (min(branch, last), max(branch, last))
-        lease._stops = stops if stops[0] > prefix.num_tokens else tuple(s for s in stops if s > prefix.num_tokens)
+            last = num_prompt // grid * grid
+            if last == num_prompt and not stops:
+                stops.append(last - grid)
+            stops.append(last)
+        lease._stops = tuple(sorted(dict.fromkeys(stop for stop in stops if stop > prefix.num_tokens)))
 
     def checkpoints(self, lease: Lease, low: int, high: int) -> None:
         """Slots for the states to keep in (low, high]; a missing slot only costs a later hit."""

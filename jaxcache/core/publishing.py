@@ -34,17 +34,22 @@ class Publishing:
 
     # ---- windows
 
-    def live_start(self, c: int, num_computed: int) -> int:
-        """Start of the window of the newest position at which the request could be resumed, not of its current one."""
+    def live_start(self, lease: Lease, c: int, num_computed: int) -> int:
+        """Start of the window of the newest position at which the request could be resumed, not of its current one.
+
+        Of a prompt that is computed this is a position before its end: the same prompt, sent again, has to compute its
+        last token at least.
+        """
         grid, page = self.tiers.grid_tokens, self.tiers.page_tokens
-        return min(self.tiers.required_start(c, num_computed // grid * grid), num_computed // page * page)
+        newest = num_computed - (num_computed == lease.sequence.prompt_tokens)
+        return min(self.tiers.required_start(c, newest // grid * grid), num_computed // page * page)
 
     def _leave_behind(self, lease: Lease, num_computed: int) -> None:
         """Gives back own window pages, and pins, that are behind the live window."""
         tiers = self.tiers
         page = tiers.page_tokens
         for c in tiers.suffixes:
-            live = self.live_start(c, num_computed)
+            live = self.live_start(lease, c, num_computed)
             if live > lease._window_starts[c]:
                 table, allocator = lease._tables[c], tiers.device[c].allocator
                 assert table is not None
@@ -81,7 +86,7 @@ class Publishing:
         start = at = lease._published
         node = lease._node
         if at < end:
-            lives = [(c, self.live_start(c, num_computed)) for c in tiers.suffixes] if tiers.suffixes else ()
+            lives = [(c, self.live_start(lease, c, num_computed)) for c in tiers.suffixes] if tiers.suffixes else ()
             fresh: dict[int, PageIds] = {}
             while at < end:
                 child = self._child(lease, node, at, end, lives)
@@ -228,25 +233,52 @@ class Publishing:
             tiers.put(device, node, np.array([slot], np.int32))
         else:
             device.allocator.free_one(slot)
-        self._thin_out(node)
+        self._thin_out(node, lease.sequence.prompt_tokens)
 
-    def _thin_out(self, newest: Node) -> None:
-        """At most max_states_per_path states above `newest`; the shallow ones go first."""
+    def _thin_out(self, newest: Node, prompt_tokens: int) -> None:
+        """Which states above `newest` are kept, and which leave first.
+
+        root --- S -+- p1 --- e1 --- p2 --- newest        passed: p1, e1, p2, which only lead to `newest`
+                    `- ...                                shared: S, from where other ways go on
+
+        Of those in the text that this request has generated none is kept. Of the others, with `newest`, at most
+        max_states_per_path: the shallow ones go first, and those that are passed before those that are shared. What is
+        passed and kept leaves before other states when room is needed.
+        """
         tiers = self.tiers
         assert tiers.point is not None
-        device = tiers.device[tiers.point]
-        with_state = []
-        node = newest
-        while node.parent is not None:
-            if node.pages[device.index] is not None:
-                with_state.append(node)
-            node = node.parent
-        surplus = with_state[tiers.config.max_states_per_path :]
-        tiers.reason = "max_states_per_path"
-        for node in reversed(surplus):
-            if not node.pins[device.index]:
-                tiers.drop(device, node)
+        device, host = tiers.device[tiers.point], tiers.host[tiers.point]
+        passed, shared = self._states_above(newest, device.index)
+        generated = [node for node in passed if node.end > prompt_tokens]
+        passed = passed[len(generated) :]
+        leaving = [*generated, *passed[::-1], *shared[::-1]]
+        num_surplus = 1 + len(passed) + len(shared) - tiers.config.max_states_per_path
+        for reason, nodes in (
+            ("a later state of the same answer", generated),
+            ("max_states_per_path", leaving[len(generated) :][: max(0, num_surplus)]),
+        ):
+            tiers.reason = reason
+            for node in nodes:
+                if not node.pins[device.index]:
+                    tiers.drop(device, node)
         tiers.reason = "room"
+        for node in passed:  # the shallowest is the first to leave
+            device.demote(node)
+            host.demote(node)
+
+    @staticmethod
+    def _states_above(newest: Node, index: int) -> tuple[list[Node], list[Node]]:
+        """The nodes above with an entry, deepest first: those whose only way on is `newest`, and all above them."""
+        passed: list[Node] = []
+        shared: list[Node] = []
+        found, node = passed, newest.parent
+        while node is not None and node.parent is not None:
+            if len(node.children) > 1:
+                found = shared
+            if node.pages[index] is not None:
+                found.append(node)
+            node = node.parent
+        return passed, shared
 
     # ---- release
 

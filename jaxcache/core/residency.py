@@ -154,6 +154,12 @@ class Residency(ABC):
             self.order.discard(node)
             self.order.add(node)
 
+    def demote(self, node: Node) -> None:
+        """Leaves before all others, if it is a candidate: the next use makes it an ordinary one again."""
+        if node in self.order:
+            self.order.discard(node)
+            self.order.add_oldest(node)
+
     def file_again(self, node: Node) -> None:
         """Takes its place anew, if it is a candidate: what its place depends on has changed."""
         if node in self.order:
@@ -255,9 +261,29 @@ class FreeResidency(Residency):
 
 
 class PointResidency(FreeResidency):
-    """Recurrent states: one slot, at the end of its node; a split leaves it and its pins there."""
+    """Recurrent states: one slot, at the end of its node; a split leaves it and its pins there.
+
+    Generated text leaves before prompts, but not the state at its end: the next turn begins there, and finds nothing of
+    this one without it.
+    """
 
     __slots__ = ()
+
+    def _candidate(self, node: Node) -> None:
+        self.order.add(node)
+
+    def unpin_up(self, node: Node, top: int = 0, is_use: bool = True) -> None:
+        index = self.index
+        assert top == node.end - 1 and node.pins[index] > 0, f"I2: {node=} {top=} {self.tier.name}"
+        node.pins[index] -= 1
+        if node.pins[index] or node.pages[index] is None:
+            return
+        self.num_pinned -= 1
+        if is_use:
+            node.last_used = next(self.clock)
+            self.order.add(node)
+        else:
+            self.order.add_back(node)
 
     def split(self, node: Node, prefix: Node, num_pages: int) -> None:
         pass

@@ -68,7 +68,7 @@ def test_windows_and_states_leave_wherever_they_are():
     """E2: a match simply gets shorter; full attention stays."""
     server = Server(FULL, window(6), device_pages={"full": 64, "window": 6})
     for end in (8, 16, 24):
-        server.prefill(prompt(end))
+        server.prefill(prompt(end + 1))
     server.release(server.admit(prompt(12, 1000)))
     assert [server.match(prompt(end)).num_tokens for end in (8, 16, 24)] == [0, 0, 24]
     assert server.match(prompt(16)).unusable_tokens == 16

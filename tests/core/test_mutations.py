@@ -113,8 +113,8 @@ MUTATIONS = (
         "a window is kept relative to the current position",
         Publishing,
         "live_start",
-        "num_computed // grid * grid",
-        "num_computed",
+        "newest // grid * grid",
+        "newest",
         {"mixture": ("full", "window"), "page_tokens": 4},
     ),
     Mutation(

@@ -14,6 +14,7 @@ from jaxcache.core import matching
 from jaxcache.core.backups import Backups
 from jaxcache.core.lease import Lease, read_only
 from jaxcache.core.matching import Prefix
+from jaxcache.core.missing import Cause
 from jaxcache.core.planner import Counters, Planner
 from jaxcache.core.radix_tree import Node
 from jaxcache.core.sequence import Sequence
@@ -278,6 +279,8 @@ class Admission:
         device = self.tiers.device[point]
         if device.allocator.num_free or (device.available() and self.backups.make_room_on_device(point, 1)):
             lease.checkpoints[position] = device.allocator.allocate_one()
+        elif position <= lease.sequence.num_tokens:
+            self.tiers.note_unmade(lease.sequence, position, Cause.NO_SLOT)
 
     # ---- later
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from jaxcache.core.lease import Lease, read_only
+from jaxcache.core.missing import Cause
 from jaxcache.core.planner import Counters, Planner
 from jaxcache.core.radix_tree import Node
 from jaxcache.core.tiers import Tiers
@@ -222,6 +223,7 @@ class Publishing:
         if lease._written.pop(position, False) is False:
             device.allocator.free_one(slot)
             self.counters["unwritten_states"] += 1
+            tiers.note_unmade(lease.sequence, position, Cause.NOT_REPORTED)
             return
         node = lease._node
         while node.parent is not None and node.start >= position:

@@ -110,6 +110,22 @@ MUTATIONS = (
         {"mixture": ("full", "state"), "page_tokens": 1},
     ),
     Mutation(
+        "a state that was reported is given back",
+        Publishing,
+        "_publish_state",
+        "tiers.put(device, node, np.array([slot], np.int32))",
+        "device.allocator.free_one(slot)",
+        {"mixture": ("full", "state")},
+    ),
+    Mutation(
+        "a pinned state leaves because a later one was made",
+        Publishing,
+        "_thin_out",
+        "if not node.pins[device.index]:",
+        "if True:",
+        {"mixture": ("full", "state"), "page_tokens": 1, "max_states_per_path": 1},
+    ),
+    Mutation(
         "a window is kept relative to the current position",
         Publishing,
         "live_start",

@@ -13,6 +13,7 @@ from jaxcache.core.lease import Lease, read_only
 from jaxcache.core.missing import Cause
 from jaxcache.core.planner import Counters, Planner
 from jaxcache.core.radix_tree import Node
+from jaxcache.core.residency import Residency
 from jaxcache.core.tiers import Tiers
 from jaxcache.types import PageIds
 
@@ -244,43 +245,46 @@ class Publishing:
                     `- ...                                shared: S, from where other ways go on
 
         Of those in the text that this request has generated none is kept. Of the others, with `newest`, at most
-        max_states_per_path: the shallow ones go first, and those that are passed before those that are shared. What is
-        passed and kept leaves before other states when room is needed.
+        max_states_per_path on the device: the shallow ones go first, and those that are passed before those that are
+        shared. What is passed and kept leaves before other states when room is needed.
         """
         tiers = self.tiers
         assert tiers.point is not None
         device, host = tiers.device[tiers.point], tiers.host[tiers.point]
-        passed, shared = self._states_above(newest, device.index)
+        passed, shared = self._states_above(newest)
         generated = [node for node in passed if node.end > prompt_tokens]
         passed = passed[len(generated) :]
-        leaving = [*generated, *passed[::-1], *shared[::-1]]
-        num_surplus = 1 + len(passed) + len(shared) - tiers.config.max_states_per_path
-        for reason, nodes in (
-            ("a later state of the same answer", generated),
-            ("max_states_per_path", leaving[len(generated) :][: max(0, num_surplus)]),
-        ):
-            tiers.reason = reason
-            for node in nodes:
-                if not node.pins[device.index]:
-                    tiers.drop(device, node)
-        tiers.reason = "room"
+        self._drop_states(host, generated, "a later state of the same answer")
+        self._drop_states(device, generated, "a later state of the same answer")
+        kept = [node for node in [*passed[::-1], *shared[::-1]] if node.pages[device.index] is not None]
+        num_surplus = max(0, len(kept) + 1 - tiers.config.max_states_per_path)
+        self._drop_states(device, kept[:num_surplus], "max_states_per_path")
         for node in passed:  # the shallowest is the first to leave
             device.demote(node)
             host.demote(node)
 
-    @staticmethod
-    def _states_above(newest: Node, index: int) -> tuple[list[Node], list[Node]]:
-        """The nodes above with an entry, deepest first: those whose only way on is `newest`, and all above them."""
+    def _states_above(self, newest: Node) -> tuple[list[Node], list[Node]]:
+        """The nodes above with a state, deepest first: those whose only way on is `newest`, and all above them."""
+        tiers = self.tiers
+        assert tiers.point is not None
         passed: list[Node] = []
         shared: list[Node] = []
         found, node = passed, newest.parent
         while node is not None and node.parent is not None:
             if len(node.children) > 1:
                 found = shared
-            if node.pages[index] is not None:
+            if tiers.resident(tiers.point, node):
                 found.append(node)
             node = node.parent
         return passed, shared
+
+    def _drop_states(self, residency: Residency, nodes: list[Node], reason: str) -> None:
+        """What is pinned stays."""
+        self.tiers.reason = reason
+        for node in nodes:
+            if node.pages[residency.index] is not None and not node.pins[residency.index]:
+                self.tiers.drop(residency, node)
+        self.tiers.reason = "room"
 
     # ---- release
 

@@ -56,11 +56,11 @@ def test_what_all_conversations_begin_with_is_found():
 def take_all_for_shared(patch: pytest.MonkeyPatch) -> None:
     above = Publishing._states_above
 
-    def all_shared(newest, index):
-        passed, shared = above(newest, index)
+    def all_shared(self, newest):
+        passed, shared = above(self, newest)
         return [], [*passed, *shared]
 
-    patch.setattr(Publishing, "_states_above", staticmethod(all_shared))
+    patch.setattr(Publishing, "_states_above", all_shared)
 
 
 MUTATIONS: dict[str, tuple[Workload, float, Callable[[pytest.MonkeyPatch], object]]] = {

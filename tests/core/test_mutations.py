@@ -120,9 +120,9 @@ MUTATIONS = (
     Mutation(
         "a pinned state leaves because a later one was made",
         Publishing,
-        "_thin_out",
-        "if not node.pins[device.index]:",
-        "if True:",
+        "_drop_states",
+        " and not node.pins[residency.index]",
+        "",
         {"mixture": ("full", "state"), "page_tokens": 1, "max_states_per_path": 1},
     ),
     Mutation(

@@ -6,6 +6,7 @@ import pytest
 
 from jaxcache.core.admission import Admission
 from jaxcache.core.publishing import Publishing
+from jaxcache.types import WritePolicy
 from tests.core.helpers import FULL, NEXT, PAGE, Server, prompt, state, window
 
 ANSWER = prompt(20, 70_000)
@@ -76,6 +77,18 @@ def test_a_passed_state_that_is_used_again_is_an_ordinary_one():
     others = [answer(server, prompt(17, 1000), ANSWER[:8])]
     assert 16 in states(server, text)
     assert 16 not in states(server, others[0])
+
+
+@pytest.mark.parametrize("write_policy", [WritePolicy.WRITE_THROUGH, WritePolicy.WRITE_BACK])
+def test_the_states_of_an_answer_do_not_fill_host_memory(write_policy):
+    """However often the loop publishes: what was copied is given back with the state on the device."""
+    pages = {"full": 200, "state": 40}
+    server = Server(FULL, state(), device_pages=pages, host_pages=pages, write_policy=write_policy)
+    text = answer(server, prompt(9), ANSWER)
+    on_host = states(server, text, "host")
+    assert on_host == ([8, 28] if write_policy is WritePolicy.WRITE_THROUGH else [])
+    assert server.host_free("state") == 40 - len(on_host)
+    server.check_empty()
 
 
 def test_host_memory_too_loses_passed_states_first():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from random import Random
 from typing import NamedTuple
 
 import pytest
@@ -12,8 +13,10 @@ from jaxcache.core.explain import Explanation, Limit
 from jaxcache.core.missing import Cause
 from jaxcache.core.tiers import Tiers
 from jaxcache.types import Span
+from tests.core.driver import draw_components, draw_config, iterate
 from tests.core.helpers import FULL, NEXT, Server, prompt, state, window
 from tests.core.serving import compute, serve, start
+from tests.core.strict import Strict
 from tests.core.test_states import ANSWER, answer
 
 PROMPT = [*prompt(16), NEXT]
@@ -300,3 +303,30 @@ def test_a_note_of_one_namespace_is_none_of_another():
     serve(server.core, prompt(25), other)
     (missing,) = server.core.explain(server.core.sequence(PROMPT, other)).missing
     assert missing.cause is Cause.NEVER_MADE
+
+
+# ---- whatever happens
+
+
+@pytest.mark.parametrize(
+    "mixture", [("full", "window"), ("full", "state"), ("full", "window", "state"), ("window", "state")], ids="+".join
+)
+def test_what_is_found_and_cannot_be_used_has_a_reason(mixture, seed):
+    """Of random serving, at every moment: `missing` says something exactly where something is missing, and of the
+    branch point of `match`."""
+    rng = Random(seed)
+    components = draw_components(rng, mixture, page_tokens=4)
+    scenario = Strict(components, draw_config(rng, components, 4, max_pages=12), seed)
+    num_missing = 0
+    for _ in range(150):
+        iterate(scenario, rng, max_tokens=48, abort_chance=0.03)
+        for space, tokens in scenario.finished[-2:]:
+            sequence = scenario.core.sequence(tokens, scenario.namespace(space)[0])
+            found, explanation = scenario.core.match(sequence), scenario.core.explain(sequence)
+            assert explanation.usable_tokens == found.num_tokens <= explanation.resumable_tokens
+            is_short = found.num_tokens < explanation.resumable_tokens
+            assert found.branch_points == ((explanation.resumable_tokens,) if is_short else ())
+            assert bool(explanation.missing) == is_short
+            assert all(each.remedies and str(each) for each in explanation.missing)
+            num_missing += is_short
+    assert num_missing

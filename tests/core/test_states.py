@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from jaxcache.config import TenantShare
 from jaxcache.core.admission import Admission
 from jaxcache.core.publishing import Publishing
 from jaxcache.types import WritePolicy
@@ -91,12 +92,33 @@ def test_the_states_of_an_answer_do_not_fill_host_memory(write_policy):
     server.check_empty()
 
 
-def test_host_memory_too_loses_passed_states_first():
-    server = Server(FULL, state(), device_pages={"full": 200, "state": 8}, host_pages={"full": 200, "state": 4})
+@pytest.mark.parametrize("tenants", [{}, {"a": TenantShare()}], ids=["no tenants", "tenants"])
+def test_host_memory_too_loses_passed_states_first(tenants):
+    pages = {"full": 200, "state": 8}, {"full": 200, "state": 5}
+    server = Server(FULL, state(), device_pages=pages[0], host_pages=pages[1], tenants=tenants)
+    server.namespace = server.core.new_namespace(model="test", tenant="a")
     texts = [answer(server, prompt(17, 1000 * i), ANSWER[:3]) for i in range(1, 5)]
     texts = [answer(server, [*text, *prompt(9, 50_000)], ANSWER[:3]) for text in texts]
     assert all(states(server, text, "host")[-1:] == [len(text) // PAGE * PAGE] for text in texts)
     server.check_empty()
+
+
+def test_a_tenants_first_victim_changes_when_a_state_is_passed():
+    """On the host nothing else happens then: the choice between accounts has to be told."""
+    server = Server(FULL, state(), host_pages=200, tenants={"a": TenantShare()})
+    server.namespace = server.core.new_namespace(model="test", tenant="a")
+    old = answer(server, prompt(9, 5000), ANSWER[:3])
+    text = answer(server, prompt(9), ANSWER[:3])
+    host = server.core.tiers.host[1]
+    passed = [node for node in host.order if node.end == 8]
+    assert host.victim(1) in passed
+    for node in passed:
+        host.touch(node)
+    assert host.victim(1) not in passed
+    newest = passed[-1]
+    host.demote(newest)
+    assert host.victim(1) is newest
+    assert states(server, old, "host") == states(server, text, "host") == [8, 12]
 
 
 def test_a_pinned_state_stays_although_it_is_passed():

@@ -4,8 +4,8 @@
 
 Conversations take turns on the real core, without a data plane: every prompt is all that was said before and new tokens
 of the user; prefill chunks end at `Lease.next_stop`, decoding goes token by token, states are reported where they are
-checkpointed. Full attention and windows have room for everything, so that only what was never kept is missing; state
-slots can be few.
+checkpointed. Full attention has room for everything, so that only windows and states are missing; of these there can be
+few.
 
 lost: of the tokens that the same turns find with full attention alone, how many are not found, in percent
 """
@@ -34,8 +34,9 @@ PAGES = (16, 64, 256)
 GRIDS = (1, 64, 128, 256, 512)  # RecurrentState.chunk_tokens
 WINDOW_TOKENS = 512
 ROOM = 1 << 15  # pages where nothing is to be missing
-SLOTS_OF_RUNNING = 3  # what SPEC N7 asks for
-SLOTS_EACH = (2.0, 1.0, 0.5)
+CHUNK_TOKENS = 512  # of a prompt, at most
+SLOTS_OF_RUNNING = 3  # one that it writes, and two checkpoints
+FEW = (2.0, 1.0, 0.5)
 SYSTEM_TOKENS = 500
 
 
@@ -45,6 +46,7 @@ class Workload:
 
     system_tokens: that all conversations begin with
     slots_each:    state slots for every conversation, beside three for each that runs; None: more than can be used
+    windows_each:  the same of windows, beside two and a chunk
     inserts_often: the loop publishes whenever `next_stop` is reached, also while decoding, as models/serve.py does;
                    else when a prompt is computed, and at the end
     """
@@ -55,6 +57,7 @@ class Workload:
     num_running: int = 3
     system_tokens: int = 0
     slots_each: float | None = None
+    windows_each: float | None = None
     inserts_often: bool = True
     seed: int = 0
 
@@ -108,11 +111,11 @@ class Loop:
         text = self.texts[conversation]
         text += self._tokens(num_tokens // 3)
         sequence = self.core.sequence(text, self.namespace)
-        lease = self.core.admit(sequence, len(text) - self.core.match(sequence).num_tokens)
+        lease = self.core.admit(sequence, min(CHUNK_TOKENS, len(text) - self.core.match(sequence).num_tokens))
         assert isinstance(lease, Lease), lease
         turn = Turn(conversation, lease, lease.num_cached_tokens, num_tokens - num_tokens // 3, [])
         while turn.num_computed < len(text):
-            self._step(turn, len(text))
+            self._step(turn, min(turn.num_computed + CHUNK_TOKENS, len(text)))
         self._insert(turn)
         self.running.append(turn)
 
@@ -156,14 +159,25 @@ def make(mixture: str, grid: int) -> tuple[Component, ...]:
     return tuple(made[kind] for kind in mixture.split(" + "))
 
 
+def device_pages(workload: Workload, page_tokens: int) -> dict[str, int]:
+    """By component."""
+    pages = {"full": ROOM, "window": ROOM, "state": ROOM}
+    running, conversations = workload.num_running, workload.num_conversations
+    if workload.slots_each is not None:
+        pages["state"] = SLOTS_OF_RUNNING * running + round(workload.slots_each * conversations)
+    if workload.windows_each is not None:
+        window = WINDOW_TOKENS // page_tokens + 1
+        of_running = 2 * window + CHUNK_TOKENS // page_tokens
+        pages["window"] = of_running * running + round(workload.windows_each * conversations * window)
+    return pages
+
+
 def found_tokens(workload: Workload, mixture: str, page_tokens: int, grid: int = 1) -> int:
     """Prompt tokens that the workload finds."""
-    slots = ROOM
-    if workload.slots_each is not None:
-        slots = SLOTS_OF_RUNNING * workload.num_running + round(workload.slots_each * workload.num_conversations)
     components = make(mixture, grid)
-    pages = {c.name: slots if c.name == "state" else ROOM for c in components}
-    return Loop(workload, components, CacheConfig(page_tokens=page_tokens, device_pages=pages)).run()
+    pages = device_pages(workload, page_tokens)
+    config = CacheConfig(page_tokens=page_tokens, device_pages={c.name: pages[c.name] for c in components})
+    return Loop(workload, components, config).run()
 
 
 @dataclass(frozen=True)
@@ -189,19 +203,19 @@ def measure(workload: Workload, page_tokens: int, grids: tuple[int, ...] = GRIDS
 
 
 def workloads() -> list[Workload]:
-    """Of every length of turns: slots for all; a beginning that all share; fewer and fewer slots."""
+    """Of every length of turns: room for all; a beginning that all share; fewer and fewer windows and slots."""
     found = []
     for turn in TURNS:
         usual = Workload(turn) if turn != "long" else Workload(turn, num_conversations=8, num_turns=5)
         found += [usual, replace(usual, system_tokens=SYSTEM_TOKENS)]
-        found += [replace(usual, slots_each=slots) for slots in SLOTS_EACH]
+        found += [replace(usual, slots_each=each, windows_each=each) for each in FEW]
     return found
 
 
 def name_of(workload: Workload) -> str:
     system = f", {workload.system_tokens} shared" if workload.system_tokens else ""
-    slots = "" if workload.slots_each is None else f", {workload.slots_each:g} slots each"
-    return f"{workload.turn}{system}{slots}"
+    each = "" if workload.slots_each is None else f", {workload.slots_each:g} each"
+    return f"{workload.turn}{system}{each}"
 
 
 def show(rows: list[Row], console: Console) -> None:

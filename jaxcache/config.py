@@ -65,7 +65,8 @@ class CacheConfig:
     tenants:                limits of tenants, by the value of the namespace field `tenant`; all others share the rest
     max_retain_steps:       longest retention that `insert` may ask for, in steps
     max_retained_share:     share of the device pages of a component that retentions may keep from leaving
-    evict_output_first:     pages of generated text leave before pages of prompts (but not the state at its end)
+    evict_output_first:     full attention of generated text leaves before that of prompts; windows and states do not,
+                            as the next turn begins at its end
     stable_tables:          page ids of a running lease never change, for loops whose tables only grow: a page that the
                             tree has, too, stays the lease's own until its release. (Ids behind a window still become
                             num_pages, and may be another's then: no model step reads or writes there.)

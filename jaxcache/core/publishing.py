@@ -27,6 +27,8 @@ class Publishing:
         self.counters = counters
         self.output_first = tiers.config.evict_output_first
         self.stable_tables = tiers.config.stable_tables
+        # Of generated text only pages of full attention count as unused (`Node.last_used`), whatever else is there.
+        self.full_last = (*tiers.partial, *(() if tiers.full is None else (tiers.full,)))
 
     def report(self, lease: Lease, num_computed: int) -> None:
         """The caller has computed up to here."""
@@ -66,13 +68,20 @@ class Publishing:
                 self._unpin_behind(lease, c, live)
 
     def _unpin_behind(self, lease: Lease, c: int, live: int) -> None:
+        """What only this request goes on from leaves before others: it has gone on."""
+        device, host = self.tiers.device[c], self.tiers.host[c]
         node, top, new_top = lease._node, lease._pin_tops[c], lease._published
+        is_passed = not node.children
         while node.parent is not None and node.end > top:
             if node.end <= live:
-                self.tiers.device[c].unpin(node)
+                device.unpin(node)
+                if is_passed:
+                    device.demote(node)
+                    host.demote(node)
             else:
                 new_top = node.start
             node = node.parent
+            is_passed = is_passed and len(node.children) == 1
         lease._pin_tops[c] = new_top
 
     # ---- insert
@@ -293,7 +302,8 @@ class Publishing:
         tiers = self.tiers
         if lease._duplicates is not None:
             self.free_duplicates(lease)
-        for c, device in enumerate(tiers.device):
+        for c in self.full_last:
+            device = tiers.device[c]
             if c == tiers.point:
                 assert lease.write_slot is not None
                 for slot in (lease.write_slot, *lease.checkpoints.values()):

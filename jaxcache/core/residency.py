@@ -221,9 +221,35 @@ class PrefixResidency(Residency):
 
 
 class FreeResidency(Residency):
-    """Sliding windows: an entry may leave wherever it is (a match simply gets shorter)."""
+    """Sliding windows: an entry may leave wherever it is (a match simply gets shorter).
+
+    Generated text leaves before prompts, but not the window or state at its end: the next turn begins there, and finds
+    nothing of this one without it.
+    """
 
     __slots__ = ()
+
+    def _candidate(self, node: Node) -> None:
+        self.order.add(node)
+
+    def unpin_up(self, node: Node, top: int = 0, is_use: bool = True) -> None:
+        index, order = self.index, self.order
+        now = next(self.clock)
+        while node.end > top and node.parent is not None:
+            pins = node.pins
+            pins[index] = left = pins[index] - 1
+            if left <= 0:
+                assert not left, f"I2: {node=} {self.component.name} {self.tier.name}"
+                pages = node.pages[index]
+                if is_use:
+                    node.last_used = now
+                if pages is not None:
+                    self.num_pinned -= len(pages)
+                    if is_use:
+                        order.add(node)
+                    else:
+                        order.add_back(node)
+            node = node.parent
 
     def evictable(self, node: Node) -> bool:
         return node.pages[self.index] is not None and not node.pins[self.index]
@@ -261,29 +287,9 @@ class FreeResidency(Residency):
 
 
 class PointResidency(FreeResidency):
-    """Recurrent states: one slot, at the end of its node; a split leaves it and its pins there.
-
-    Generated text leaves before prompts, but not the state at its end: the next turn begins there, and finds nothing of
-    this one without it.
-    """
+    """Recurrent states: one slot, at the end of its node; a split leaves it and its pins there."""
 
     __slots__ = ()
-
-    def _candidate(self, node: Node) -> None:
-        self.order.add(node)
-
-    def unpin_up(self, node: Node, top: int = 0, is_use: bool = True) -> None:
-        index = self.index
-        assert top == node.end - 1 and node.pins[index] > 0, f"I2: {node=} {top=} {self.tier.name}"
-        node.pins[index] -= 1
-        if node.pins[index] or node.pages[index] is None:
-            return
-        self.num_pinned -= 1
-        if is_use:
-            node.last_used = next(self.clock)
-            self.order.add(node)
-        else:
-            self.order.add_back(node)
 
     def split(self, node: Node, prefix: Node, num_pages: int) -> None:
         pass

@@ -11,10 +11,10 @@ import pytest
 from benchmarks import turns
 from benchmarks.turns import Workload, found_tokens
 from jaxcache.core.publishing import Publishing
-from jaxcache.core.residency import FreeResidency, PointResidency, Residency
+from jaxcache.core.residency import FreeResidency, Residency
 
 MIDDLE = Workload("middle", num_conversations=8)
-ONE_SLOT = replace(MIDDLE, slots_each=1.0)
+ONE_EACH = replace(MIDDLE, slots_each=1.0, windows_each=1.0)
 SHARED = replace(MIDDLE, system_tokens=turns.SYSTEM_TOKENS)
 
 
@@ -38,14 +38,16 @@ def test_what_a_coarser_grid_costs(grid, low, high):
 
 
 @pytest.mark.parametrize("inserts_often", [True, False])
-@pytest.mark.parametrize("slots_each", [2.0, 1.0])
-def test_a_slot_for_each_conversation_suffices(slots_each, inserts_often):
-    """N7: beside three for each that runs."""
-    assert lost(replace(MIDDLE, slots_each=slots_each, inserts_often=inserts_often), "full + state") == 0
+@pytest.mark.parametrize("each", [2.0, 1.0])
+@pytest.mark.parametrize("mixture", ["full + window", "full + state", "full + window + state"])
+def test_a_window_and_a_slot_for_each_conversation_suffice(mixture, each, inserts_often):
+    """N7: beside what those need that run."""
+    assert lost(replace(MIDDLE, slots_each=each, windows_each=each, inserts_often=inserts_often), mixture) == 0
 
 
-def test_with_half_a_slot_for_each_most_is_still_found():
-    assert 0 < lost(replace(MIDDLE, num_conversations=16, slots_each=0.5), "full + state") < 25
+@pytest.mark.parametrize("mixture", ["full + window", "full + state", "full + window + state"])
+def test_with_half_of_that_most_is_still_found(mixture):
+    assert 0 < lost(replace(MIDDLE, num_conversations=16, slots_each=0.5, windows_each=0.5), mixture) < 25
 
 
 def test_what_all_conversations_begin_with_is_found():
@@ -63,27 +65,30 @@ def take_all_for_shared(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Publishing, "_states_above", all_shared)
 
 
-MUTATIONS: dict[str, tuple[Workload, float, Callable[[pytest.MonkeyPatch], object]]] = {
-    "the state at the end of a turn leaves first": (
-        ONE_SLOT,
-        3,
-        lambda patch: patch.setattr(PointResidency, "_candidate", FreeResidency._candidate),
-    ),
-    "states that are passed leave like others": (
-        ONE_SLOT,
-        5,
-        lambda patch: patch.setattr(Residency, "demote", lambda self, node: None),
-    ),
-    "the shallowest state leaves, shared or not": (SHARED, 1, take_all_for_shared),
+def generated_text_leaves_first(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(FreeResidency, "_candidate", Residency._candidate)
+    patch.setattr(FreeResidency, "unpin_up", Residency.unpin_up)
+
+
+def passed_ones_leave_like_others(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Residency, "demote", lambda self, node: None)
+
+
+MUTATIONS: dict[str, tuple[Workload, str, Callable[[pytest.MonkeyPatch], object]]] = {
+    "the state at the end of a turn leaves first": (ONE_EACH, "full + state", generated_text_leaves_first),
+    "the window at the end of a turn leaves first": (ONE_EACH, "full + window", generated_text_leaves_first),
+    "states that are passed leave like others": (ONE_EACH, "full + state", passed_ones_leave_like_others),
+    "windows that are passed leave like others": (ONE_EACH, "full + window", passed_ones_leave_like_others),
+    "the shallowest state leaves, shared or not": (SHARED, "full + state", take_all_for_shared),
 }
 
 
 @pytest.mark.mutation
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_mutations_lose_more(monkeypatch, name):
-    workload, more_than, mutate = MUTATIONS[name]
+    workload, mixture, mutate = MUTATIONS[name]
     mutate(monkeypatch)
-    assert lost(workload, "full + state") > more_than
+    assert lost(workload, mixture) > 1
 
 
 def test_the_command_writes_what_it_measures(monkeypatch, tmp_path, capsys):

@@ -96,6 +96,27 @@ def gpt_oss_mxfp4() -> transformers.PretrainedConfig:
     return config
 
 
+def deepseek_v32() -> transformers.PretrainedConfig:
+    """A dense layer, then one with experts; sizes that differ wherever they may, and an index that leaves most out."""
+    rope = {
+        "rope_type": "yarn",
+        "rope_theta": 20_000.0,
+        "factor": 8.0,
+        "beta_fast": 16.0,
+        "beta_slow": 2.0,
+        "mscale": 0.8,
+        "mscale_all_dim": 1.3,
+        "original_max_position_embeddings": 512,
+    }
+    heads = {"num_key_value_heads": 4, "q_lora_rank": 48, "kv_lora_rank": 32}
+    heads |= {"qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12}
+    index = {"index_topk": 8, "index_n_heads": 16, "index_head_dim": 24}
+    experts = {"moe_intermediate_size": 24, "n_routed_experts": 8, "num_experts_per_tok": 3, "n_shared_experts": 2}
+    experts |= {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.7, "first_k_dense_replace": 1}
+    own = {"rope_parameters": rope, **heads, **index, **experts}
+    return transformers.DeepseekV32Config(**{**COMMON, **EPSILON, **own})
+
+
 CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "qwen3": qwen3,
     "qwen3_moe": qwen3_moe,
@@ -104,6 +125,7 @@ CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "gemma3": gemma3,
     "gpt_oss": gpt_oss,
     "gpt_oss_mxfp4": gpt_oss_mxfp4,
+    "deepseek_v32": deepseek_v32,
 }
 PACKED = "gpt_oss_mxfp4"
 
@@ -119,14 +141,14 @@ def random_weight(
     their activations is reached, and what they add does not drown the rest.
     """
     noise = torch.randn(shape, generator=generator)
+    if name.endswith("bias"):
+        return noise / 2
     if "norm" in name:
         return (0 if config.model_type == "gemma3_text" else 1) + 0.1 * noise
     if "embed" in name:
         return noise * (config.hidden_size**-0.5 if config.tie_word_embeddings else 1)
     if name.endswith("sinks"):
         return 1 + noise
-    if name.endswith("bias"):
-        return noise / 2
     if config.model_type == "gpt_oss" and "experts" in name:
         return noise * shape[-2] ** -0.5 * (3 if "gate_up" in name else 0.25)
     return noise * shape[-1] ** -0.5
@@ -139,7 +161,8 @@ def build_model(config: transformers.PretrainedConfig, seed: int) -> transformer
     ).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        corrections = [(name, buffer) for name, buffer in model.named_buffers() if name.endswith("correction_bias")]
+        for name, parameter in [*model.named_parameters(), *corrections]:
             parameter.copy_(random_weight(name, parameter.shape, config, generator))
     return model
 

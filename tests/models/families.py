@@ -6,9 +6,10 @@ from typing import Any
 
 from models.decoder import DecoderConfig
 from models.gemma3 import Gemma3Config
-from models.gpt_oss import GptOssConfig, Yarn
+from models.gpt_oss import GptOssConfig
 from models.llama import LlamaConfig
 from models.qwen3 import Qwen3Config
+from models.yarn import Yarn
 from tests.models.serving import MODEL, PAGE_TOKENS
 
 SIZES: dict[str, Any] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -67,6 +68,10 @@ def shuffled_tables(cfg: decoder.DecoderConfig, rng: np.random.Generator, rows: 
     return {name: ids.reshape(rows, WIDTH).astype(np.int32) for name, ids in pages.items()}
 
 
+def arrays(pools: decoder.Pools) -> list[jax.Array]:
+    """Of every field of every component."""
+    return [array for fields in pools.values() for array in fields.values()]
+
+
 def addresses(pools: decoder.Pools) -> list[int]:
-    arrays = [fields["kv"] for fields in pools.values()]
-    return [shard.data.unsafe_buffer_pointer() for array in arrays for shard in array.addressable_shards]
+    return [shard.data.unsafe_buffer_pointer() for array in arrays(pools) for shard in array.addressable_shards]

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.decoder import WINDOW, make_extend
+from models.decoder import WINDOW, components, make_extend
 from models.loading import load_model
-from tests.models.steps import NUM_PAGES, PAGE_TOKENS, TOLERANCE, Steps, addresses, make_batch
+from tests.models.steps import NUM_PAGES, PAGE_TOKENS, TOLERANCE, Steps, addresses, arrays, make_batch
 
 GOLDENS = Path(__file__).parent.parent / "goldens"
-FAMILIES = ("qwen3", "qwen3_moe", "llama", "gemma3", "gpt_oss", "gpt_oss_mxfp4")
+FAMILIES = ("qwen3", "qwen3_moe", "llama", "gemma3", "gpt_oss", "gpt_oss_mxfp4", "deepseek_v32")
 CASES = [(family, mesh) for family in FAMILIES for mesh in ((1, 1, 1), (2, 2, 2))]
 CASES += [("llama_3_heads", (2, 1, 2))]  # three query heads and one kv head, untied embeddings
 
@@ -60,12 +60,12 @@ def test_token_by_token_matches_the_golden(steps, rng):
 
 def test_pools_are_updated_in_place(steps, rng):
     pools, batch = steps.pools(), make_batch(steps.tokens, steps.tables(rng), 0, 16, 16)
-    arrays = [fields["kv"] for fields in pools.values()]
-    shard_bytes = min(array.addressable_shards[0].data.nbytes for array in arrays)
+    donated = arrays(pools)
+    shard_bytes = min(array.addressable_shards[0].data.nbytes for array in donated)
     analysis = steps.extend.lower(steps.params, pools, batch).compile().memory_analysis()
     before = addresses(pools)
     _, after = steps.extend(steps.params, pools, batch)
-    assert all(array.is_deleted() for array in arrays)
+    assert all(array.is_deleted() for array in donated)
     assert addresses(after) == before
     assert analysis.temp_size_in_bytes < shard_bytes / 2  # not even the smallest pool is copied
 
@@ -74,10 +74,11 @@ def test_padding_writes_nothing(steps, rng):
     tables = steps.tables(rng)
     batch = make_batch(steps.tokens, tables, 0, 5, 16)._replace(num_new=np.array([5, 0], np.int32))
     _, pools = steps.extend(steps.params, steps.pools(), batch)
-    for name, fields in pools.items():
-        kv = np.abs(np.asarray(fields["kv"]))
-        written = np.argwhere(kv.sum(axis=(*range(1, kv.ndim - 3), -2, -1)) > 0)
-        assert written.tolist() == [[tables[name][0, 0], slot] for slot in range(5)]
+    for component in components(steps.cfg, PAGE_TOKENS, "float32"):
+        for field in component.fields:
+            by_slot = np.moveaxis(np.asarray(pools[component.name][field.name]), 1 + field.axes.index("slots"), 1)
+            written = np.argwhere(np.abs(by_slot).sum(axis=tuple(range(2, by_slot.ndim))) > 0)
+            assert written.tolist() == [[tables[component.name][0, 0], slot] for slot in range(5)], field.name
 
 
 @pytest.mark.mutation

@@ -27,7 +27,7 @@ from flax import nnx
 from jax import Array, lax
 
 from models.decoder import FULL, SLOTS, DecoderConfig, Keeps, Kept, published_sizes, refuse_unsupported
-from models.experts import GatedExperts, Routing, SigmoidRouter
+from models.experts import Experts, Routing, SigmoidRouter
 from models.indexer import choose, chosen_in_block, score
 from models.layers import (
     GatedMlp,
@@ -264,7 +264,7 @@ class SparseMlp(nnx.Module):
     def __init__(self, cfg: DeepseekV32Config):
         d = cfg.hidden_size
         self.router = SigmoidRouter(d, cfg.routing)
-        self.experts = GatedExperts(d, cfg.routing.num_experts, cfg.expert_size, jax.nn.silu)
+        self.experts = Experts(d, cfg.expert_size, cfg.routing.num_experts, jax.nn.silu)
         self.shared = GatedMlp(d, cfg.shared_size, jax.nn.silu)
 
     def __call__(self, h: Array) -> Array:
@@ -294,7 +294,7 @@ def checkpoint(cfg: DeepseekV32Config) -> dict[str, Stored]:
         "layers.attention.indexer.k_norm": Stored(attention + "indexer.k_norm.weight", "j", "lj"),
         "layers.attention.indexer.k_norm_bias": Stored(attention + "indexer.k_norm.bias", "j", "lj"),
         "layers.mlp.router.weight": Stored(mlp + "gate.weight", "e,d", "lde"),
-        "layers.mlp.router.correction": Stored(mlp + "gate.e_score_correction_bias", "e", "le"),
+        "layers.mlp.router.bias": Stored(mlp + "gate.e_score_correction_bias", "e", "le"),
     }
     for name, (axes, there) in {"gate": ("df", "f,d"), "up": ("df", "f,d"), "down": ("fd", "d,f")}.items():
         routed = "ldef" if axes == "df" else "lefd"

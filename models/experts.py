@@ -1,7 +1,7 @@
-"""Routed experts: who chooses them, and what they compute.
+"""Routed experts: which of them compute a token, and what they compute. Each expert's F over tp.
 
-Every expert is computed, and weighted by its gate or 0. Letters in shapes, besides those of models/layers.py: E
-experts, G groups of them.
+Every expert is computed, and weighted by its gate or 0. In shapes E is the number of experts; others as in
+models/layers.py.
 """
 
 from __future__ import annotations
@@ -19,72 +19,69 @@ from models.layers import project, weight
 BIAS_STD = 0.1  # of random parameters
 
 
+def top_k_gates(scores: Array, weights: Array, top_k: int) -> Array:
+    """f32[B, T, E]: the weights of the k experts with the largest scores, 0 elsewhere; ties go to the lowest expert."""
+    _, experts = lax.top_k(scores, top_k)
+    return jax.nn.one_hot(experts, scores.shape[-1], dtype=jnp.float32).sum(axis=-2) * weights
+
+
 @dataclass(frozen=True)
 class Routing:
-    """How a token chooses experts.
+    """How sigmoid scores choose experts.
 
-    per_token:  so many of num_experts, from the best `chosen_groups` of num_groups groups, by score plus correction
-    normalized: whether the chosen scores are divided by their sum
-    scale:      of the gates
+    groups, top_groups: experts lie in groups, of which only so many are chosen from: those with the largest sums of
+                        their two best
+    normalise:          gates of a token sum to `scale`
     """
 
     num_experts: int
-    per_token: int
-    num_groups: int = 1
-    chosen_groups: int = 1
-    normalized: bool = True
+    top_k: int
+    groups: int = 1
+    top_groups: int = 1
+    normalise: bool = True
     scale: float = 1.0
-
-    def __post_init__(self):
-        e, g = self.num_experts, self.num_groups
-        if e % g or not 1 <= self.chosen_groups <= g:
-            raise ValueError(f"{self.num_groups=} must divide {e} experts, and {self.chosen_groups=} be at most that")
-        if not 1 <= self.per_token <= self.chosen_groups * (e // g):
-            raise ValueError(f"{self.per_token=} experts must be in [1, {self.chosen_groups * (e // g)}]")
 
 
 class SigmoidRouter(nnx.Module):
-    """Scores are sigmoids; a correction helps to choose experts, but is no part of their gates."""
+    """Scores are sigmoids; a bias corrects which experts are chosen, not how much they count."""
 
     def __init__(self, d: int, routing: Routing):
         self.weight = weight((d, routing.num_experts), (None, None), d)
-        self.correction = nnx.Param(jnp.zeros(routing.num_experts), out_sharding=(None,), mean=0.0, std=BIAS_STD)
+        self.bias = nnx.Param(jnp.zeros(routing.num_experts), out_sharding=(None,), mean=0.0, std=BIAS_STD)
         self.routing = routing
 
     def __call__(self, h: Array) -> Array:
-        """[B, T, D] -> f32[B, T, E], zero except for the chosen; ties go to the lowest group and expert."""
-        routing, f32 = self.routing, jnp.float32
-        scores = jax.nn.sigmoid(jnp.einsum("btd,de->bte", h.astype(f32), self.weight[...].astype(f32)))
-        wanted = self._in_chosen_groups(scores + self.correction[...].astype(f32)[None, None])
-        _, experts = lax.top_k(wanted, routing.per_token)
-        gates = scores * jax.nn.one_hot(experts, routing.num_experts, dtype=f32).sum(axis=-2)
-        if routing.normalized:
+        """[B, T, D] -> f32[B, T, E], zero except for the chosen."""
+        routing = self.routing
+        logits = jnp.einsum("btd,de->bte", h.astype(jnp.float32), self.weight[...].astype(jnp.float32))
+        scores = jax.nn.sigmoid(logits)
+        choice = scores + self.bias[...].astype(jnp.float32)[None, None]
+        if routing.groups > 1:
+            grouped = choice.reshape(*choice.shape[:-1], routing.groups, -1)
+            best_two = lax.top_k(grouped, 2)[0].sum(axis=-1)
+            is_open = top_k_gates(best_two, jnp.ones_like(best_two), routing.top_groups) > 0
+            choice = jnp.where(is_open[..., None], grouped, -jnp.inf).reshape(choice.shape)
+        gates = top_k_gates(choice, scores, routing.top_k)
+        if routing.normalise:
             gates = gates / (gates.sum(axis=-1, keepdims=True) + 1e-20)
         return gates * routing.scale
 
-    def _in_chosen_groups(self, wanted: Array) -> Array:
-        """-inf outside of the groups whose two best experts are wanted most."""
-        routing = self.routing
-        if routing.chosen_groups == routing.num_groups:
-            return wanted
-        groups = wanted.reshape(*wanted.shape[:-1], routing.num_groups, -1)
-        best, _ = lax.top_k(groups, min(2, groups.shape[-1]))
-        _, chosen = lax.top_k(best.sum(axis=-1), routing.chosen_groups)
-        is_chosen = jax.nn.one_hot(chosen, routing.num_groups, dtype=jnp.int32).sum(axis=-2) > 0
-        return jnp.where(is_chosen[..., None], groups, -jnp.inf).reshape(wanted.shape)
 
+class Experts(nnx.Module):
+    """E mlps. is_gated: activation(gate) * up, then down; else activation(up), then down."""
 
-class GatedExperts(nnx.Module):
-    """E experts, each activation(gate) * up, then down; each expert's F over tp."""
-
-    def __init__(self, d: int, e: int, f: int, activation: Callable[[Array], Array]):
-        self.gate = weight((d, e, f), (None, None, "tp"), d)
-        self.up = weight((d, e, f), (None, None, "tp"), d)
-        self.down = weight((e, f, d), (None, "tp", None), f)
-        self.activation = activation
+    def __init__(self, d: int, f: int, num_experts: int, activation: Callable[[Array], Array], is_gated: bool = True):
+        if is_gated:
+            self.gate = weight((d, num_experts, f), (None, None, "tp"), d)
+        self.up = weight((d, num_experts, f), (None, None, "tp"), d)
+        self.down = weight((num_experts, f, d), (None, "tp", None), f)
+        self.activation, self.is_gated = activation, is_gated
 
     def __call__(self, h: Array, gates: Array) -> Array:
         """h: [B, T, D]; gates: f32[B, T, E]"""
-        act = self.activation(jnp.einsum("btd,def->btef", h, self.gate[...]))
-        act = act * jnp.einsum("btd,def->btef", h, self.up[...]) * gates.astype(h.dtype)[..., None]
-        return project("btef,efd->btd", act, self.down)
+        act = jnp.einsum("btd,def->btef", h, self.up[...])
+        if self.is_gated:
+            act = self.activation(jnp.einsum("btd,def->btef", h, self.gate[...])) * act
+        else:
+            act = self.activation(act)
+        return project("btef,efd->btd", act * gates.astype(h.dtype)[..., None], self.down)

@@ -56,9 +56,12 @@ def view(pages: Pages, rope: Rope) -> View:
 
 
 def rotate(x: Array, view: View) -> Array:
-    """In fp32. x: [B, T, heads, head_dim]; returns x's dtype."""
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * view.cos - b * view.sin, b * view.cos + a * view.sin], axis=-1).astype(x.dtype)
+    """In fp32. x: [B, T, heads, head_dim], of which the first entries are rotated, as many as the view has; returns x's
+    dtype."""
+    half = view.cos.shape[-1]
+    a, b, rest = jnp.split(x.astype(jnp.float32), (half, 2 * half), axis=-1)
+    rotated = [a * view.cos - b * view.sin, b * view.cos + a * view.sin, rest]
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
 def weight(shape: tuple[int, ...], axes: tuple[str | None, ...], fan_in: int) -> nnx.Param:

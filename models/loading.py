@@ -27,7 +27,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from models import decoder, deepseek_v32, gemma3, gpt_oss, llama, mxfp4, qwen3
+from models import decoder, deepseek_v32, gemma3, gpt_oss, llama, mxfp4, nemotron_h, qwen3, qwen3_next
 from models.gguf_file import GgufFile, opened
 from models.layer_plan import LayerPlan
 from models.stored import Stored, stored_of
@@ -56,8 +56,10 @@ FAMILIES = {
     "gemma3_text": Family(gemma3.Gemma3Config.from_hf, gemma3.checkpoint),
     "gpt_oss": Family(gpt_oss.GptOssConfig.from_hf, gpt_oss.checkpoint),
     "llama": Family(llama.LlamaConfig.from_hf, llama.checkpoint),
+    "nemotron_h": Family(nemotron_h.NemotronHConfig.from_hf, nemotron_h.checkpoint),
     "qwen3": QWEN3,
     "qwen3_moe": QWEN3,
+    "qwen3_next": Family(qwen3_next.Qwen3NextConfig.from_hf, qwen3_next.checkpoint),
 }
 
 

@@ -96,6 +96,39 @@ def gpt_oss_mxfp4() -> transformers.PretrainedConfig:
     return config
 
 
+HYBRID = {**{name: n for name, n in COMMON.items() if name not in ("num_hidden_layers", "rope_parameters")}, **EPSILON}
+
+
+def nemotron_h() -> transformers.PretrainedConfig:
+    """Every kind of layer; two groups of heads."""
+    kinds = ["linear_attention", "moe", "linear_attention", "full_attention", "mlp"]
+    mamba = {"mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 2, "ssm_state_size": 16, "chunk_size": 8}
+    experts = {
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "n_group": 4,
+        "topk_group": 2,
+    }
+    own = {"moe_shared_expert_intermediate_size": 48, "routed_scaling_factor": 1.5, "layer_norm_epsilon": 1e-4}
+    sizes = {name: n for name, n in HYBRID.items() if name != "rms_norm_eps"}
+    return transformers.NemotronHConfig(**sizes, layers_block_type=kinds, **mamba, **experts, **own)
+
+
+def qwen3_next() -> transformers.PretrainedConfig:
+    """Three delta nets with two value heads to a key head, then attention of which half is rotated."""
+    net = {
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 8,
+    }
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    rope = {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5}
+    own = {"num_hidden_layers": 4, "shared_expert_intermediate_size": 48, "rope_parameters": rope}
+    return transformers.Qwen3NextConfig(**HYBRID, **net, **experts, **own)
+
+
 def deepseek_v32() -> transformers.PretrainedConfig:
     """A dense layer, then one with experts; sizes that differ wherever they may, and an index that leaves most out."""
     rope = {
@@ -125,6 +158,8 @@ CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "gemma3": gemma3,
     "gpt_oss": gpt_oss,
     "gpt_oss_mxfp4": gpt_oss_mxfp4,
+    "nemotron_h": nemotron_h,
+    "qwen3_next": qwen3_next,
     "deepseek_v32": deepseek_v32,
 }
 PACKED = "gpt_oss_mxfp4"
@@ -135,16 +170,22 @@ def random_weight(
 ) -> torch.Tensor:
     """A weight under which nothing is trivial.
 
-    norms 1 + 0.1 n, or 0.1 n for gemma3, whose norms multiply by 1 + weight; sinks 1 + n; biases n / 2;
+    norms 1 + 0.1 n, or 0.1 n where the model multiplies by 1 + weight (gemma3, qwen3_next but for its delta nets);
+    sinks and skips 1 + n; biases n / 2, of time steps less 1; logarithms of decays uniform in [0, 1);
     embeddings n, or n / sqrt(hidden) where they are the head too, so that a token does not just predict itself;
     others n / sqrt(fan_in), but the experts of gpt_oss, stored [expert, in, out], 3 and 1/4 times that: the limit of
     their activations is reached, and what they add does not drown the rest.
     """
     noise = torch.randn(shape, generator=generator)
-    if name.endswith("bias"):
-        return noise / 2
-    if "norm" in name:
-        return (0 if config.model_type == "gemma3_text" else 1) + 0.1 * noise
+    if "norm" in name and not name.endswith("bias"):
+        is_less_one = config.model_type in ("gemma3_text", "qwen3_next") and "linear_attn.norm" not in name
+        return (0 if is_less_one else 1) + 0.1 * noise
+    if name.endswith("A_log"):
+        return torch.rand(shape, generator=generator)
+    if name.endswith("dt_bias"):
+        return noise / 2 - 1
+    if name.endswith("mixer.D"):
+        return 1 + noise
     if "embed" in name:
         return noise * (config.hidden_size**-0.5 if config.tie_word_embeddings else 1)
     if name.endswith("sinks"):
@@ -161,9 +202,11 @@ def build_model(config: transformers.PretrainedConfig, seed: int) -> transformer
     ).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        corrections = [(name, buffer) for name, buffer in model.named_buffers() if name.endswith("correction_bias")]
-        for name, parameter in [*model.named_parameters(), *corrections]:
+        for name, parameter in model.named_parameters():
             parameter.copy_(random_weight(name, parameter.shape, config, generator))
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):
+                buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
     return model
 
 

@@ -50,9 +50,9 @@ def convolve(x: Array, before: Array, kernel: Array, batch: ExtendBatch) -> tupl
     """
     width, columns = kernel.shape[-1], x.shape[1]
     x = jnp.concatenate([before.astype(x.dtype), x], axis=1)
-    taps = jnp.moveaxis(kernel.astype(jnp.float32), -1, 0)
+    taps = jnp.moveaxis(kernel.astype(jnp.float32), -1, 0)[:, None, None]
     out = functools.reduce(jnp.add, (x[:, i : i + columns].astype(jnp.float32) * taps[i] for i in range(width)))
-    last = batch.num_new[:, None] + jnp.arange(width - 1)
+    last = batch.num_new[:, None] + jnp.arange(width - 1)[None]
     return out, jnp.take_along_axis(x, last.reshape(*last.shape, *(1,) * (x.ndim - 2)), axis=1)
 
 
@@ -69,7 +69,7 @@ def run_tokens(
     returns: the outputs, [B, T, ...], and the state after each row's last token
     """
     columns = tokens[0].shape[1]
-    is_new = jnp.arange(columns)[:, None] < batch.num_new  # [T, B]
+    is_new = jnp.arange(columns)[:, None] < batch.num_new[None]  # [T, B]
 
     def one(state: Array, xs: tuple[Array, tuple[Array, ...]]) -> tuple[Array, Array]:
         is_new, token = xs

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxcache import StateSlots
 from jaxcache.pools.device_pool import init_pools
 from jaxcache.pools.page_layout import page_layouts
 from models import decoder
@@ -16,6 +17,7 @@ from models.paged_attention import ExtendBatch
 
 PAGE_TOKENS = 8
 NUM_PAGES = 4096  # so that any pool is larger than what a step computes with
+NUM_SLOTS = 1024  # of recurrent states
 WIDTH = 12  # pages of a row's table
 TOLERANCE = 1e-4
 Tables = dict[str, np.ndarray]
@@ -49,7 +51,11 @@ class Steps:
 
 def zero_pools(cfg: decoder.DecoderConfig, mesh: Mesh) -> decoder.Pools:
     layouts = page_layouts(decoder.components(cfg, PAGE_TOKENS, "float32"), mesh)
-    return init_pools(layouts, dict.fromkeys(layouts, NUM_PAGES), mesh)
+    return init_pools(layouts, {name: num_pages(name) for name in layouts}, mesh)
+
+
+def num_pages(component: str) -> int:
+    return NUM_SLOTS if component == decoder.STATE else NUM_PAGES
 
 
 def make_batch(tokens: np.ndarray, tables: Tables, start: int, stop: int, columns: int) -> ExtendBatch:
@@ -59,19 +65,27 @@ def make_batch(tokens: np.ndarray, tables: Tables, start: int, stop: int, column
     padded[:, : stop - start] = tokens[:, start:stop]
     at = np.broadcast_to(np.arange(columns, dtype=np.int32), (rows, columns)).copy()
     starts, num_new = np.full(rows, start, np.int32), np.full(rows, stop - start, np.int32)
-    return ExtendBatch(padded, starts, num_new, tables, at)
+    return ExtendBatch(padded, starts, num_new, tables, at, state_slots(tables, start, stop))
+
+
+def state_slots(tables: Tables, start: int, stop: int) -> StateSlots | None:
+    """As if a chunk had written the state of its last token to that token's place in the table, and kept it nowhere."""
+    if decoder.STATE not in tables:
+        return None
+    slots = tables[decoder.STATE]
+    nowhere = np.full(len(slots), NUM_SLOTS, np.int32)
+    return StateSlots(slots[:, start - 1] if start else nowhere, slots[:, stop - 1], nowhere)
 
 
 def shuffled_tables(cfg: decoder.DecoderConfig, rng: np.random.Generator, rows: int) -> Tables:
-    """Other pages for each component."""
-    pages = {name: rng.permutation(NUM_PAGES)[: rows * WIDTH] for name in decoder.LayerPlan(cfg).kept}
-    return {name: ids.reshape(rows, WIDTH).astype(np.int32) for name, ids in pages.items()}
-
-
-def arrays(pools: decoder.Pools) -> list[jax.Array]:
-    """Of every field of every component."""
-    return [array for fields in pools.values() for array in fields.values()]
+    """Other pages for each component; of states a slot for each token."""
+    tables = {}
+    for name in decoder.LayerPlan(cfg).kept:
+        width = WIDTH * PAGE_TOKENS if name == decoder.STATE else WIDTH
+        tables[name] = rng.permutation(num_pages(name))[: rows * width].reshape(rows, width).astype(np.int32)
+    return tables
 
 
 def addresses(pools: decoder.Pools) -> list[int]:
-    return [shard.data.unsafe_buffer_pointer() for array in arrays(pools) for shard in array.addressable_shards]
+    arrays = jax.tree.leaves(pools)
+    return [shard.data.unsafe_buffer_pointer() for array in arrays for shard in array.addressable_shards]

@@ -8,20 +8,33 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.decoder import WINDOW, components, make_extend
+from models.decoder import STATE, WINDOW, components, make_extend
 from models.loading import load_model
-from tests.models.steps import NUM_PAGES, PAGE_TOKENS, TOLERANCE, Steps, addresses, arrays, make_batch
+from tests.models.steps import NUM_PAGES, PAGE_TOKENS, TOLERANCE, Steps, addresses, make_batch
 
 GOLDENS = Path(__file__).parent.parent / "goldens"
-FAMILIES = ("qwen3", "qwen3_moe", "llama", "gemma3", "gpt_oss", "gpt_oss_mxfp4", "deepseek_v32")
+FAMILIES = (
+    "qwen3",
+    "qwen3_moe",
+    "llama",
+    "gemma3",
+    "gpt_oss",
+    "gpt_oss_mxfp4",
+    "nemotron_h",
+    "qwen3_next",
+    "deepseek_v32",
+)
 CASES = [(family, mesh) for family in FAMILIES for mesh in ((1, 1, 1), (2, 2, 2))]
 CASES += [("llama_3_heads", (2, 1, 2))]  # three query heads and one kv head, untied embeddings
 
 
+FAR = 50  # times the tolerance is the least that a mutation must make
+WITH_STATES = [case for case in CASES if case[0] in ("nemotron_h", "qwen3_next")]
 WITH_WINDOWS = [case for case in CASES if case[0] in ("gemma3", "gpt_oss", "gpt_oss_mxfp4")]
 
 
@@ -60,12 +73,12 @@ def test_token_by_token_matches_the_golden(steps, rng):
 
 def test_pools_are_updated_in_place(steps, rng):
     pools, batch = steps.pools(), make_batch(steps.tokens, steps.tables(rng), 0, 16, 16)
-    donated = arrays(pools)
-    shard_bytes = min(array.addressable_shards[0].data.nbytes for array in donated)
+    arrays = jax.tree.leaves(pools)
+    shard_bytes = min(array.addressable_shards[0].data.nbytes for array in arrays)
     analysis = steps.extend.lower(steps.params, pools, batch).compile().memory_analysis()
     before = addresses(pools)
     _, after = steps.extend(steps.params, pools, batch)
-    assert all(array.is_deleted() for array in donated)
+    assert all(array.is_deleted() for array in arrays)
     assert addresses(after) == before
     assert analysis.temp_size_in_bytes < shard_bytes / 2  # not even the smallest pool is copied
 
@@ -75,6 +88,8 @@ def test_padding_writes_nothing(steps, rng):
     batch = make_batch(steps.tokens, tables, 0, 5, 16)._replace(num_new=np.array([5, 0], np.int32))
     _, pools = steps.extend(steps.params, steps.pools(), batch)
     for component in components(steps.cfg, PAGE_TOKENS, "float32"):
+        if component.name == STATE:
+            continue
         for field in component.fields:
             by_slot = np.moveaxis(np.asarray(pools[component.name][field.name]), 1 + field.axes.index("slots"), 1)
             written = np.argwhere(np.abs(by_slot).sum(axis=tuple(range(2, by_slot.ndim))) > 0)
@@ -97,7 +112,44 @@ def test_wrong_pages_show(steps, rng, mutation):
     if mutation == "position off by one":
         batch = batch._replace(starts=batch.starts + 1)
     logits, _ = steps.extend(steps.params, pools, batch)
-    assert np.abs(np.asarray(logits) - steps.logits[:, 48:64]).max() > 100 * TOLERANCE
+    assert np.abs(np.asarray(logits) - steps.logits[:, 48:64]).max() > FAR * TOLERANCE
+
+
+@pytest.mark.mutation
+@pytest.mark.parametrize("steps", WITH_STATES, ids=named, indirect=True)
+@pytest.mark.parametrize("mutation", ["another request's state", "an earlier state", "zeroed inputs", "zeroed memory"])
+def test_a_wrong_state_shows(steps, rng, mutation):
+    """The right one gives the golden's logits, bit for bit what the next chunk gives without stopping there."""
+    tables, pools = steps.tables(rng), steps.pools()
+    _, pools = steps.extend(steps.params, pools, make_batch(steps.tokens, tables, 0, 30, 32))
+    _, pools = steps.extend(steps.params, pools, make_batch(steps.tokens, tables, 30, 48, 32))
+    batch = make_batch(steps.tokens, tables, 48, 64, 32)
+    slots = batch.states.read
+    if mutation == "another request's state":
+        batch = batch._replace(states=batch.states._replace(read=slots[::-1]))
+    elif mutation == "an earlier state":
+        batch = batch._replace(states=batch.states._replace(read=tables[STATE][:, 29]))
+    else:
+        memory = {"memory": pools[STATE]["memory"]}
+        inputs = {name: pool for name, pool in pools[STATE].items() if name not in memory}
+        zeroed = inputs if mutation == "zeroed inputs" else memory
+        zeroed = {name: jax.device_put(np.zeros_like(pool), pool.sharding) for name, pool in zeroed.items()}
+        pools = {**pools, STATE: {**pools[STATE], **zeroed}}
+    logits, _ = steps.extend(steps.params, pools, batch)
+    assert np.abs(np.asarray(logits)[:, :16] - steps.logits[:, 48:64]).max() > FAR * TOLERANCE
+
+
+@pytest.mark.parametrize("steps", WITH_STATES, ids=named, indirect=True)
+def test_a_kept_state_is_the_one_that_is_written(steps, rng):
+    """In both slots, and in no other."""
+    tables, pools = steps.tables(rng), steps.pools()
+    batch = make_batch(steps.tokens, tables, 0, 16, 16)
+    keep = tables[STATE][:, 40]
+    _, pools = steps.extend(steps.params, pools, batch._replace(states=batch.states._replace(keep=keep)))
+    for pool in map(np.asarray, pools[STATE].values()):
+        assert np.array_equal(pool[keep], pool[batch.states.write])
+        written = np.flatnonzero(np.abs(pool).sum(axis=tuple(range(1, pool.ndim))))
+        assert sorted(written) == sorted([*keep, *batch.states.write])
 
 
 @pytest.mark.parametrize("steps", WITH_WINDOWS, ids=named, indirect=True)
@@ -114,7 +166,7 @@ def test_of_the_window_the_right_pages_are_read(steps, rng):
         out, pools = steps.extend(steps.params, pools, make_batch(steps.tokens, shown, 48, 64, 16))
         logits.append(np.asarray(out))
     assert np.array_equal(logits[0], logits[1])
-    assert np.abs(logits[2] - logits[0]).max() > 100 * TOLERANCE
+    assert np.abs(logits[2] - logits[0]).max() > FAR * TOLERANCE
 
 
 def test_result_depends_on_nothing_but_the_prefix(steps, rng):

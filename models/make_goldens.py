@@ -190,6 +190,8 @@ def random_weight(
         return noise * (config.hidden_size**-0.5 if config.tie_word_embeddings else 1)
     if name.endswith("sinks"):
         return 1 + noise
+    if name.endswith("bias"):
+        return noise / 2
     if config.model_type == "gpt_oss" and "experts" in name:
         return noise * shape[-2] ** -0.5 * (3 if "gate_up" in name else 0.25)
     return noise * shape[-1] ** -0.5

@@ -11,6 +11,8 @@ A page holds, of every layer, two fields of the component `full`, both the same 
                                       the key that is rotated, after rotation
     index_key  [page_tokens, J]       the indexer's key, after norm and rotation
 
+or, packed in fp8, of the published sizes uint8[page_tokens, 656] and uint8[page_tokens, 132].
+
 Letters in shapes, besides those of models/layers.py: R latent, P rotated part of a head, U the other part, V' values of
 a head, Q rank of the queries, I index heads, J size of an index head.
 """
@@ -27,8 +29,8 @@ from flax import nnx
 from jax import Array, lax
 
 from models.decoder import FULL, SLOTS, DecoderConfig, Keeps, Kept, published_sizes, refuse_unsupported
+from models.entries import Entries, attend_entries, choose_entries
 from models.experts import Experts, Routing, SigmoidRouter
-from models.indexer import choose, chosen_in_block, score
 from models.layers import (
     GatedMlp,
     HeldFields,
@@ -43,11 +45,12 @@ from models.layers import (
     rotate,
     weight,
 )
-from models.paged_attention import Block, Held, attend_blocks, is_visible, read_entries, write_entries
+from models.packing import Packing
 from models.stored import Stored, stored_decoder, stored_mlp
 from models.yarn import Yarn, stretched_scale
 
 DENSE, SPARSE = "dense", "sparse"  # kinds of layers
+LATENT, INDEX_KEY = "latent", "index_key"  # fields of a page
 INNER_EPS = 1e-6  # of the norms within attention, whatever rms_norm_eps is
 
 
@@ -58,6 +61,7 @@ class DeepseekV32Config(DecoderConfig):
     dense_layers:  so many of the first layers have no experts
     index_top_k:   how many keys a token reads at most
     score_scale:   of the scores of attention
+    is_packed:     whether pages hold entries packed, see models/packing.py; else as the cache's dtype says
     routing:       of the experts
     expert_size:   F of a routed expert
     shared_size:   F of all shared experts together
@@ -76,6 +80,7 @@ class DeepseekV32Config(DecoderConfig):
     expert_size: int
     shared_size: int
     yarn: Yarn | None = None
+    is_packed: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -101,8 +106,18 @@ class DeepseekV32Config(DecoderConfig):
         return PreNormLayer(Attention(self), mlp, self.hidden_size, self.rms_norm_eps)
 
     def keeps(self, kind: str) -> Keeps:
-        sizes = {"latent": self.latent_size + self.rotated_size, "index_key": self.index_size}
-        return {FULL: {name: Kept((SLOTS, size), ("slots", None)) for name, size in sizes.items()}}
+        sizes = {LATENT: self.latent_size + self.rotated_size, INDEX_KEY: self.index_size}
+        kept = {name: Kept((SLOTS, size), ("slots", None)) for name, size in sizes.items()}
+        for name, packing in self.packings.items():
+            kept[name] = Kept((SLOTS, packing.num_bytes), ("slots", None), "uint8")
+        return {FULL: kept}
+
+    @property
+    def packings(self) -> dict[str, Packing]:
+        """Of the fields that are packed."""
+        if not self.is_packed:
+            return {}
+        return {LATENT: Packing(self.latent_size, self.rotated_size), INDEX_KEY: Packing(self.index_size)}
 
     def rope(self, component: str) -> Rope:
         args = self.rope_theta, self.rotated_size
@@ -111,7 +126,9 @@ class DeepseekV32Config(DecoderConfig):
     @property
     def split_over_tp(self) -> dict[str, int]:
         experts = {"expert entries": self.expert_size, "shared expert entries": self.shared_size}
-        return super().split_over_tp | (experts if SPARSE in self.layer_kinds else {})
+        return (
+            super().split_over_tp | {"index heads": self.index_heads} | (experts if SPARSE in self.layer_kinds else {})
+        )
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> DeepseekV32Config:
@@ -193,13 +210,13 @@ class Attention(nnx.Module):
 
     def __call__(self, h: Array, held: HeldFields, step: Step) -> tuple[Array, HeldFields]:
         """h: [B, T, D]; held: latent [N, ..., S, R + P] and index_key [N, ..., S, J], written before they are read."""
-        view = step.views[FULL]
+        view, packings = step.views[FULL], self.cfg.packings
+        latents, keys = (Entries(held[name], view.pages, packings.get(name)) for name in (LATENT, INDEX_KEY))
         compressed = rms_norm(h @ self.wq_down[...], self.q_norm, INNER_EPS)
-        latents = write_entries(held["latent"], view.pages, self._latent(h, view))
-        keys = write_entries(held["index_key"], view.pages, self.indexer.key(h, view))
+        latents, keys = latents.write(self._latent(h, view)), keys.write(self.indexer.key(h, view))
         chosen = self.indexer.choose(h, compressed, keys, view)
-        out = self._attend(compressed, latents, chosen, view)
-        return project("bthv,hvd->btd", out.astype(h.dtype), self.wo), {"latent": latents, "index_key": keys}
+        out = self._attend(compressed, latents, chosen, view).astype(h.dtype)
+        return project("bthv,hvd->btd", out, self.wo), {LATENT: latents.held, INDEX_KEY: keys.held}
 
     def _latent(self, h: Array, view: View) -> Array:
         """[B, T, R + P]"""
@@ -207,32 +224,25 @@ class Attention(nnx.Module):
         rotated = rotate(paired(rotated)[:, :, None], view)[:, :, 0]
         return jnp.concatenate([rms_norm(latent, self.latent_norm, INNER_EPS), rotated], axis=-1)
 
-    def _attend(self, compressed: Array, latents: Held, chosen: Array, view: View) -> Array:
+    def _attend(self, compressed: Array, latents: Entries, chosen: Array, view: View) -> Array:
         """f32[B, T, H, V']"""
-        cfg = self.cfg
-        plain = cfg.head_dim - cfg.rotated_size
+        plain = self.cfg.head_dim - self.cfg.rotated_size
         q_plain, q_rotated = jnp.split(jnp.einsum("btq,qhc->bthc", compressed, self.wq[...]), [plain], axis=-1)
         makes_keys, makes_values = jnp.split(self.w_made[...], [plain], axis=-1)
         q_latent = jnp.einsum("bthu,rhu->bthr", q_plain, makes_keys)
         q = jnp.concatenate([q_latent, rotate(paired(q_rotated), view)], axis=-1)
-
-        def read(i: Array) -> Block:
-            entries = read_entries(latents, view.pages, i)[:, :, None]
-            is_read = is_visible(view.pages, i) & chosen_in_block(chosen, view.pages, i)
-            return Block(entries, entries[..., : cfg.latent_size], is_read)
-
-        mixed = attend_blocks(q, read, view.pages, 1, cfg.latent_size, cfg.score_scale)
+        mixed = attend_entries(q, latents, chosen, self.cfg.latent_size, self.cfg.score_scale)
         return jnp.einsum("bthr,rhv->bthv", mixed.astype(makes_values.dtype), makes_values)
 
 
 class Indexer(nnx.Module):
-    """Chooses the keys that a token reads, for all query heads alike; every rank of tp computes all index heads."""
+    """Chooses the keys that a token reads, for all query heads alike; index heads over tp."""
 
     def __init__(self, cfg: DeepseekV32Config):
         d, q, i, j = cfg.hidden_size, cfg.query_rank, cfg.index_heads, cfg.index_size
         self.cfg = cfg
-        self.wq = weight((q, i, j), (None, None, None), q)
-        self.wk, self.w_heads = weight((d, j), (None, None), d), weight((d, i), (None, None), d)
+        self.wq = weight((q, i, j), (None, "tp", None), q)
+        self.wk, self.w_heads = weight((d, j), (None, None), d), weight((d, i), (None, "tp"), d)
         self.k_norm = norm_weight(j)
         self.k_norm_bias = nnx.Param(jnp.zeros(j), out_sharding=(None,), mean=0.0, std=0.1)
 
@@ -244,13 +254,13 @@ class Indexer(nnx.Module):
         scale, bias = (x[...].astype(jnp.float32)[None, None] for x in (self.k_norm, self.k_norm_bias))
         return self._rotate((key * scale + bias).astype(h.dtype)[:, :, None], view)[:, :, 0]
 
-    def choose(self, h: Array, compressed: Array, keys: Held, view: View) -> Array:
-        """bool[B, T, W', S], see `indexer.choose`."""
+    def choose(self, h: Array, compressed: Array, keys: Entries, view: View) -> Array:
+        """bool[B, T, E], see `choose_entries`."""
         cfg = self.cfg
         q = self._rotate(jnp.einsum("btq,qij->btij", compressed, self.wq[...]), view)
         weights = jnp.einsum("btd,di->bti", h, self.w_heads[...], preferred_element_type=jnp.float32)
         weights = weights * (cfg.index_heads * cfg.index_size) ** -0.5
-        return choose(score(q, weights, keys, view.pages), cfg.index_top_k)
+        return choose_entries(q, weights, keys, cfg.index_top_k)
 
     def _rotate(self, x: Array, view: View) -> Array:
         """The first entries of each head; here the halves belong together, in attention the neighbours."""

@@ -12,7 +12,8 @@ heads, G = H / K, N pages. Pools are [N, ..., 2, S, K, head_dim]; a layer's plac
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -108,47 +109,12 @@ def plan_pages(
 
 def write(held: Held, pages: Pages, kv: Array) -> Held:
     """Puts the new keys and values, [B, T, 2, K, head_dim], where this rank holds their slots."""
-    return _write(held, (pages.write_ids, *held.place, slice(None), pages.write_slots), kv)
-
-
-def write_entries(held: Held, pages: Pages, entries: Array) -> Held:
-    """The same for a pool [N, ..., S, C] of one entry a token: [B, T, C]."""
-    return _write(held, (pages.write_ids, *held.place, pages.write_slots), entries)
-
-
-def _write(held: Held, at: Place, new: Array) -> Held:
-    return held._replace(pool=held.pool.at[at].set(new.astype(held.pool.dtype), mode="drop"))
-
-
-def block_table(pages: Pages, i: Array, rank_slots: int) -> Array:
-    """i32[B, width]: the columns of block i."""
-    width = pages.key_offsets.shape[0] // rank_slots
-    return lax.dynamic_slice_in_dim(pages.table, i * width, width, axis=1)
-
-
-def read_entries(held: Held, pages: Pages, i: Array) -> Array:
-    """Block i of a pool [N, ..., S, C]: [B, width * S, C]."""
-    table = block_table(pages, i, held.pool.shape[-2])
-    entries = held.pool.at[(table, *held.place)].get(mode="promise_in_bounds")
-    return entries.reshape(entries.shape[0], -1, entries.shape[-1])
-
-
-def is_visible(pages: Pages, i: Array) -> Array:
-    """bool[B, T, width * S]: whether a token may read a key of block i."""
-    at = (i * pages.block_tokens + pages.key_offsets)[None, None]
-    return (at <= pages.positions[..., None]) & (at >= pages.oldest[..., None])
-
-
-class Block(NamedTuple):
-    """Keys [B, width * S, K, C], values [B, width * S, K, C'], and whether a token reads them: bool[B, T, width * S]"""
-
-    keys: Array
-    values: Array
-    is_read: Array
+    at = held.pool.at[(pages.write_ids, *held.place, slice(None), pages.write_slots)]
+    return held._replace(pool=at.set(kv.astype(held.pool.dtype), mode="drop"))
 
 
 def attend(q: Array, held: Held, pages: Pages, scale: float | None = None, sinks: Array | None = None) -> Array:
-    """Softmax attention over the pages of the table; see `attend_blocks`.
+    """Softmax attention over the pages of the table; see `attend_sources`.
 
     q:     [B, T, H, head_dim]; returns f32[B, T, H, head_dim]
     scale: of the scores; None: head_dim ** -0.5
@@ -160,24 +126,46 @@ def attend(q: Array, held: Held, pages: Pages, scale: float | None = None, sinks
         table = block_table(pages, i, rank_slots)
         keys, values = (held.pool.at[(table, *held.place, j)].get(mode="promise_in_bounds") for j in (0, 1))
         keys, values = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (keys, values))
-        return Block(keys, values, is_visible(pages, i))
+        return Block(keys, values, is_visible(pages, key_positions(pages, i)))
 
-    return attend_blocks(q, read, pages, num_kv_heads, head_dim, head_dim**-0.5 if scale is None else scale, sinks)
+    default = head_dim**-0.5
+    return attend_sources(q, [(pages.blocks, read)], num_kv_heads, head_dim, default if scale is None else scale, sinks)
 
 
-def attend_blocks(
-    q: Array,
-    read: Callable[[Array], Block],
-    pages: Pages,
-    num_kv_heads: int,
-    value_dim: int,
-    scale: float,
-    sinks: Array | None = None,
+def block_table(pages: Pages, i: Array, rank_slots: int) -> Array:
+    """i32[B, width]: the columns of block i."""
+    width = pages.key_offsets.shape[0] // rank_slots
+    return lax.dynamic_slice_in_dim(pages.table, i * width, width, axis=1)
+
+
+def key_positions(pages: Pages, i: Array) -> Array:
+    """i32[width * S]: of the keys of block i on this rank."""
+    return i * pages.block_tokens + pages.key_offsets
+
+
+def is_visible(pages: Pages, at: Array) -> Array:
+    """bool[B, T, M]: whether a token may read the keys at positions i32[M]."""
+    at = at[None, None]
+    return (at <= pages.positions[..., None]) & (at >= pages.oldest[..., None])
+
+
+class Block(NamedTuple):
+    """Keys [B, M, K, C], values [B, M, K, C'], and whether a token reads them, bool[B, T, M]; M is width * S."""
+
+    keys: Array
+    values: Array
+    is_read: Array
+
+
+Source = tuple[Array, Callable[[Array], Block]]  # i32[2], [first, stop) of blocks, and what reads one
+
+
+def attend_sources(
+    q: Array, sources: Sequence[Source], num_kv_heads: int, value_dim: int, scale: float, sinks: Array | None = None
 ) -> Array:
-    """Softmax attention, a block of columns of the table at a time, merged over cp by log-sum-exp.
+    """Softmax attention over all sources, a block of columns at a time, merged over cp by log-sum-exp.
 
-    q:    [B, T, H, C]; returns f32[B, T, H, value_dim]
-    read: of block i
+    q: [B, T, H, C]; returns f32[B, T, H, value_dim]
 
     Blocks that no row reads are not read, blocks begin at fixed positions, and a masked one changes nothing, not even
     rounding: so a token's result depends, bit for bit, neither on the table's width, nor on the other rows, nor on
@@ -187,11 +175,9 @@ def attend_blocks(
     q = q.reshape(b, t, k, h // k, c).transpose(0, 2, 3, 1, 4).reshape(b, k, -1, c)  # [B, K, G * T, C]
     zeros = jnp.zeros((*q.shape[:-1], value_dim), jnp.float32)
     partial = (jnp.full_like(zeros[..., :1], MASKED), zeros[..., :1], zeros)
-
-    def add_block(i: Array, partial: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        return _attend_block(q, read(i), scale, partial)
-
-    peak, total, mixed = lax.fori_loop(pages.blocks[0], pages.blocks[1], add_block, partial)
+    for blocks, read in sources:
+        partial = lax.fori_loop(blocks[0], blocks[1], functools.partial(_attend_block, q, read, scale), partial)
+    peak, total, mixed = partial
     top = lax.pmax(peak, "cp")
     if sinks is not None:
         sinks = jnp.repeat(sinks.astype(jnp.float32).reshape(1, k, h // k), t, axis=2)[..., None]  # [1, K, G * T, 1]
@@ -204,15 +190,15 @@ def attend_blocks(
 
 
 def _attend_block(
-    q: Array, block: Block, scale: float, partial: tuple[Array, Array, Array]
+    q: Array, read: Callable[[Array], Block], scale: float, i: Array, partial: tuple[Array, Array, Array]
 ) -> tuple[Array, Array, Array]:
-    """Adds a block to (maximum, sum of weights, weighted values), f32[B, K, G * T, 1, 1, value_dim]."""
+    """Adds block i to (maximum, sum of weights, weighted values), f32[B, K, G * T, 1, 1, value_dim]."""
     peak, total, mixed = partial
-    keys, values, is_read = block
+    keys, values, is_read = read(i)
     is_read = jnp.tile(is_read, (1, q.shape[2] // is_read.shape[1], 1))[:, None]
     scores = jnp.einsum("bkrc,bmkc->bkrm", q, keys, preferred_element_type=jnp.float32) * scale
     scores = jnp.where(is_read, scores, MASKED)
     new_peak = jnp.maximum(peak, scores.max(axis=-1, keepdims=True))
     rescale, weights = jnp.exp(peak - new_peak), jnp.exp(scores - new_peak)
-    read = jnp.einsum("bkrm,bmkc->bkrc", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
-    return new_peak, total * rescale + weights.sum(axis=-1, keepdims=True), mixed * rescale + read
+    mix = jnp.einsum("bkrm,bmkc->bkrc", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    return new_peak, total * rescale + weights.sum(axis=-1, keepdims=True), mixed * rescale + mix

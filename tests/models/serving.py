@@ -37,6 +37,7 @@ MODEL = qwen3.Qwen3Config(
     num_experts=4,
     experts_per_token=2,
 )
+UNLIMITED = 1 << 30  # tokens
 MAX_KL, MAX_ERROR = 1e-6, 1e-4
 MESHES = [(1, 1, 1), (2, 2, 2), *(pytest.param(s, marks=pytest.mark.slow) for s in ((2, 1, 1), (1, 2, 1), (1, 1, 2)))]
 
@@ -114,14 +115,20 @@ def kl(p_logits: np.ndarray, q_logits: np.ndarray) -> float:
 
 
 def emptied(cache: jaxcache.Cache, namespace: jaxcache.Namespace, pools: decoder.Pools) -> decoder.Pools:
-    """Every page that is only cached leaves the device: a request takes them all, and computes nothing. The pools are
-    zero then: what is read of them later was brought back."""
+    """Every page that is only cached leaves the device: a request takes them all, then many take all slots of states;
+    none computes anything. The pools are zero then: what is read of them later was brought back."""
     pools = cache.apply(cache.step(pools))
-    num_tokens = min(cache.device_pages.values()) * cache.config.page_tokens
-    lease = cache.admit(cache.sequence([1], namespace), num_tokens)
-    assert isinstance(lease, jaxcache.Lease), lease
-    cache.release(lease)
+    pages = {name: n for name, n in cache.device_pages.items() if name != decoder.STATE}
+    num_requests = cache.device_pages.get(decoder.STATE, 0)
+    for num_tokens in (min(pages.values()) * cache.config.page_tokens, *[1] * num_requests):
+        lease = cache.admit(cache.sequence([1], namespace), num_tokens)
+        assert isinstance(lease, jaxcache.Lease), lease
+        if num_tokens > 1:
+            cache.release(lease)
+    for lease in list(cache.core.leases.values()):
+        cache.release(lease)
     pools = cache.apply(cache.step(pools))
+    assert not any(residency.num_resident for residency in cache.core.tiers.device)
     return jax.tree.map(lambda pool: jax.device_put(np.zeros(pool.shape, pool.dtype), pool.sharding), pools)
 
 
@@ -178,7 +185,9 @@ class Driver:
         tokens, starts, num_new = (np.zeros(shape, np.int32) for shape in ((rows, columns), rows, rows))
         tokens[0, : stop - start], starts[0], num_new[0] = lease.sequence.tokens[start:stop], start, stop - start
         tables = self.cache.tables([lease] + [None] * (rows - 1), SHAPE.table_pages)
-        batch = self.spoil(ExtendBatch(tokens, starts, num_new, tables, np.maximum(num_new - 1, 0)[:, None]))
+        slots = self.cache.state_slots([lease] + [None] * (rows - 1), [stop] * rows)
+        last = np.maximum(num_new - 1, 0)[:, None]
+        batch = self.spoil(ExtendBatch(tokens, starts, num_new, tables, last, slots))
         logits, self.pools = self.rig.extend(self.rig.params, self.pools, batch)
         return np.asarray(logits)[0, 0]
 
@@ -195,20 +204,20 @@ class Driver:
         while computed < prompt + num_decode:
             if computed >= prompt:
                 lease.sequence.extend([int(logits[-1].argmax())])
-            stop = min(computed + SHAPE.chunk_tokens, lease.sequence.num_tokens)
-            is_decode = computed >= prompt or (by_token and stop - computed == 1)
+            stop = min(computed + SHAPE.chunk_tokens, lease.sequence.num_tokens, lease.next_stop or UNLIMITED)
+            is_decode, is_stop = computed >= prompt or (by_token and stop - computed == 1), stop == lease.next_stop
             last = self.extend(lease, computed, stop, is_decode)
             computed = stop
             if computed >= prompt:
                 logits.append(last)
-            if by_chunk:
+            if by_chunk or is_stop:
                 self.publish(lease, computed)
         self.publish(lease, computed)
         self.cache.release(lease)
         return Answer(np.stack(logits), lease.sequence.tokens[prompt:].tolist(), hits)
 
     def publish(self, lease: jaxcache.Lease, computed: int) -> None:
-        self.cache.insert(lease, computed)
+        self.cache.insert(lease, computed, states=[computed] if computed in lease.checkpoints else [])
         self.pools = self.cache.apply(self.pools)
 
     def ask(self, tokens: Any, **choices: Any) -> Answer:
@@ -228,12 +237,13 @@ class Driver:
     def drain(self) -> None:
         self.pools = self.cache.drain(self.pools)
 
-    def edit_pool(self, edit: Callable[[np.ndarray], None], component: str = "full") -> None:
-        """Changes a device pool in place, [pages, layers, 2, page_tokens, heads, head_dim]."""
-        kv = self.pools[component]["kv"]
-        pages = np.array(kv)
+    def edit_pool(self, edit: Callable[[np.ndarray], None], component: str = "full", field: str = "kv") -> None:
+        """Changes a device pool in place, such as [pages, layers, 2, page_tokens, heads, head_dim]."""
+        pool = self.pools[component][field]
+        pages = np.array(pool)
         edit(pages)
-        self.pools = {**self.pools, component: {"kv": jax.device_put(pages, kv.sharding)}}
+        edited = {**self.pools[component], field: jax.device_put(pages, pool.sharding)}
+        self.pools = {**self.pools, component: edited}
 
     def edit_host(self, edit: Callable[[np.ndarray], None], component: str = "full") -> None:
         """Changes the host rows of every device in place, uint8[pages, row_bytes]."""

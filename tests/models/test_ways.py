@@ -5,10 +5,12 @@
     split       parts after 26 tokens                  24; 16, where a chunk ended and the window is kept; 16
     mid-window  parts after 42 tokens                  40; 40, whose window two chunks have published; 32
     alone       the same, its last window is gone      all; 32; 32
-    short       7 tokens of its own                    4, the first: shorter than the window, and nothing is missing
+    short       11 tokens of its own                   8, the first: shorter than the window, and nothing is missing
     by token    the same, computed where one decodes   all its whole pages; another program, so equal but for rounding
 
-What is cached was computed in chunks of 16 tokens, and published after each.
+What is cached was computed in chunks of 16 tokens, and published after each. Of states, those at the last page of each
+prompt are kept, and where others have parted before: after 26 and 42 tokens. So with states as much is found as
+without, down to the grid; when the last one is gone, as much as the one before holds.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import lcm
 from typing import NamedTuple
 
 import numpy as np
@@ -24,8 +27,8 @@ import pytest
 import jaxcache
 from jaxcache.core.radix_tree import Node
 from jaxcache.types import Tier
-from models.decoder import FULL, WINDOW
-from tests.models.families import FAMILIES, FULL_ONLY, WIDE, WINDOWED
+from models.layer_plan import FULL, STATE, WINDOW
+from tests.models.families import FAMILIES, FULL_ONLY, LATENTS, WIDE, WINDOWED, WITH_STATES
 from tests.models.serving import (
     MAX_ERROR,
     MAX_KL,
@@ -42,7 +45,7 @@ from tests.models.serving import (
     rig_on,
 )
 
-PROMPT, OTHER, SHORT = random_tokens(1, 45), random_tokens(2, 45), random_tokens(3, 7)
+PROMPT, OTHER, SHORT = random_tokens(1, 45), random_tokens(2, 45), random_tokens(3, 11)
 ALL = 44  # tokens of PROMPT in whole pages
 LAST_CHUNK = 32  # where it began
 TIERS = ("device", "host", "storage")
@@ -55,11 +58,14 @@ def parting_at(cut: int) -> np.ndarray:
 
 
 class Way(NamedTuple):
-    """found: tokens of the prompt that must be cached: full attention only, with a wide window, with a narrow one"""
+    """found: tokens of the prompt that must be cached: full attention only, with a wide window, with a narrow one
+
+    loses: the window, or state, at the end of the prompt is gone
+    """
 
     prompt: np.ndarray
     found: tuple[int, int, int]
-    loses_window: bool = False
+    loses: bool = False
     by_token: bool = False
 
 
@@ -67,12 +73,13 @@ WAYS = {
     "whole": Way(PROMPT, (ALL, ALL, ALL)),
     "split": Way(parting_at(26), (24, 16, 16)),
     "mid-window": Way(parting_at(42), (40, 40, 32)),
-    "alone": Way(PROMPT, (ALL, 32, 32), loses_window=True),
-    "short": Way(SHORT, (4, 4, 4)),
+    "alone": Way(PROMPT, (ALL, 32, 32), loses=True),
+    "short": Way(SHORT, (8, 8, 8)),
     "by token": Way(PROMPT, (ALL, ALL, ALL), by_token=True),
 }
 EIGHT = (2, 2, 2)
-QUICK_ON_EIGHT = ("llama", "qwen3", "gemma3_wide", "gpt_oss_wide")  # the mixture of experts has a file of its own
+# the mixture of experts has a file of its own
+QUICK_ON_EIGHT = ("llama", "qwen3", "gemma3_wide", "gpt_oss_wide", "nemotron_h_fine", "qwen3_next_fine", "deepseek_v32")
 CASES = [
     pytest.param(family, shape, way, id=f"{family}-{shape}-{way}", marks=marks)
     for family, way in itertools.product(FAMILIES, WAYS)
@@ -84,7 +91,20 @@ CASES = [
 
 
 def found(family: str, way: Way) -> int:
+    if family in WITH_STATES:
+        grid = grid_of(family)
+        return last_state(family, before=last_state(family)) if way.loses else way.found[0] // grid * grid
     return way.found[0 if family in FULL_ONLY else 1 if family.endswith("wide") else 2]
+
+
+def grid_of(family: str) -> int:
+    return lcm(PAGE_TOKENS, FAMILIES[family].state_grid_tokens)
+
+
+def last_state(family: str, before: int = ALL + 1) -> int:
+    """Where PROMPT's last state is, that ends before `before`."""
+    grid = grid_of(family)
+    return max(end for end in (cut // grid * grid for cut in (26, 42, ALL)) if end < before)
 
 
 def want(rig: Rig, prompt: np.ndarray) -> Answer:
@@ -92,43 +112,45 @@ def want(rig: Rig, prompt: np.ndarray) -> Answer:
 
 
 @contextmanager
-def cached(rig: Rig, tier: str, loses_window: bool = False) -> Iterator[Driver]:
-    """A driver whose three prompts are cached in `tier`, and nowhere nearer."""
+def cached(family: str, rig: Rig, tier: str, loses: bool = False) -> Iterator[Driver]:
+    """A driver whose prompts are cached in `tier`, and nowhere nearer."""
     storage = jaxcache.MemoryStorage()
+    others = [np.concatenate([PROMPT[:cut], OTHER[20:29]]) for cut in (26, 42)] if family in WITH_STATES else []
     with rig.cache(storage if tier == "storage" else None) as cache:
         driver = Driver(rig, cache)
-        for tokens in (SHORT, OTHER, PROMPT):
+        for tokens in (SHORT, OTHER, PROMPT, *others):
             check_equal(driver.ask(tokens, by_chunk=True), want(rig, tokens))
         driver.drain()
-        if loses_window and tier != "storage":
-            lose_window(driver)
+        if loses and tier != "storage":
+            lose(driver, family)
         if tier == "host":
             driver.fill_device()
         if tier != "storage":
             yield driver
-        elif loses_window:
-            lose_stored_window(driver, storage)
+        elif loses:
+            lose_stored(driver, family, storage)
     if tier == "storage":
         with rig.cache(storage) as cache:
             yield Driver(rig, cache)
 
 
-def lose_window(driver: Driver) -> None:
-    """What room for others does: the window that the last chunk published leaves every tier; full attention stays."""
+def lose(driver: Driver, family: str) -> None:
+    """What room for others does: the last window, or state, leaves every tier; full attention stays."""
     tiers = driver.cache.core.tiers
     for node in path(driver, PROMPT):
         for residency in tiers.residencies:
-            if (
-                residency.component.name == WINDOW
-                and node.start >= LAST_CHUNK
-                and node.pages[residency.index] is not None
-            ):
+            name = residency.component.name
+            is_last = node.end == last_state(family) if name == STATE else node.start >= LAST_CHUNK
+            if name != FULL and is_last and node.pages[residency.index] is not None:
                 tiers.drop(residency, node)
 
 
-def lose_stored_window(driver: Driver, storage: jaxcache.MemoryStorage) -> None:
-    keys = driver.sequence(PROMPT).page_keys(ALL // PAGE_TOKENS)[LAST_CHUNK // PAGE_TOKENS :]
-    for name in [name for name in storage._values if name.page_key in keys and name.component == WINDOW]:
+def lose_stored(driver: Driver, family: str, storage: jaxcache.MemoryStorage) -> None:
+    keys = driver.sequence(PROMPT).page_keys(ALL // PAGE_TOKENS)
+    gone = {WINDOW: keys[LAST_CHUNK // PAGE_TOKENS :]}
+    if family in WITH_STATES:
+        gone[STATE] = [keys[last_state(family) // PAGE_TOKENS - 1]]
+    for name in [name for name in storage._values if name.page_key in gone.get(name.component, ())]:
         del storage._values[name]
 
 
@@ -145,7 +167,7 @@ def ask(driver: Driver, tier: str, prompt: np.ndarray, **choices) -> Answer:
 @pytest.mark.parametrize(("family", "shape", "way"), CASES)
 def test_hit_equals_miss(make_mesh, family, shape, way, tier):
     rig, way = rig_on(make_mesh(*shape), FAMILIES[family]), WAYS[way]
-    with cached(rig, tier, way.loses_window and family in WINDOWED) as driver:
+    with cached(family, rig, tier, way.loses and family not in FULL_ONLY) as driver:
         got = ask(driver, tier, way.prompt, by_token=way.by_token)
     assert got.hits == tuple(found(family, way) if name == tier else 0 for name in TIERS)
     check_equal(got, want(rig, way.prompt))
@@ -153,19 +175,21 @@ def test_hit_equals_miss(make_mesh, family, shape, way, tier):
         assert np.array_equal(got.logits, want(rig, way.prompt).logits), "the hit runs the programs of the miss"
 
 
-@pytest.mark.parametrize("family", WINDOWED)
+@pytest.mark.parametrize("family", WINDOWED | WITH_STATES)
 def test_hit_over_two_tiers_equals_miss(make_mesh, family):
-    """The window comes from host memory, the pages of full attention are on the device."""
+    """The window or state comes from host memory, the pages of full attention are on the device."""
     rig = rig_on(make_mesh(), FAMILIES[family])
-    with cached(rig, "device") as driver:
+    with cached(family, rig, "device") as driver:
         tiers = driver.cache.core.tiers
-        (window,) = tiers.suffixes
         for node in path(driver, PROMPT):
-            if node.pages[window] is not None:
-                tiers.drop(tiers.device[window], node)
-        driver.edit_pool(lambda pool: pool.fill(0), WINDOW)
+            for residency in tiers.device:
+                if residency.component.name != FULL and node.pages[residency.index] is not None:
+                    tiers.drop(residency, node)
+        for component in (WINDOW, STATE):
+            for field in driver.pools.get(component, ()):
+                driver.edit_pool(lambda pool: pool.fill(0), component, field)
         got = driver.ask(PROMPT)
-    assert sum(got.hits) == ALL
+    assert sum(got.hits) == found(family, WAYS["whole"])
     check_equal(got, want(rig, PROMPT))
 
 
@@ -249,18 +273,82 @@ def stale_window(driver: Driver, pages: Pages) -> None:
     driver.edit_pool(edit, WINDOW)
 
 
+def state_of_another_request(driver: Driver, pages: Pages) -> None:
+    mine, other = last_of(pages.mine), last_of(pages.other)
+    assert min(mine, other) >= 0 and mine != other
+
+    def spoil(batch):
+        read = batch.states.read
+        return batch._replace(states=batch.states._replace(read=np.where(read == mine, other, read)))
+
+    driver.spoil = spoil
+
+
+def last_of(tables: dict[str, np.ndarray]) -> int:
+    """The slot of the last state."""
+    return tables[STATE][tables[STATE] >= 0][-1]
+
+
+def zeroed_inputs_of_a_state(driver: Driver, pages: Pages) -> None:
+    """What the convolution reads of the tokens before, of the first layer."""
+    for field in [field for field in driver.pools[STATE] if field != "memory"]:
+        zero_state(driver, field, pages)
+
+
+def zeroed_memory_of_a_state(driver: Driver, pages: Pages) -> None:
+    zero_state(driver, "memory", pages)
+
+
+def zero_state(driver: Driver, field: str, pages: Pages) -> None:
+    driver.edit_pool(lambda pool: pool[last_of(pages.mine), 0].fill(0), STATE, field)
+
+
+def index_keys_of_another_request(driver: Driver, pages: Pages) -> None:
+    """Of all pages, in the first layer."""
+
+    def edit(pool):
+        pool[pages.mine[FULL], 0] = pool[pages.other[FULL], 0]
+
+    driver.edit_pool(edit, FULL, "index_key")
+
+
+def missing_index_keys(driver: Driver, pages: Pages) -> None:
+    """The scores of all tokens are equal, in the first layer."""
+
+    def edit(pool):
+        pool[pages.mine[FULL], 0] = 0
+
+    driver.edit_pool(edit, FULL, "index_key")
+
+
+def missing_latents(driver: Driver, pages: Pages) -> None:
+    """Of one page in all layers."""
+    driver.edit_pool(lambda pool: pool[pages.mine[FULL][5]].fill(0), FULL, "latent")
+
+
 Mutation = Callable[[Driver, Pages], None]
-OF_FULL: tuple[Mutation, ...] = (full_page_of_another_request, position_off_by_one, zeroed_keys_of_a_full_page)
+OF_FULL: tuple[Mutation, ...] = (full_page_of_another_request, position_off_by_one)
+OF_LATENTS: tuple[Mutation, ...] = (index_keys_of_another_request, missing_index_keys, missing_latents)
 OF_WINDOW: tuple[Mutation, ...] = (
     window_page_of_another_request,
     zeroed_keys_of_a_window_page,
     stale_oldest_token_of_the_window,
     stale_window,
 )
+OF_STATE: tuple[Mutation, ...] = (state_of_another_request, zeroed_inputs_of_a_state, zeroed_memory_of_a_state)
+
+
+def mutations_of(family: str) -> tuple[Mutation, ...]:
+    if family in LATENTS:
+        return OF_FULL + OF_LATENTS
+    others = OF_WINDOW if family in WINDOWED else OF_STATE if family in WITH_STATES else ()
+    return (*OF_FULL, zeroed_keys_of_a_full_page, *others)
+
+
 MUTATIONS = [
     pytest.param(family, mutation, id=f"{family}-{mutation.__name__}")
     for family in FAMILIES
-    for mutation in (*OF_FULL, *(OF_WINDOW if family in WINDOWED else ()))
+    for mutation in mutations_of(family)
 ]
 
 
@@ -269,10 +357,10 @@ MUTATIONS = [
 def test_a_mutation_shows(make_mesh, family, mutation):
     """The comparison fails, and the first logits alone show it, not narrowly."""
     rig = rig_on(make_mesh(), FAMILIES[family])
-    with cached(rig, "device") as driver:
+    with cached(family, rig, "device") as driver:
         mutation(driver, Pages(pages_of(driver, PROMPT), pages_of(driver, OTHER)))
         got = driver.ask(PROMPT)
-    assert got.hits == (ALL, 0, 0)
+    assert got.hits == (found(family, WAYS["whole"]), 0, 0)
     with pytest.raises(WrongAnswer):
         check_equal(got, want(rig, PROMPT))
     first, wanted = got.logits[:1], want(rig, PROMPT).logits[:1]
@@ -282,19 +370,20 @@ def test_a_mutation_shows(make_mesh, family, mutation):
 @pytest.mark.mutation
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_host_row_of_another_request_shows(make_mesh, family):
-    """The last page: of the window, where there is one."""
+    """The last page: of the window, or the last state, where there is one."""
     rig = rig_on(make_mesh(), FAMILIES[family])
-    component = WINDOW if family in WINDOWED else FULL
-    with cached(rig, "host") as driver:
-        mine, other = (pages_of(driver, prompt, Tier.HOST)[component][-1] for prompt in (PROMPT, OTHER))
-        assert min(mine, other) >= 0 and mine != other
+    component = WINDOW if family in WINDOWED else STATE if family in WITH_STATES else FULL
+    with cached(family, rig, "host") as driver:
+        mine, other = (pages_of(driver, prompt, Tier.HOST)[component] for prompt in (PROMPT, OTHER))
+        mine, other = mine[mine >= 0][-1], other[other >= 0][-1]
+        assert mine != other
 
         def swap(rows):
             rows[mine] = rows[other]
 
         driver.edit_host(swap, component)
         got = driver.ask(PROMPT)
-    assert got.hits == (0, ALL, 0)
+    assert got.hits == (0, found(family, WAYS["whole"]), 0)
     with pytest.raises(WrongAnswer):
         check_equal(got, want(rig, PROMPT))
 

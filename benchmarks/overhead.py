@@ -34,7 +34,7 @@ from models.decoder import components, init_params, make_extend
 from models.fleet import make_mesh, three_numbers
 from models.qwen3 import Qwen3Config
 from models.serve import BatchShape, Request, Server
-from models.trace_demo import TINY_MOE
+from models.tiny import TINY
 
 PAGE_TOKENS = 16
 PROMPT_TOKENS, OUTPUT_TOKENS = 384, 16
@@ -51,7 +51,7 @@ REAL_RATIO = Qwen3Config(
     mlp_size=4096,
     rope_theta=10_000.0,
 )
-MODELS = {"tiny": (TINY_MOE, jnp.float32), "real-ratio": (REAL_RATIO, jnp.bfloat16)}
+MODELS = {"tiny": (TINY["tiny-moe"], jnp.float32), "real-ratio": (REAL_RATIO, jnp.bfloat16)}
 
 
 class Workload:

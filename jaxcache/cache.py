@@ -407,7 +407,8 @@ class Cache:
         return self._events.take()
 
     def stats(self) -> dict[str, Any]:
-        """Counters from zero: hits by tier in tokens, pages by tier and component, transfers, drops with reasons."""
+        """Counters from zero: hits by tier in tokens, pages by tier and component, transfers, drops with reasons;
+        and bytes of a page, or state, over all ranks, without padding and repetition."""
         counters = self.core.counters
         taken = self._events.counts() if self._events is not None else {}
         pages = {
@@ -429,6 +430,7 @@ class Cache:
             "prompt_tokens": counters["prompt_tokens"],
             "hit_tokens": {tier.name.lower(): counters[f"{tier.name.lower()}_hit_tokens"] for tier in Tier},
             "pages": pages,
+            "page_bytes": {name: layout.page_bytes for name, layout in self.layouts.items()},
             "nodes": self.core.tiers.tree.num_nodes,
             "leases": len(self.core.leases),
             "retentions": len(self.core.retentions.live),

@@ -31,27 +31,17 @@ from models import fleet
 from models.command import ERRORS, show_error
 from models.decoder import components, init_params, make_extend
 from models.fleet import make_mesh, three_numbers
+from models.layer_plan import STATE, LayerPlan
 from models.loading import load_model, weights_version
-from models.qwen3 import Qwen3Config
 from models.serve import TIERS, WAIT_S, BatchShape, Request, Server, hits_by_tier
+from models.tiny import TINY
 
 TRACE = Path(__file__).parents[1] / "benchmarks" / "traces" / "conversation.jsonl.gz"
 BLOCK_TOKENS = 16  # a 512-token block of the trace becomes so many
 SHRINK = 16  # of output lengths
 SERVED_SHARE = 0.75
 
-TINY_MOE = Qwen3Config(
-    vocab_size=512,
-    hidden_size=128,
-    num_layers=4,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=32,
-    mlp_size=64,
-    rope_theta=10_000.0,
-    num_experts=8,
-    experts_per_token=2,
-)
+SLOT_SHARE = 8  # pages to a slot for a recurrent state
 
 
 @dataclass
@@ -82,9 +72,8 @@ def parser() -> argparse.ArgumentParser:
     def add(option: str, default: Any, help: str, **how: Any) -> None:
         plain(option, default=default, help=f"{help} (default: %(default)s)", **how)
 
-    add(
-        "--model", "tiny-moe", "tiny-moe (random fp32 weights of a fixed seed), a Hugging Face folder, or a file *.gguf"
-    )
+    tiny = f"{', '.join(TINY)} (random fp32 weights of a fixed seed)"
+    add("--model", "tiny-moe", f"one of {tiny}, a Hugging Face folder, or a file *.gguf")
     add("--trace", TRACE, "requests in the Mooncake schema, JSONL, gzipped or not", type=Path)
     add("--requests", 500, "how many requests of the trace", type=int)
     plain(
@@ -153,9 +142,9 @@ class Demo:
 
     def __init__(self, args: argparse.Namespace, mesh: jax.sharding.Mesh, console: Console):
         self.args, self.mesh, self.console = args, mesh, console
-        if args.model == "tiny-moe":
-            self.cfg, self.params = TINY_MOE, init_params(TINY_MOE, mesh, seed=0, dtype=jnp.float32)
-            self.weights_version = "seed 0"
+        if args.model in TINY:
+            self.cfg = TINY[args.model]
+            self.params, self.weights_version = init_params(self.cfg, mesh, seed=0, dtype=jnp.float32), "seed 0"
         else:
             self.cfg, self.params = load_model(Path(args.model), mesh, jnp.float32)
             self.weights_version = weights_version(Path(args.model))
@@ -179,8 +168,8 @@ class Demo:
         prefetch = jaxcache.PrefetchPolicy("best_effort" if args.prefetch == "off" else args.prefetch)
         return jaxcache.CacheConfig(
             page_tokens=args.page_tokens,
-            device_pages=args.device_pages,
-            host_pages=args.host_pages if caching else 0,
+            device_pages=self._pages(args.device_pages),
+            host_pages=self._pages(args.host_pages) if caching else 0,
             write_policy=jaxcache.WritePolicy(args.write_policy),
             prefetch_policy=prefetch,
             storage_grid=three_numbers("--storage-grid", args.storage_grid) if args.storage_grid else None,
@@ -188,6 +177,10 @@ class Demo:
             max_transfer_pages=128,
             caching=caching,
         )
+
+    def _pages(self, num_pages: int) -> dict[str, int]:
+        slots = max(1, num_pages // SLOT_SHARE)
+        return {name: slots if name == STATE else num_pages for name in LayerPlan(self.cfg).kept}
 
     def serve(self, title: str, caching: bool, storage: jaxcache.Storage | None, requests: list[Request]) -> Run:
         """One pass: a new cache, everything compiled before, then all requests."""

@@ -35,7 +35,7 @@ KEYS = {
 @pytest.fixture
 def small_demo(monkeypatch) -> None:
     """The demo with this file's model, short prompts and short transfers."""
-    monkeypatch.setattr(trace_demo, "TINY_MOE", MODEL)
+    monkeypatch.setitem(trace_demo.TINY, "tiny-moe", MODEL)
     monkeypatch.setattr(trace_demo, "BLOCK_TOKENS", 8)
     monkeypatch.setattr(trace_demo, "BatchShape", lambda table_pages: BatchShape(2, 16, 4, table_pages))
 

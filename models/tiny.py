@@ -1,0 +1,47 @@
+"""Tiny models of every family, filled with random weights: what `python -m models.serve --model` serves by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from models.decoder import DecoderConfig
+from models.experts import Routing
+from models.gemma3 import Gemma3Config
+from models.gpt_oss import GptOssConfig
+from models.llama import LlamaConfig
+from models.nemotron_h import NemotronHConfig
+from models.qwen3 import Qwen3Config
+from models.qwen3_next import Qwen3NextConfig
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 32,
+    "mlp_size": 64,
+    "rope_theta": 10_000.0,
+}
+EXPERTS: dict[str, Any] = {"num_experts": 8, "experts_per_token": 2}
+
+
+def _nemotron_h() -> DecoderConfig:
+    kinds = ("state", "moe", "state", "full", "mlp", "state", "moe", "full")
+    mamba = {"heads": 8, "head_size": 16, "groups": 2, "state_size": 16}
+    experts = {"expert_size": 64, "shared_size": 64, "routing": Routing(num_experts=8, top_k=2)}
+    return NemotronHConfig(**SIZES, **mamba, **experts, num_layers=len(kinds), kinds=kinds)
+
+
+def _qwen3_next() -> DecoderConfig:
+    net: dict[str, Any] = {"key_heads": 2, "value_heads": 4, "key_dim": 16, "value_dim": 16}
+    return Qwen3NextConfig(**SIZES, **EXPERTS, **net, num_layers=8, shared_mlp_size=64, rotary_dim=16)
+
+
+TINY: dict[str, DecoderConfig] = {
+    "tiny-moe": Qwen3Config(**SIZES, **EXPERTS, num_layers=4),
+    "tiny-llama": LlamaConfig(**SIZES, num_layers=4),
+    "tiny-gemma3": Gemma3Config(**SIZES, num_layers=6, window=128),
+    "tiny-gpt-oss": GptOssConfig(**SIZES, **EXPERTS, num_layers=4, window=128),
+    "tiny-nemotron-h": _nemotron_h(),
+    "tiny-qwen3-next": _qwen3_next(),
+}

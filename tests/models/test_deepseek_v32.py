@@ -22,73 +22,13 @@ from models.packing import GROUP, Packing
 from models.paged_attention import ExtendBatch, Held, plan_pages
 from tests.models.families import LATENTS
 from tests.models.steps import PAGE_TOKENS, TOLERANCE, make_batch, shuffled_tables, zero_pools
+from tests.models.test_published_sizes import DEEPSEEK_V32
 
 GOLDEN = Path(__file__).parent.parent / "goldens" / "deepseek_v32"
-PUBLISHED = {
-    "model_type": "deepseek_v32",
-    "architectures": ["DeepseekV32ForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "ep_size": 1,
-    "first_k_dense_replace": 3,
-    "hidden_act": "silu",
-    "hidden_size": 7168,
-    "index_head_dim": 128,
-    "index_n_heads": 64,
-    "index_topk": 2048,
-    "intermediate_size": 18432,
-    "kv_lora_rank": 512,
-    "max_position_embeddings": 163840,
-    "moe_intermediate_size": 2048,
-    "moe_layer_freq": 1,
-    "n_group": 8,
-    "n_routed_experts": 256,
-    "n_shared_experts": 1,
-    "norm_topk_prob": True,
-    "num_attention_heads": 128,
-    "num_experts_per_tok": 8,
-    "num_hidden_layers": 61,
-    "num_key_value_heads": 128,
-    "num_nextn_predict_layers": 1,
-    "q_lora_rank": 1536,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]},
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": {
-        "beta_fast": 32,
-        "beta_slow": 1,
-        "factor": 40,
-        "mscale": 1.0,
-        "mscale_all_dim": 1.0,
-        "original_max_position_embeddings": 4096,
-        "type": "yarn",
-    },
-    "rope_theta": 10000,
-    "routed_scaling_factor": 2.5,
-    "scoring_func": "sigmoid",
-    "tie_word_embeddings": False,
-    "topk_group": 4,
-    "topk_method": "noaux_tc",
-    "v_head_dim": 128,
-    "vocab_size": 129280,
-}
-
-
-def bytes_per_token(cfg: decoder.DecoderConfig, dtype: str) -> dict[str, float]:
-    (full,) = decoder.components(cfg, 64, dtype)
-    return {field.name: field.num_bytes / 64 for field in full.fields}
-
-
-def test_bytes_of_a_token_in_the_published_model():
-    """Of all 61 layers. Packed: 656 bytes a latent with its rotated part, 132 an index key."""
-    cfg = DeepseekV32Config.from_hf(PUBLISHED)
-    assert bytes_per_token(cfg, "bfloat16") == {"latent": 61 * 576 * 2, "index_key": 61 * 128 * 2}
-    assert bytes_per_token(replace(cfg, is_packed=True), "bfloat16") == {"latent": 40_016, "index_key": 8_052}
 
 
 def test_published_config():
-    cfg = DeepseekV32Config.from_hf(PUBLISHED)
+    cfg = DeepseekV32Config.from_hf(DEEPSEEK_V32)
     assert cfg.layer_kinds == ("dense",) * 3 + ("sparse",) * 58
     assert (cfg.head_dim, cfg.shared_size, cfg.index_top_k) == (192, 2048, 2048)
     grown = 0.1 * np.log(40) + 1
@@ -132,7 +72,7 @@ def published_shapes(cfg: DeepseekV32Config) -> decoder.Params:
 )
 def test_what_is_not_computed_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        DeepseekV32Config.from_hf({**PUBLISHED, **change})
+        DeepseekV32Config.from_hf({**DEEPSEEK_V32, **change})
 
 
 def test_a_mesh_that_does_not_divide_is_refused(make_mesh):

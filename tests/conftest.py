@@ -1,7 +1,8 @@
 """Where the tests run and with which seed: eight CPU devices, or the GPUs of this host, strict jax, one seed for all.
 
 pytest --devices cpu|gpu   auto (the default) takes the GPUs on a host that has eight, else eight CPU devices
-pytest --seed N            seeds the fixtures and Hypothesis; without it Hypothesis runs the same examples every time
+pytest --seed N            seeds the fixtures, tiny models and their prompts, and Hypothesis; without it Hypothesis runs
+                           the same examples every time
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from jaxcache.testing import processes
 
 NUM_DEVICES = 8
 MESH_AXES = ("cp", "tp", "pp")
+SEED_VARIABLE = "JAXCACHE_TESTS_SEED"
 BUILD = Path(__file__).parent.parent / "build"
 
 
@@ -33,6 +35,7 @@ def pytest_addoption(parser: pytest.Parser):
 @pytest.hookimpl(tryfirst=True)  # before Hypothesis and jax read their settings
 def pytest_configure(config: pytest.Config):
     config.stash[PLATFORM] = _platform(config.getoption("--devices"))
+    os.environ[SEED_VARIABLE] = str(config.getoption("--seed") or 0)  # for modules, and processes that tests start
     _configure_hypothesis(config, config.getoption("--seed"))
     _configure_jax(config.stash[PLATFORM])
 

@@ -8,6 +8,7 @@ Driver(cache) -> Answer   one request at a time, every call of the loop in the o
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,7 @@ from models import decoder, qwen3
 from models.paged_attention import ExtendBatch
 from models.serve import BatchShape, Request, Server
 
+SEED = int(os.environ.get("JAXCACHE_TESTS_SEED", "0"))  # of weights and prompts: pytest --seed
 PAGE_TOKENS, DEVICE_PAGES, HOST_PAGES = 4, 48, 96
 SHAPE = BatchShape(prefill_rows=2, chunk_tokens=16, decode_rows=4, table_pages=32)
 MODEL = qwen3.Qwen3Config(
@@ -77,12 +79,17 @@ class Rig:
 
 @functools.cache
 def rig_on(mesh: Mesh, model: decoder.DecoderConfig = MODEL) -> Rig:
-    params = decoder.init_params(model, mesh, 0, jnp.float32)
+    params = decoder.init_params(model, mesh, SEED, jnp.float32)
     return Rig(mesh, params, decoder.make_extend(model, mesh, PAGE_TOKENS), model)
 
 
-def random_tokens(seed: int, num_tokens: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, MODEL.vocab_size, num_tokens).astype(np.int32)
+def random_tokens(which: int, num_tokens: int) -> np.ndarray:
+    """The same for the same `which` and --seed."""
+    return (
+        np.random.default_rng((which, SEED) if SEED else which)
+        .integers(0, MODEL.vocab_size, num_tokens)
+        .astype(np.int32)
+    )
 
 
 @dataclass(frozen=True)

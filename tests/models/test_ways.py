@@ -32,6 +32,7 @@ from tests.models.families import FAMILIES, FULL_ONLY, LATENTS, WIDE, WINDOWED, 
 from tests.models.serving import (
     MAX_ERROR,
     MAX_KL,
+    MODEL,
     PAGE_TOKENS,
     SHAPE,
     Answer,
@@ -53,8 +54,9 @@ FAR = 10  # times the threshold is the least that a mutation must make
 assert (PAGE_TOKENS, SHAPE.chunk_tokens, WIDE) == (4, 16, 10), "what is found follows from these"
 
 
-def parting_at(cut: int) -> np.ndarray:
-    return np.concatenate([PROMPT[:cut], OTHER[:9]])
+def parting_at(cut: int, shift: int = 1) -> np.ndarray:
+    """PROMPT up to there, then 9 tokens of which the first is another than PROMPT's, and than with another shift."""
+    return np.concatenate([PROMPT[:cut], (np.resize(PROMPT[cut:], 9) + shift) % MODEL.vocab_size])
 
 
 class Way(NamedTuple):
@@ -123,7 +125,7 @@ def want(rig: Rig, prompt: np.ndarray) -> Answer:
 def cached(family: str, rig: Rig, tier: str, loses: bool = False) -> Iterator[Driver]:
     """A driver whose prompts are cached in `tier`, and nowhere nearer."""
     storage = jaxcache.MemoryStorage()
-    others = [np.concatenate([PROMPT[:cut], OTHER[20:29]]) for cut in (26, 42)] if family in WITH_STATES else []
+    others = [parting_at(cut, shift=2) for cut in (26, 42)] if family in WITH_STATES else []
     with rig.cache(storage if tier == "storage" else None) as cache:
         driver = Driver(rig, cache)
         for tokens in (SHORT, OTHER, PROMPT, *others):

@@ -41,6 +41,14 @@ class Routing:
     normalise: bool = True
     scale: float = 1.0
 
+    def __post_init__(self):
+        if self.num_experts % self.groups or not 1 <= self.top_groups <= self.groups:
+            raise ValueError(
+                f"{self.num_experts=} must be a multiple of {self.groups} groups, {self.top_groups=} of them"
+            )
+        if not 1 <= self.top_k <= (open_to_all := self.num_experts // self.groups * self.top_groups):
+            raise ValueError(f"{self.top_k} of {open_to_all} experts cannot be chosen")
+
 
 class SigmoidRouter(nnx.Module):
     """Scores are sigmoids; a bias corrects which experts are chosen, not how much they count."""

@@ -5,14 +5,12 @@ Letters in shapes, besides those of models/layers.py: E experts.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array, lax
 
@@ -23,46 +21,16 @@ from models.layers import (
     Projections,
     Rope,
     Step,
-    plain_rope,
     project,
     rotate,
     weight,
 )
 from models.paged_attention import attend, write
 from models.stored import Stored, stored_decoder
+from models.yarn import Yarn
 
 ALPHA = 1.702  # of the gate's sigmoid
 BIAS_STD = 0.1  # of random parameters
-
-
-@dataclass(frozen=True)
-class Yarn:
-    """How the rotary embedding of `original_tokens` is stretched: slow dimensions by `factor`, fast ones not at all.
-
-    beta_fast, beta_slow: rotations over the original length from which on a dimension is fast, up to which it is slow
-    """
-
-    factor: float
-    original_tokens: int
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    truncate: bool = True
-    attention_factor: float | None = None
-
-    def rope(self, theta: float, head_dim: int) -> Rope:
-        frequencies = plain_rope(theta, head_dim).frequencies
-        low, high = (self._dimension(beta, theta, head_dim) for beta in (self.beta_fast, self.beta_slow))
-        if self.truncate:
-            low, high = math.floor(low), math.ceil(high)
-        low, high = max(low, 0), min(high, head_dim - 1)
-        stretched = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 0.001), 0, 1)
-        frequencies = frequencies * (1 - stretched) + frequencies / self.factor * stretched
-        default = 0.1 * math.log(self.factor) + 1 if self.factor > 1 else 1.0
-        return Rope(frequencies, default if self.attention_factor is None else self.attention_factor)
-
-    def _dimension(self, rotations: float, theta: float, head_dim: int) -> float:
-        """That turns so often over the original length."""
-        return head_dim * math.log(self.original_tokens / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
 
 @dataclass(frozen=True)
@@ -106,18 +74,12 @@ class GptOssConfig(DecoderConfig):
             num_experts=hf.get("num_local_experts", hf.get("num_experts")),
             experts_per_token=hf.get("num_experts_per_tok", hf.get("experts_per_token")),
             activation_limit=float(hf.get("swiglu_limit", 7.0)),
-            yarn=_yarn(hf, rope) if _kind(rope) == "yarn" else None,
+            yarn=Yarn.published(hf, rope) if _kind(rope) == "yarn" else None,
         )
 
 
 def _kind(rope: Mapping[str, Any]) -> str:
     return rope.get("rope_type", rope.get("type", "default"))
-
-
-def _yarn(hf: Mapping[str, Any], rope: Mapping[str, Any]) -> Yarn:
-    original = rope.get("original_max_position_embeddings") or hf["max_position_embeddings"]
-    names = ("beta_fast", "beta_slow", "truncate", "attention_factor")
-    return Yarn(float(rope["factor"]), original, **{name: rope[name] for name in names if rope.get(name) is not None})
 
 
 def _refuse_unsupported(hf: Mapping[str, Any], rope: Mapping[str, Any]) -> None:

@@ -27,7 +27,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from models import decoder, gemma3, gpt_oss, llama, mxfp4, nemotron_h, qwen3, qwen3_next
+from models import decoder, deepseek_v32, gemma3, gpt_oss, llama, mxfp4, nemotron_h, qwen3, qwen3_next
 from models.gguf_file import GgufFile, opened
 from models.layer_plan import LayerPlan
 from models.stored import Stored, stored_of
@@ -52,6 +52,7 @@ class Family(NamedTuple):
 
 QWEN3 = Family(qwen3.Qwen3Config.from_hf, qwen3.checkpoint)
 FAMILIES = {
+    "deepseek_v32": Family(deepseek_v32.DeepseekV32Config.from_hf, deepseek_v32.checkpoint),
     "gemma3_text": Family(gemma3.Gemma3Config.from_hf, gemma3.checkpoint),
     "gpt_oss": Family(gpt_oss.GptOssConfig.from_hf, gpt_oss.checkpoint),
     "llama": Family(llama.LlamaConfig.from_hf, llama.checkpoint),

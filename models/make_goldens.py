@@ -129,6 +129,27 @@ def qwen3_next() -> transformers.PretrainedConfig:
     return transformers.Qwen3NextConfig(**HYBRID, **net, **experts, **own)
 
 
+def deepseek_v32() -> transformers.PretrainedConfig:
+    """A dense layer, then one with experts; sizes that differ wherever they may, and an index that leaves most out."""
+    rope = {
+        "rope_type": "yarn",
+        "rope_theta": 20_000.0,
+        "factor": 8.0,
+        "beta_fast": 16.0,
+        "beta_slow": 2.0,
+        "mscale": 0.8,
+        "mscale_all_dim": 1.3,
+        "original_max_position_embeddings": 512,
+    }
+    heads = {"num_key_value_heads": 4, "q_lora_rank": 48, "kv_lora_rank": 32}
+    heads |= {"qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12}
+    index = {"index_topk": 8, "index_n_heads": 16, "index_head_dim": 24}
+    experts = {"moe_intermediate_size": 24, "n_routed_experts": 8, "num_experts_per_tok": 3, "n_shared_experts": 2}
+    experts |= {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.7, "first_k_dense_replace": 1}
+    own = {"rope_parameters": rope, **heads, **index, **experts}
+    return transformers.DeepseekV32Config(**{**COMMON, **EPSILON, **own})
+
+
 CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "qwen3": qwen3,
     "qwen3_moe": qwen3_moe,
@@ -139,6 +160,7 @@ CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "gpt_oss_mxfp4": gpt_oss_mxfp4,
     "nemotron_h": nemotron_h,
     "qwen3_next": qwen3_next,
+    "deepseek_v32": deepseek_v32,
 }
 PACKED = "gpt_oss_mxfp4"
 
@@ -155,7 +177,7 @@ def random_weight(
     their activations is reached, and what they add does not drown the rest.
     """
     noise = torch.randn(shape, generator=generator)
-    if "norm" in name:
+    if "norm" in name and not name.endswith("bias"):
         is_less_one = config.model_type in ("gemma3_text", "qwen3_next") and "linear_attn.norm" not in name
         return (0 if is_less_one else 1) + 0.1 * noise
     if name.endswith("A_log"):

@@ -13,6 +13,7 @@ heads, G = H / K, N pages. Pools are [N, ..., 2, S, K, head_dim]; a layer's plac
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -113,22 +114,70 @@ def write(held: Held, pages: Pages, kv: Array) -> Held:
 
 
 def attend(q: Array, held: Held, pages: Pages, scale: float | None = None, sinks: Array | None = None) -> Array:
-    """Softmax attention over the pages of the table, a block of columns at a time, merged over cp by log-sum-exp.
+    """Softmax attention over the pages of the table; see `attend_sources`.
 
     q:     [B, T, H, head_dim]; returns f32[B, T, H, head_dim]
     scale: of the scores; None: head_dim ** -0.5
     sinks: f32[H], a score of each head that takes its share of the weights, and has no value
+    """
+    rank_slots, num_kv_heads, head_dim = held.pool.shape[-3:]
+
+    def read(i: Array) -> Block:
+        table = block_table(pages, i, rank_slots)
+        keys, values = (held.pool.at[(table, *held.place, j)].get(mode="promise_in_bounds") for j in (0, 1))
+        keys, values = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (keys, values))
+        return Block(keys, values, is_visible(pages, key_positions(pages, i)))
+
+    default = head_dim**-0.5
+    return attend_sources(q, [(pages.blocks, read)], num_kv_heads, head_dim, default if scale is None else scale, sinks)
+
+
+def block_table(pages: Pages, i: Array, rank_slots: int) -> Array:
+    """i32[B, width]: the columns of block i."""
+    width = pages.key_offsets.shape[0] // rank_slots
+    return lax.dynamic_slice_in_dim(pages.table, i * width, width, axis=1)
+
+
+def key_positions(pages: Pages, i: Array) -> Array:
+    """i32[width * S]: of the keys of block i on this rank."""
+    return i * pages.block_tokens + pages.key_offsets
+
+
+def is_visible(pages: Pages, at: Array) -> Array:
+    """bool[B, T, M]: whether a token may read the keys at positions i32[M]."""
+    at = at[None, None]
+    return (at <= pages.positions[..., None]) & (at >= pages.oldest[..., None])
+
+
+class Block(NamedTuple):
+    """Keys [B, M, K, C], values [B, M, K, C'], and whether a token reads them, bool[B, T, M]; M is width * S."""
+
+    keys: Array
+    values: Array
+    is_read: Array
+
+
+Source = tuple[Array, Callable[[Array], Block]]  # i32[2], [first, stop) of blocks, and what reads one
+
+
+def attend_sources(
+    q: Array, sources: Sequence[Source], num_kv_heads: int, value_dim: int, scale: float, sinks: Array | None = None
+) -> Array:
+    """Softmax attention over all sources, a block of columns at a time, merged over cp by log-sum-exp.
+
+    q: [B, T, H, C]; returns f32[B, T, H, value_dim]
 
     Blocks that no row reads are not read, blocks begin at fixed positions, and a masked one changes nothing, not even
     rounding: so a token's result depends, bit for bit, neither on the table's width, nor on the other rows, nor on
     where its chunk began; only B and T matter, which choose the compiled program.
     """
-    (b, t, h, c), k = q.shape, held.pool.shape[-2]
-    q = q.reshape(b, t, k, h // k, c).transpose(0, 2, 3, 1, 4).reshape(b, k, -1, c)  # [B, K, G * T, head_dim]
-    zeros = jnp.zeros(q.shape, jnp.float32)
+    (b, t, h, c), k = q.shape, num_kv_heads
+    q = q.reshape(b, t, k, h // k, c).transpose(0, 2, 3, 1, 4).reshape(b, k, -1, c)  # [B, K, G * T, C]
+    zeros = jnp.zeros((*q.shape[:-1], value_dim), jnp.float32)
     partial = (jnp.full_like(zeros[..., :1], MASKED), zeros[..., :1], zeros)
-    block = functools.partial(_attend_block, q, held, pages, c**-0.5 if scale is None else scale)
-    peak, total, mixed = lax.fori_loop(pages.blocks[0], pages.blocks[1], block, partial)
+    for blocks, read in sources:
+        partial = lax.fori_loop(blocks[0], blocks[1], functools.partial(_attend_block, q, read, scale), partial)
+    peak, total, mixed = partial
     top = lax.pmax(peak, "cp")
     if sinks is not None:
         sinks = jnp.repeat(sinks.astype(jnp.float32).reshape(1, k, h // k), t, axis=2)[..., None]  # [1, K, G * T, 1]
@@ -137,24 +186,19 @@ def attend(q: Array, held: Held, pages: Pages, scale: float | None = None, sinks
     total, mixed = lax.psum((total * rescaled, mixed * rescaled), "cp")
     if sinks is not None:
         total = total + jnp.exp(sinks - top)
-    return (mixed / total).reshape(b, k, h // k, t, c).transpose(0, 3, 1, 2, 4).reshape(b, t, h, c)
+    return (mixed / total).reshape(b, k, h // k, t, value_dim).transpose(0, 3, 1, 2, 4).reshape(b, t, h, value_dim)
 
 
 def _attend_block(
-    q: Array, held: Held, pages: Pages, scale: float, i: Array, partial: tuple[Array, Array, Array]
+    q: Array, read: Callable[[Array], Block], scale: float, i: Array, partial: tuple[Array, Array, Array]
 ) -> tuple[Array, Array, Array]:
-    """Adds block i of the table to (maximum, sum of weights, weighted values), f32[B, K, G * T, 1, 1, head_dim]."""
+    """Adds block i to (maximum, sum of weights, weighted values), f32[B, K, G * T, 1, 1, value_dim]."""
     peak, total, mixed = partial
-    (pool, place), width = held, pages.key_offsets.shape[0] // held.pool.shape[-3]
-    table = lax.dynamic_slice_in_dim(pages.table, i * width, width, axis=1)
-    keys, values = (pool.at[(table, *place, j)].get(mode="promise_in_bounds") for j in (0, 1))
-    keys, values = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (keys, values))  # [B, width * S, K, head_dim]
-    at = (i * pages.block_tokens + pages.key_offsets)[None, None]
-    is_visible = (at <= pages.positions[..., None]) & (at >= pages.oldest[..., None])
-    is_visible = jnp.tile(is_visible, (1, q.shape[2] // is_visible.shape[1], 1))[:, None]
+    keys, values, is_read = read(i)
+    is_read = jnp.tile(is_read, (1, q.shape[2] // is_read.shape[1], 1))[:, None]
     scores = jnp.einsum("bkrc,bmkc->bkrm", q, keys, preferred_element_type=jnp.float32) * scale
-    scores = jnp.where(is_visible, scores, MASKED)
+    scores = jnp.where(is_read, scores, MASKED)
     new_peak = jnp.maximum(peak, scores.max(axis=-1, keepdims=True))
     rescale, weights = jnp.exp(peak - new_peak), jnp.exp(scores - new_peak)
-    read = jnp.einsum("bkrm,bmkc->bkrc", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
-    return new_peak, total * rescale + weights.sum(axis=-1, keepdims=True), mixed * rescale + read
+    mix = jnp.einsum("bkrm,bmkc->bkrc", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    return new_peak, total * rescale + weights.sum(axis=-1, keepdims=True), mixed * rescale + mix

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from models.decoder import DecoderConfig
+from models.deepseek_v32 import DeepseekV32Config
 from models.experts import Routing
 from models.gemma3 import Gemma3Config
 from models.gpt_oss import GptOssConfig
@@ -37,6 +38,15 @@ def _qwen3_next() -> DecoderConfig:
     return Qwen3NextConfig(**SIZES, **EXPERTS, **net, num_layers=8, shared_mlp_size=64, rotary_dim=16)
 
 
+def _deepseek_v32() -> DecoderConfig:
+    attention: dict[str, Any] = {"query_rank": 48, "latent_size": 32, "rotated_size": 16, "value_size": 32}
+    index: dict[str, Any] = {"index_heads": 16, "index_size": 32, "index_top_k": 64}
+    routing = Routing(num_experts=8, top_k=2, groups=4, top_groups=2)
+    experts: dict[str, Any] = {"routing": routing, "expert_size": 64, "shared_size": 64, "dense_layers": 1}
+    sizes = {**SIZES, "num_kv_heads": 1, "score_scale": 32**-0.5}
+    return DeepseekV32Config(**sizes, **attention, **index, **experts, num_layers=4)
+
+
 TINY: dict[str, DecoderConfig] = {
     "tiny-moe": Qwen3Config(**SIZES, **EXPERTS, num_layers=4),
     "tiny-llama": LlamaConfig(**SIZES, num_layers=4),
@@ -44,4 +54,5 @@ TINY: dict[str, DecoderConfig] = {
     "tiny-gpt-oss": GptOssConfig(**SIZES, **EXPERTS, num_layers=4, window=128),
     "tiny-nemotron-h": _nemotron_h(),
     "tiny-qwen3-next": _qwen3_next(),
+    "tiny-deepseek-v32": _deepseek_v32(),
 }

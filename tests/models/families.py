@@ -8,13 +8,15 @@ from __future__ import annotations
 from typing import Any
 
 from models.decoder import DecoderConfig
+from models.deepseek_v32 import DeepseekV32Config
 from models.experts import Routing
 from models.gemma3 import Gemma3Config
-from models.gpt_oss import GptOssConfig, Yarn
+from models.gpt_oss import GptOssConfig
 from models.llama import LlamaConfig
 from models.nemotron_h import NemotronHConfig
 from models.qwen3 import Qwen3Config
 from models.qwen3_next import Qwen3NextConfig
+from models.yarn import Yarn
 from tests.models.serving import MODEL, PAGE_TOKENS
 
 SIZES: dict[str, Any] = {
@@ -40,10 +42,24 @@ def gpt_oss(window: int) -> DecoderConfig:
     return GptOssConfig(**sizes, num_layers=4, rope_theta=1e4, window=window, yarn=yarn)
 
 
+def deepseek_v32(is_packed: bool) -> DecoderConfig:
+    """A dense layer and two with experts; a token reads six keys at most. No stage of two has as many layers."""
+    sizes = {**SIZES, "num_kv_heads": 1, "head_dim": 12}
+    attention = {"query_rank": 12, "latent_size": 16, "rotated_size": 4, "value_size": 6, "score_scale": 0.4}
+    index = {"index_heads": 16, "index_size": 8, "index_top_k": 6}
+    routing = Routing(num_experts=6, top_k=2, groups=3, top_groups=2, scale=1.5)
+    experts = {"routing": routing, "expert_size": 10, "shared_size": 8, "dense_layers": 1}
+    return DeepseekV32Config(
+        **sizes, **attention, **index, **experts, num_layers=3, rope_theta=1e4, is_packed=is_packed
+    )
+
+
+LATENTS = {"deepseek_v32": deepseek_v32(False), "deepseek_v32_packed": deepseek_v32(True)}
 FULL_ONLY: dict[str, DecoderConfig] = {
     "qwen3": Qwen3Config(**SIZES, num_layers=3, rope_theta=1e4),
     "qwen3_moe": MODEL,
     "llama": LlamaConfig(**SIZES, num_layers=3, rope_theta=1e4),
+    **LATENTS,
 }
 WINDOWED = {
     f"{make.__name__}_{width}": make(tokens)

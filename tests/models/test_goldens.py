@@ -13,12 +13,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.decoder import STATE, WINDOW, make_extend
+from models.decoder import STATE, WINDOW, components, make_extend
 from models.loading import load_model
 from tests.models.steps import NUM_PAGES, PAGE_TOKENS, TOLERANCE, Steps, addresses, make_batch
 
 GOLDENS = Path(__file__).parent.parent / "goldens"
-FAMILIES = ("qwen3", "qwen3_moe", "llama", "gemma3", "gpt_oss", "gpt_oss_mxfp4", "nemotron_h", "qwen3_next")
+FAMILIES = (
+    "qwen3",
+    "qwen3_moe",
+    "llama",
+    "gemma3",
+    "gpt_oss",
+    "gpt_oss_mxfp4",
+    "nemotron_h",
+    "qwen3_next",
+    "deepseek_v32",
+)
 CASES = [(family, mesh) for family in FAMILIES for mesh in ((1, 1, 1), (2, 2, 2))]
 CASES += [("llama_3_heads", (2, 1, 2))]  # three query heads and one kv head, untied embeddings
 
@@ -77,12 +87,13 @@ def test_padding_writes_nothing(steps, rng):
     tables = steps.tables(rng)
     batch = make_batch(steps.tokens, tables, 0, 5, 16)._replace(num_new=np.array([5, 0], np.int32))
     _, pools = steps.extend(steps.params, steps.pools(), batch)
-    for name, fields in pools.items():
-        if name == STATE:
+    for component in components(steps.cfg, PAGE_TOKENS, "float32"):
+        if component.name == STATE:
             continue
-        kv = np.abs(np.asarray(fields["kv"]))
-        written = np.argwhere(kv.sum(axis=(*range(1, kv.ndim - 3), -2, -1)) > 0)
-        assert written.tolist() == [[tables[name][0, 0], slot] for slot in range(5)]
+        for field in component.fields:
+            by_slot = np.moveaxis(np.asarray(pools[component.name][field.name]), 1 + field.axes.index("slots"), 1)
+            written = np.argwhere(np.abs(by_slot).sum(axis=tuple(range(2, by_slot.ndim))) > 0)
+            assert written.tolist() == [[tables[component.name][0, 0], slot] for slot in range(5)], field.name
 
 
 @pytest.mark.mutation

@@ -6,13 +6,15 @@ The configurations are what the publishers' `config.json` say of sizes; no weigh
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
 
 import jaxcache
 from jaxcache.components import FieldSpec
-from models.decoder import components
+from models.decoder import DecoderConfig, components
 from models.layer_plan import FULL, STATE, WINDOW
 from models.loading import FAMILIES
 
@@ -106,14 +108,72 @@ QWEN3_NEXT_80B = {
     "rope_theta": 1e7,
 }
 
+DEEPSEEK_V32 = {
+    "model_type": "deepseek_v32",
+    "architectures": ["DeepseekV32ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "ep_size": 1,
+    "first_k_dense_replace": 3,
+    "hidden_act": "silu",
+    "hidden_size": 7168,
+    "index_head_dim": 128,
+    "index_n_heads": 64,
+    "index_topk": 2048,
+    "intermediate_size": 18432,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "moe_intermediate_size": 2048,
+    "moe_layer_freq": 1,
+    "n_group": 8,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 61,
+    "num_key_value_heads": 128,
+    "num_nextn_predict_layers": 1,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]},
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 40,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
+    "rope_theta": 10000,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "tie_word_embeddings": False,
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "v_head_dim": 128,
+    "vocab_size": 129280,
+}
+
 
 class Case(NamedTuple):
-    """token: bytes of full attention; window: of the last window_tokens - 1 tokens; state: of one"""
+    """token: bytes of full attention; window: of the last window_tokens - 1 tokens; state: of one
+
+    choices: of the configuration, besides what is published
+    """
 
     hf: dict[str, Any]
     token: int
     window: int = 0
     state: int = 0
+    choices: Mapping[str, Any] = {}
+
+    @property
+    def cfg(self) -> DecoderConfig:
+        return replace(FAMILIES[self.hf["model_type"]].config_from_hf(self.hf), **self.choices)
 
 
 CASES = {
@@ -122,6 +182,8 @@ CASES = {
     "Gemma3-27B": Case(GEMMA3_27B, 81_920, window=1023 * 52 * 2 * 16 * 128 * 2),
     "Nemotron-H-8B": Case(NEMOTRON_H_8B, 16_384, state=24 * (10_240 * 3 * 2 + 128 * 64 * 128 * 4)),
     "Qwen3-Next-80B": Case(QWEN3_NEXT_80B, 24_576, state=36 * (8_192 * 3 * 2 + 32 * 128 * 128 * 4)),
+    "DeepSeek-V3.2": Case(DEEPSEEK_V32, 61 * (576 + 128) * 2),
+    "DeepSeek-V3.2, packed": Case(DEEPSEEK_V32, 40_016 + 8_052, choices={"is_packed": True}),
 }
 
 
@@ -130,7 +192,7 @@ CASES = {
 def test_what_the_cache_reports_is_what_the_model_needs(make_mesh, name, shape):
     """On a mesh that pads and repeats, too."""
     case = CASES[name]
-    cfg = FAMILIES[case.hf["model_type"]].config_from_hf(case.hf)
+    cfg = case.cfg
     parts = components(cfg, PAGE_TOKENS, "bfloat16")
     config = jaxcache.CacheConfig(page_tokens=PAGE_TOKENS, device_pages=4)
     with jaxcache.Cache(parts, make_mesh(*shape), config) as cache:
@@ -146,8 +208,7 @@ def test_what_padding_costs():
     """Of the grid of blocks, in the pools, as a share of what is used."""
     padding = {}
     for name, case in CASES.items():
-        cfg = FAMILIES[case.hf["model_type"]].config_from_hf(case.hf)
-        for component in components(cfg, PAGE_TOKENS, "bfloat16"):
+        for component in components(case.cfg, PAGE_TOKENS, "bfloat16"):
             used = sum(spec.num_bytes for spec in component.fields)
             room = sum(spec.num_bytes * (1 + spec.padding / _entries(spec)) for spec in component.fields)
             padding[name, component.name] = room / used - 1

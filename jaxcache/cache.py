@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from os import PathLike
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -28,6 +29,7 @@ from jaxcache.runtime.controller import Controller
 from jaxcache.runtime.events import EventStream
 from jaxcache.runtime.fleet import Fleet
 from jaxcache.runtime.garbage import GarbageControl
+from jaxcache.runtime.snapshot import Snapshots
 from jaxcache.runtime.start_agreement import agree_on_start, all_allocate
 from jaxcache.runtime.transfer_engine import TransferEngine
 from jaxcache.storage.base import Storage
@@ -386,6 +388,23 @@ class Cache:
         self.core.forget_device()
         self.engine.discard_load_backs()
         self._pools_check.forget()
+
+    def snapshot(self, pools: DevicePools, directory: str | PathLike[str]) -> None:
+        """Writes the tree and all pages of device and host memory to a folder, which must be empty; needs the extra
+        `snapshot`. Raises RuntimeError unless `drain` came before and no request runs."""
+        self._check_open()
+        self._check_pools(pools)
+        Snapshots(self.core, self._controller).write(pools, directory)
+
+    def restore(self, directory: str | PathLike[str]) -> DevicePools:
+        """Takes over what a snapshot holds, as far as it fits (the counter `restore_dropped_tokens` says what did not):
+        this cache may have other sizes and another mesh. Returns the pools to use instead of those of `init_pools`.
+
+        Raises ValueError for pages of another kind, naming every difference, and for what is damaged or unfinished;
+        RuntimeError unless the cache is empty. After an error it still is.
+        """
+        self._check_open()
+        return Snapshots(self.core, self._controller).read(directory)
 
     def take_events(self) -> list[Event]:
         """What has come and gone on device and host since the last time, for a router that sends requests to prefixes.

@@ -397,14 +397,15 @@ class Cache:
         Snapshots(self.core, self._controller).write(pools, directory)
 
     def restore(self, directory: str | PathLike[str]) -> DevicePools:
-        """Takes over what a snapshot holds, as far as it fits (the counter `restore_dropped_tokens` says what did not):
-        this cache may have other sizes and another mesh. Returns the pools to use instead of those of `init_pools`.
+        """Takes over what a snapshot holds, as far as it fits, into an empty cache of any sizes and mesh; returns pools
+        to use instead of those of `init_pools`. The counter `restore_dropped_tokens` says what did not fit.
 
         Raises ValueError for pages of another kind, naming every difference, and for what is damaged or unfinished;
-        RuntimeError unless the cache is empty. After an error it still is.
-        """
+        RuntimeError unless the cache is empty, as it is after an error."""
         self._check_open()
-        return Snapshots(self.core, self._controller).read(directory)
+        pools = Snapshots(self.core, self._controller).read(directory)
+        self._pools_check.handed_back(pools)
+        return pools
 
     def take_events(self) -> list[Event]:
         """What has come and gone on device and host since the last time, for a router that sends requests to prefixes.

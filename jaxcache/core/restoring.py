@@ -41,7 +41,7 @@ def check_quiet(core: PrefixCache) -> None:
     """
     if core.leases:
         raise RefusedCall(f"a snapshot needs every lease released first; held: {sorted(core.leases)[:8]}")
-    if core.planner.transfers or core.admission.loading:
+    if not core.plan_is_applied() or core.admission.loading:
         raise RefusedCall("pages are still to be moved: call pools = cache.drain(pools) before cache.snapshot")
     missing = core.uncomputed
     if missing is not None and missing.version >= core.tiers.pools_version:
@@ -61,7 +61,7 @@ class Restoring:
     def check(self, record: TreeRecord) -> None:
         """RuntimeError if the cache has anything; ValueError if it has a namespace that the snapshot has retired."""
         core = self.core
-        if core.tiers.tree.num_nodes or core.leases or core.planner.transfers or core.admission.loading:
+        if core.tiers.tree.num_nodes or core.leases or core.admission.loading or not core.plan_is_applied():
             raise RefusedCall("this cache has pages, or requests run: restore into a new one, or call reset() first")
         for digest, namespace in core.tiers.tree.namespaces.items():
             if digest in record.retired:

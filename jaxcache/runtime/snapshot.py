@@ -12,6 +12,7 @@ a cache holds changes in the last call only (core/restoring.py): whatever fails 
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterator
 from dataclasses import fields
 from os import PathLike
@@ -34,7 +35,7 @@ from jaxcache.runtime.start_agreement import all_allocate
 from jaxcache.types import Tier
 
 PART_BYTES = 1 << 28  # of pages that one checkpoint holds, so that few files are large and few pages wait
-IN_MANIFEST = ("namespaces", "retired", "page_tokens", "orders")
+NO_ARRAYS = ("namespaces", "retired", "page_tokens", "orders")
 
 
 class Chunk(NamedTuple):
@@ -96,7 +97,9 @@ class Snapshots:
 
     def _chunks(self, pools: DevicePools, sources: list[Sources]) -> Iterator[tuple[Chunk, Staging]]:
         """All pages, as staging arrays of one tier each."""
-        for (name, _), (device_ids, host_ids) in zip(self.layouts.items(), sources, strict=True):
+        for (name, layout), (device_ids, host_ids) in zip(self.layouts.items(), sources, strict=True):
+            if not layout.fields:
+                continue
             for tier, page_ids, first in ((Tier.DEVICE, device_ids, 0), (Tier.HOST, host_ids, len(device_ids))):
                 for piece in chunks(len(page_ids), self.mover.max_bucket):
                     ids = page_ids[piece]
@@ -116,7 +119,8 @@ class Snapshots:
         """See Cache.restore."""
         self.core.serving.check()
         files = SnapshotFiles(directory)
-        found = self._find(files)
+        with all_allocate(self.mover.mesh, self.controller.fleet):
+            found = self._find(files)
         with self.controller.needed():
             num_pages = {device.component.name: device.allocator.num_pages for device in self.core.tiers.device}
             return self._read_pages(init_pools(self.layouts, num_pages, self.mover.mesh), files, found)
@@ -132,6 +136,8 @@ class Snapshots:
             by_part.setdefault(chunk.part, []).append(chunk)
         targets = self._targets(found, placed)
         for part, of_part in by_part.items():
+            if not any(_is_needed(chunk, targets[chunk.component]) for chunk in of_part):
+                continue
             abstract = {chunk.name: abstract_words(self.layouts[chunk.component], chunk.rows) for chunk in of_part}
             pages = files.read_pages(part, abstract)
             for chunk in of_part:
@@ -190,7 +196,7 @@ class Snapshots:
         tree = files.read_tree()
         if xxh3_64_hexdigest(tree) != manifest["tree"]:
             raise RefusedValue(f"the snapshot in {files.folder} is damaged: its tree is not the one that was saved")
-        record, sums = unpacked(tree, manifest)
+        record, sums = unpacked(tree)
         Restoring(self.core).check(record)
         return Found(manifest, record, sums, [Chunk(*chunk) for chunk in manifest["chunks"]])
 
@@ -208,6 +214,10 @@ class Found(NamedTuple):
         return sum(self.manifest["num_pages"].values())
 
 
+def _is_needed(chunk: Chunk, targets: list[np.ndarray]) -> bool:
+    return any(bool((target[chunk.first : chunk.last] != NOWHERE).any()) for target in targets)
+
+
 def _num_held(placed: list[Placement], num: int) -> int:
     """Pages of the snapshot that are on the device, in host memory, or both."""
     both = zip(placed[:num], placed[num:], strict=True)
@@ -215,23 +225,33 @@ def _num_held(placed: list[Placement], num: int) -> int:
 
 
 def packed(record: TreeRecord, sums: dict[str, np.ndarray]) -> bytes:
-    """A record and the sums of its pages, without what the manifest says."""
-    arrays = {f.name: record.__dict__[f.name] for f in fields(record) if f.name not in IN_MANIFEST}
+    """A record and the sums of its pages. Fields of namespaces may be secrets: they are here, since Orbax logs what it
+    cannot parse of the manifest."""
+    arrays = {f.name: record.__dict__[f.name] for f in fields(record) if f.name not in NO_ARRAYS}
     arrays |= {f"order.{r}": order for r, order in enumerate(record.orders)}
     arrays |= {f"sums.{name}": of_component for name, of_component in sums.items()}
+    others = {
+        "namespaces": [dict(of_namespace) for of_namespace in record.namespaces],
+        "retired": [digest.hex() for digest in record.retired],
+        "page_tokens": record.page_tokens,
+    }
+    arrays["others"] = np.frombuffer(json.dumps(others).encode(), np.uint8)
     file = io.BytesIO()
     np.savez(file, allow_pickle=False, **arrays)
     return file.getvalue()
 
 
-def unpacked(tree: bytes, manifest: Manifest) -> tuple[TreeRecord, dict[str, np.ndarray]]:
+def unpacked(tree: bytes) -> tuple[TreeRecord, dict[str, np.ndarray]]:
     with np.load(io.BytesIO(tree), allow_pickle=False) as file:
         arrays = dict(file)
+    others = json.loads(arrays.pop("others").tobytes())
+    sums = {name: array for name, array in arrays.items() if name.startswith("sums.")}
+    orders = [array for name, array in arrays.items() if name.startswith("order.")]
     record = TreeRecord(
-        namespaces=tuple(manifest["namespaces"]),
-        retired=tuple(bytes.fromhex(digest) for digest in manifest["retired"]),
-        page_tokens=manifest["page_tokens"],
-        orders=tuple(arrays.pop(f"order.{r}") for r in range(2 * len(manifest["components"]))),
-        **{name: array for name, array in arrays.items() if not name.startswith("sums.")},
+        namespaces=tuple(others["namespaces"]),
+        retired=tuple(bytes.fromhex(digest) for digest in others["retired"]),
+        page_tokens=others["page_tokens"],
+        orders=tuple(orders),
+        **{f.name: arrays[f.name] for f in fields(TreeRecord) if f.name not in NO_ARRAYS},
     )
-    return record, {name.removeprefix("sums."): array for name, array in arrays.items() if name.startswith("sums.")}
+    return record, {name.removeprefix("sums."): array for name, array in sums.items()}

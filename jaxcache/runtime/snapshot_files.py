@@ -25,6 +25,8 @@ TREE = "tree"
 PRIVATE = 0o700  # it has prompts in it
 EXPLANATION = "a snapshot needs Orbax: pip install 'jaxcache[snapshot]'"
 
+MAX_CAUSE = 300  # characters of what Orbax says
+
 Pages = dict[str, dict[str, Any]]  # by chunk and field
 
 
@@ -83,7 +85,10 @@ class SnapshotFiles:
             raise self._damaged(error) from error
 
     def _damaged(self, error: Exception) -> ValueError:
-        return RefusedValue(f"the snapshot in {self.folder} is damaged: {str(error) or repr(error)}")
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        return RefusedValue(f"the snapshot in {self.folder} is damaged: {(str(cause) or repr(cause))[:MAX_CAUSE]}")
 
 
 def _part(number: int) -> str:

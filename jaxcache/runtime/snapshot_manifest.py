@@ -1,8 +1,8 @@
 """What a snapshot says of itself, read and checked before anything else.
 
     format, page_tokens, components     must be equal here and there
-    versions, num_tokens, num_pages     for people
-    namespaces, retired, chunks, tree   what there is, and where; under one checksum
+    versions, namespaces, num_tokens    for people; of namespaces nothing that is private
+    num_pages, chunks, tree             what there is, where, and the checksum of the tree
 
 The mesh is not in it: pages are whole (pools/whole_pages.py). Neither are the versions compared: what a page holds is
 fixed by its fields and its namespace, whose weights_version is the caller's to change.
@@ -20,6 +20,7 @@ from xxhash import xxh3_64_hexdigest
 
 from jaxcache import __version__
 from jaxcache.components.base import Component
+from jaxcache.core.page_hash import PUBLIC_FIELDS
 from jaxcache.core.tree_record import TreeRecord
 
 FORMAT = 1
@@ -37,8 +38,9 @@ def manifest_of(
         "page_tokens": record.page_tokens,
         "components": [_component(component) for component in components],
         "versions": {"jaxcache": __version__, "jax": jax.__version__},
-        "namespaces": [dict(fields) for fields in record.namespaces],
-        "retired": [digest.hex() for digest in record.retired],
+        "namespaces": [
+            {name: value for name, value in of_one.items() if name in PUBLIC_FIELDS} for of_one in record.namespaces
+        ],
         "num_tokens": record.num_tokens,
         "num_pages": dict(num_pages),
         "chunks": chunks,

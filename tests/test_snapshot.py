@@ -55,7 +55,7 @@ def test_same_matches_and_bytes(make_mesh, saved, shape):
         assert counters["restored_tokens"] == sum(len(node.edge) // 4 for node in findable_nodes(cache.core.tiers.tree))
 
 
-@pytest.mark.parametrize("shape", MESHES, ids=str)
+@pytest.mark.parametrize("shape", [pytest.param(MESHES[0], marks=pytest.mark.slow), *MESHES[1:]], ids=str)
 def test_hit_equals_miss_after_restore(make_mesh, saved, shape):
     """On the device and from host memory; as the mesh it is served on now computes it without a cache."""
     driver = restored(rig_on(make_mesh(*shape)), saved.folder)

@@ -120,7 +120,8 @@ class Snapshots:
         self.core.serving.check()
         files = SnapshotFiles(directory)
         with all_allocate(self.mover.mesh, self.controller.fleet):
-            found = self._find(files)
+            files.check_there()
+        found = self._find(files)
         with self.controller.needed():
             num_pages = {device.component.name: device.allocator.num_pages for device in self.core.tiers.device}
             return self._read_pages(init_pools(self.layouts, num_pages, self.mover.mesh), files, found)

@@ -60,10 +60,14 @@ class SnapshotFiles:
         content = {"npz": np.frombuffer(tree, np.uint8)}
         self.ocp.save_checkpointables(self.folder / TREE, {"tree": content}, custom_metadata=sealed(manifest))
 
-    def read_manifest(self) -> Manifest:
-        """Raises ValueError where there is no whole snapshot."""
+    def check_there(self) -> None:
+        """Raises ValueError where there is no whole snapshot. Asks the file system only: what follows waits for all
+        processes."""
         if not (self.folder / TREE).is_dir():
             raise RefusedValue(f"there is no snapshot in {self.folder}, or it was never finished")
+
+    def read_manifest(self) -> Manifest:
+        """Raises ValueError if it cannot be read."""
         try:
             return unsealed(self.ocp.checkpointables_metadata(self.folder / TREE).custom_metadata)
         except Exception as error:

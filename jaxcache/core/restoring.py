@@ -87,12 +87,12 @@ class Restoring:
         num = len(tiers.components)
         first = record.first_page.copy()
         kept = np.ones(record.num_nodes, np.bool_)
-        digests = [namespace_digest(fields) for fields in record.namespaces]
+        stays = [namespace_digest(fields) not in tiers.tree.retired for fields in record.namespaces]
         for i, parent in enumerate(record.parent.tolist()):
             if parent >= 0:
                 kept[i] = kept[parent]
             else:
-                kept[i] = digests[-1 - parent] not in tiers.tree.retired
+                kept[i] = stays[-1 - parent]
             above = None if parent < 0 else first[parent]
             for c, host in enumerate(tiers.host):
                 is_closed = c != tiers.full or above is None or tiers.writes_back or above[c + num] != NOWHERE
@@ -105,7 +105,7 @@ class Restoring:
                     first[i, full] = NOWHERE
                 kept[i] &= first[i, full] != NOWHERE or first[i, full + num] != NOWHERE
         orders = [order[first[order, r] != NOWHERE] for r, order in enumerate(record.orders)]
-        return replace(record, first_page=first, orders=tuple(orders)).subset(kept)
+        return replace(record, first_page=first, orders=tuple(orders)).subset(kept, stays)
 
     def _evicted(self, record: TreeRecord) -> TreeRecord:
         """What is left when a cache that has room for all of it is cut to the size of this one."""

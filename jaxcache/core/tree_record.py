@@ -10,7 +10,7 @@ once, whichever tiers it was on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -67,14 +67,17 @@ class TreeRecord:
         """int64[nodes]: how many pages an entry of a component has; a state is one."""
         return np.ones(self.num_nodes, np.int64) if is_point else self.num_pages.astype(np.int64)
 
-    def subset(self, kept: np.ndarray) -> TreeRecord:
-        """The nodes of bool[nodes] `kept`, which has no node without its parent."""
+    def subset(self, kept: np.ndarray, stays: Sequence[bool]) -> TreeRecord:
+        """The nodes of bool[nodes] `kept` and the namespaces that stay; none is kept without what it hangs on."""
         number = np.cumsum(kept, dtype=np.int32) - 1
+        number_of_root = np.cumsum([0, *stays], dtype=np.int32)  # of those before
         parent = self.parent[kept]
+        root = number_of_root[np.minimum(parent, -1) * -1 - 1]
         of_token = np.repeat(kept, self.num_pages * self.page_tokens)
         return replace(
             self,
-            parent=np.where(parent < 0, parent, number[np.maximum(parent, 0)]).astype(np.int32),
+            namespaces=tuple(fields for fields, stay in zip(self.namespaces, stays, strict=True) if stay),
+            parent=np.where(parent < 0, -1 - root, number[np.maximum(parent, 0)]).astype(np.int32),
             num_pages=self.num_pages[kept],
             tokens=self.tokens[of_token],
             hits=self.hits[kept],

@@ -30,7 +30,7 @@ from jaxcache.runtime.events import EventStream
 from jaxcache.runtime.fleet import Fleet
 from jaxcache.runtime.garbage import GarbageControl
 from jaxcache.runtime.snapshot import Snapshots
-from jaxcache.runtime.start_agreement import agree_on_start, all_allocate
+from jaxcache.runtime.start_agreement import agree_on_start, all_or_none
 from jaxcache.runtime.transfer_engine import TransferEngine
 from jaxcache.storage.base import Storage
 from jaxcache.types import CLOCK_MODULUS, Event, Match, PrefetchPolicy, Tier, Wait, WritePolicy
@@ -64,7 +64,7 @@ class Cache:
         self.mesh = mesh
         config, self.layouts, fleet = agree_on_start(components, mesh, config, storage)
         self.config = config
-        with all_allocate(mesh, fleet):
+        with all_or_none(mesh, fleet):
             self._allocate(components, mesh, storage, fleet)
         self._garbage = GarbageControl()
         if config.collect_in_step:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -81,6 +82,25 @@ def test_one_that_was_never_finished(one, tmp_path, monkeypatch):
                 cache.snapshot(driver.pools, folder)
             assert driver.ask(PROMPTS[0]).hits == (44, 0, 0)  # it serves on
     assert (folder / "part-0000").is_dir()
+    check_refused(one, folder, "never finished")
+
+
+def test_a_disk_that_is_full(one, tmp_path):
+    """As far as a process may write files of 20 kB only: OSError, at once, and the cache serves on."""
+    folder = tmp_path / "snapshot"
+    driver = served(one)
+    with driver.cache as cache:
+        driver.drain()
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+            with pytest.raises(OSError, match="could not be written"):
+                cache.snapshot(driver.pools, folder)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            signal.signal(signal.SIGXFSZ, handler)
+        assert driver.ask(PROMPTS[-1]).hits == (44, 0, 0)
     check_refused(one, folder, "never finished")
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from os import PathLike
 from typing import NamedTuple
@@ -24,15 +24,15 @@ from xxhash import xxh3_64_hexdigest
 
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.core.restoring import Placement, Restoring, check_quiet, placements
-from jaxcache.core.serving import RefusedValue
+from jaxcache.core.serving import RefusedCall, RefusedValue
 from jaxcache.core.tree_record import NOWHERE, Sources, TreeRecord, record_of, sources_of
 from jaxcache.pools.device_pool import DevicePools, Staging, bucket_pages, chunks, init_pools
 from jaxcache.pools.whole_pages import abstract_words, page_sums, staged, whole
 from jaxcache.runtime.controller import Controller
 from jaxcache.runtime.snapshot_files import Pages, SnapshotFiles
 from jaxcache.runtime.snapshot_manifest import Manifest, checked, checksum, manifest_of
-from jaxcache.runtime.start_agreement import all_allocate
-from jaxcache.types import Tier
+from jaxcache.runtime.start_agreement import all_or_none
+from jaxcache.types import RanksDiverged, Tier
 
 PART_BYTES = 1 << 28  # of pages that one checkpoint holds, so that few files are large and few pages wait
 NO_ARRAYS = ("namespaces", "retired", "page_tokens", "orders")
@@ -63,6 +63,14 @@ class Snapshots:
         self.mover = controller.engine.mover
         self.layouts = self.mover.layouts
 
+    def _together(self, begin: Callable[[], None]) -> None:
+        """All processes begin, or none: then nothing has changed, and RuntimeError says which could not, and why."""
+        try:
+            with all_or_none(self.mover.mesh, self.controller.fleet, "another process cannot use the folder"):
+                begin()
+        except RanksDiverged as error:
+            raise RefusedCall(str(error)) from error
+
     # ---- there
 
     def write(self, pools: DevicePools, directory: str | PathLike[str]) -> None:
@@ -70,8 +78,7 @@ class Snapshots:
         self.core.serving.check()
         files = SnapshotFiles(directory)
         check_quiet(self.core)
-        with all_allocate(self.mover.mesh, self.controller.fleet):
-            files.make_folder()
+        self._together(files.make_folder)
         sources, origins = sources_of(self.core)
         record = record_of(self.core, origins)
         parts: list[Chunk] = []
@@ -119,8 +126,7 @@ class Snapshots:
         """See Cache.restore."""
         self.core.serving.check()
         files = SnapshotFiles(directory)
-        with all_allocate(self.mover.mesh, self.controller.fleet):
-            files.check_there()
+        self._together(files.check_there)
         found = self._find(files)
         with self.controller.needed():
             num_pages = {device.component.name: device.allocator.num_pages for device in self.core.tiers.device}

@@ -53,12 +53,18 @@ class SnapshotFiles:
             raise RefusedValue(f"{self.folder} is not empty: a snapshot needs a folder of its own")
 
     def write_pages(self, part: int, pages: Pages) -> None:
-        self.ocp.save_checkpointables(self.folder / _part(part), {"pages": pages})
+        self._write(_part(part), {"pages": pages}, None)
 
     def write_tree(self, manifest: Manifest, tree: bytes) -> None:
         """The last call: from here on there is a snapshot."""
-        content = {"npz": np.frombuffer(tree, np.uint8)}
-        self.ocp.save_checkpointables(self.folder / TREE, {"tree": content}, custom_metadata=sealed(manifest))
+        self._write(TREE, {"tree": {"npz": np.frombuffer(tree, np.uint8)}}, sealed(manifest))
+
+    def _write(self, name: str, content: dict[str, Any], metadata: Any) -> None:
+        """Raises OSError if it cannot be written."""
+        try:
+            self.ocp.save_checkpointables(self.folder / name, content, custom_metadata=metadata)
+        except Exception as error:
+            raise OSError(f"the snapshot in {self.folder} could not be written: {_first_cause(error)}") from error
 
     def check_there(self) -> None:
         """Raises ValueError where there is no whole snapshot. Asks the file system only: what follows waits for all
@@ -89,10 +95,13 @@ class SnapshotFiles:
             raise self._damaged(error) from error
 
     def _damaged(self, error: Exception) -> ValueError:
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        return RefusedValue(f"the snapshot in {self.folder} is damaged: {(str(cause) or repr(cause))[:MAX_CAUSE]}")
+        return RefusedValue(f"the snapshot in {self.folder} is damaged: {_first_cause(error)}")
+
+
+def _first_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error) or repr(error))[:MAX_CAUSE]
 
 
 def _part(number: int) -> str:

@@ -169,8 +169,9 @@ def refuse_snapshot(fleet: Fleet) -> dict[str, Any]:
     with fleet.rig.cache() as cache:
         try:
             cache.restore(folder if jax.process_index() else folder + "-elsewhere")
-        except (ValueError, jaxcache.RanksDiverged) as error:
-            return {"kind": type(error).__name__ == "RanksDiverged", "error": "there is no snapshot" in str(error)}
+        except (ValueError, RuntimeError) as error:
+            nodes = cache.stats()["nodes"]
+            return {"kind": type(error).__name__, "says": "there is no snapshot" in str(error), "nodes": nodes}
     return {}
 
 

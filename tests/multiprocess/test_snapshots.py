@@ -46,4 +46,5 @@ def test_a_process_that_cannot_see_the_folder_is_named(platform, tmp_path):
     storage = str(tmp_path / "storage")
     results = run(platform, Job((1, 1, 2), ("save_snapshot", "refuse_snapshot"), storage), 2)
     said = [process[1] for process in results]
-    assert said == [{"kind": False, "error": True}, {"kind": True, "error": True}]
+    assert [one["kind"] for one in said] == ["RefusedValue", "RefusedCall"]
+    assert all(one["says"] and not one["nodes"] for one in said)

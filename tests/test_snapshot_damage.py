@@ -24,13 +24,13 @@ from tests.models.serving import Driver, Rig, check_equal, reference, rig_on
 from tests.snapshots import PROMPTS, Saved, check_same, restored, save, served
 
 ROOT = Path(__file__).parents[1]
-LAST_READS_S = 0.05
+LAST_READS_S = 1.0
 
-# When one read of Orbax fails, its others end in an event loop that is closed.
+# When one read of Orbax fails, its others end in an event loop that is closed: let it be while these tests run.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _last_reads_end_here() -> Iterator[None]:
     yield
     time.sleep(LAST_READS_S)

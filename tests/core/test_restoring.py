@@ -267,16 +267,15 @@ def test_floors_and_accounts_of_tenants():
     """Namespaces get their accounts again; where not everything fits, a floor protects its tenant's oldest pages."""
     server = Server(device_pages=32)
     tenants = {"a": TenantShare(floor=0.5)}
-    for i, tenant in enumerate(("a", "b", "c")):
-        namespace = server.core.new_namespace(model="test", tenant=tenant)
-        lease = server.admit(server.sequence(prompt(32, 1000 * i), namespace))
-        server.compute(lease, 32)
-        server.insert(lease, 32)
+    prompts = {"a": prompt(48), "b": prompt(32, 1000), "c": prompt(32, 2000)}
+    for tenant, tokens in prompts.items():
+        lease = server.admit(server.sequence(tokens, server.core.new_namespace(model="test", tenant=tenant)))
+        server.compute(lease, len(tokens))
+        server.insert(lease, len(tokens))
         server.release(lease)
-    for chosen, expected in ((tenants, (32, 0, 32)), ({}, (0, 32, 32))):
+    for chosen, expected in ((tenants, [32, 0, 32]), ({}, [0, 32, 32])):
         core = restored(server, device_pages=16, tenants=chosen)
-        kept = tuple(found(core, prompt(32, 1000 * i), model="test", tenant=t) for i, t in enumerate(("a", "b", "c")))
-        assert kept == expected
+        assert [found(core, tokens, model="test", tenant=tenant) for tenant, tokens in prompts.items()] == expected
 
 
 def test_retired_here_or_there():

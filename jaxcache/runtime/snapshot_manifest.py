@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
+from importlib.metadata import version
 from typing import Any
 
 import jax
@@ -37,7 +38,7 @@ def manifest_of(
         "format": FORMAT,
         "page_tokens": record.page_tokens,
         "components": [_component(component) for component in components],
-        "versions": {"jaxcache": __version__, "jax": jax.__version__},
+        "versions": {"jaxcache": __version__, "jax": jax.__version__, "orbax-checkpoint": version("orbax-checkpoint")},
         "namespaces": [
             {name: value for name, value in of_one.items() if name in PUBLIC_FIELDS} for of_one in record.namespaces
         ],
@@ -51,9 +52,7 @@ def manifest_of(
 def _component(component: Component) -> dict[str, Any]:
     """All that it declares, but for its code."""
     declared = {field.name: component.__dict__[field.name] for field in fields(component)}
-    declared["fields"] = {
-        spec.name: {name: value for name, value in spec.__dict__.items() if name != "name"} for spec in component.fields
-    }
+    declared["fields"] = [dict(spec.__dict__) for spec in component.fields]
     return {"kind": type(component).__name__, **declared}
 
 
@@ -68,12 +67,13 @@ def checked(manifest: Manifest, components: Sequence[Component], page_tokens: in
         if ours.get(name) != theirs.get(name)
     ]
     if lines:
-        made_by = ", ".join(f"{name} {version}" for name, version in (manifest.get("versions") or {}).items())
+        made_by = ", ".join(f"{name} {number}" for name, number in (manifest.get("versions") or {}).items())
         raise ValueError("\n  ".join([f"this cache cannot restore the snapshot (made by {made_by}):", *lines]))
 
 
 def _flat(value: Any, path: str = "") -> dict[str, str]:
-    """{"components.full.fields.kv.dtype": "'float32'"} of nested ones. Tuples and lists of plain values are values."""
+    """{"components.full.fields.kv.dtype": "'float32'"} of nested ones; of a list of what has a name, also their order.
+    Tuples and lists of plain values are values."""
     return dict(_walk(json.loads(json.dumps(value)), path))
 
 

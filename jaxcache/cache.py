@@ -431,25 +431,12 @@ class Cache:
         and bytes of a page, or state, over all ranks, without padding and repetition."""
         counters = self.core.counters
         taken = self._events.counts() if self._events is not None else {}
-        pages = {
-            tier.name.lower(): {
-                r.component.name: {
-                    "capacity": r.allocator.num_pages,
-                    "free": r.allocator.num_free,
-                    "resident": r.num_resident,
-                    "pinned": r.num_pinned,
-                    "evicted": self.core.tiers.num_evicted_pages[r.index],
-                }
-                for r in residencies
-            }
-            for tier, residencies in ((Tier.DEVICE, self.core.tiers.device), (Tier.HOST, self.core.tiers.host))
-        }
         return {
             "step": self.core.step_number,
             "requests": counters["admits"],
             "prompt_tokens": counters["prompt_tokens"],
             "hit_tokens": {tier.name.lower(): counters[f"{tier.name.lower()}_hit_tokens"] for tier in Tier},
-            "pages": pages,
+            "pages": self.core.tiers.page_counts(),
             "page_bytes": {name: layout.page_bytes for name, layout in self.layouts.items()},
             "nodes": self.core.tiers.tree.num_nodes,
             "leases": len(self.core.leases),

@@ -213,6 +213,19 @@ class Tiers:
             if node.parent is not None and node.pages[residency.index] is not None:
                 self.drop(residency, node)
 
+    def page_counts(self) -> dict[str, dict[str, dict[str, int]]]:
+        """By tier and component: pages that there are, free, resident, pinned, and ever evicted."""
+        counts: dict[str, dict[str, dict[str, int]]] = {"device": {}, "host": {}}
+        for residency in self.residencies:
+            counts[residency.tier.name.lower()][residency.component.name] = {
+                "capacity": residency.allocator.num_pages,
+                "free": residency.allocator.num_free,
+                "resident": residency.num_resident,
+                "pinned": residency.num_pinned,
+                "evicted": self.num_evicted_pages[residency.index],
+            }
+        return counts
+
     def prune(self, node: Node) -> None:
         """Without full attention, tokens alone hold a node: removes it and its ancestors while they hold nothing."""
         while node.parent is not None and not node.children and not node.ends_here:

@@ -32,6 +32,9 @@ PYTEST  := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 # What `make demo-trace` serves: tiny-moe, tiny-nemotron-h, ..., see `python -m models.serve --help`
 MODEL ?= tiny-moe
 
+# What `make notebook` runs: chat_with_a_prefix_cache or a_hybrid_and_its_states
+NOTEBOOK ?= chat_with_a_prefix_cache
+
 # Added to the command that a target runs: make test ARGS="tests/core --seed 7"
 ARGS ?=
 
@@ -61,8 +64,8 @@ demo-trace: setup ## serve an hour of production traffic, shrunk, with a tiny ra
 chat: setup ## a chat in the terminal with the same small model
 	$(BIN)/python -m models.chat $(ARGS)
 
-notebook: setup ## run models/notebooks/chat_with_a_prefix_cache with the same small model, and write its outputs
-	$(BIN)/python -m models.run_notebook $(ARGS)
+notebook: setup ## run models/notebooks/$(NOTEBOOK) and write its outputs: with the same small model, or a hybrid
+	$(BIN)/python -m models.run_notebook models/notebooks/$(NOTEBOOK).py $(ARGS)
 
 accuracy: setup ## questions about a text that is cached, with the same small model: how many are right, and equal from every tier
 	@mkdir -p build

@@ -58,7 +58,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         if not args.source.is_file():
             raise FileNotFoundError(f"{args.source}: no such file")
-        fetch.fetch(fetch.SMOLLM2)  # here, so that what pip says is no output of the notebook
+        if "SMOLLM2" in args.source.read_text():
+            fetch.fetch(fetch.SMOLLM2)  # here, so that what pip says is no output of the notebook
         notebook = run(args.source)
     except CellExecutionError as error:
         print(error, file=sys.stderr)

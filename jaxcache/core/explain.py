@@ -10,6 +10,7 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from jaxcache.components.base import Reach
 from jaxcache.core.lease import Lease
 from jaxcache.core.matching import longest_prefix
 from jaxcache.core.missing import Missing, missing
@@ -41,7 +42,7 @@ class Explanation:
     missing:         the windows and states that keep a request from resuming there, why they are not there, and what
                      would make them
     first_miss_page: the first page that is not there, or None if all whole pages are
-    tiers:           (component, tier, span): where the found pages are
+    tiers:           (component, tier, span): where the found pages are; the span of a state is empty, at its end
     eviction:        when and why the first missing page left; None if it was never there, or left long ago. Its lease
                      is named while it runs, if its namespace has the private fields of the prompt's; else it is 0
     lost:            the same for all windows and states that are missing within the found tokens, needed or not
@@ -64,7 +65,7 @@ class Explanation:
 
     def __str__(self) -> str:
         lines = [f"{self.usable_tokens} of {self.num_tokens} tokens can be used; {self.found_tokens} are found."]
-        lines += [f"  tokens [{span.start}, {span.stop}): {name} on {tier}" for name, tier, span in self.tiers]
+        lines += [f"  {_where(span)}: {name} on {tier}" for name, tier, span in self.tiers]
         if self.limit is not None:
             why = self.limit.value.format(grid_tokens=self.grid_tokens)
             lines.append(f"No request can resume at {self.found_tokens}: {why}.")
@@ -82,6 +83,10 @@ class Explanation:
             parts = [f"{name} is {here!r} here and {there!r} there" for name, here, there in self.other_namespace]
             return f"It is cached in another namespace: {'; '.join(parts)}."
         return "It was never computed here, or left long ago."
+
+
+def _where(span: Span) -> str:
+    return f"tokens [{span.start}, {span.stop})" if span.stop > span.start else f"after token {span.stop}"
 
 
 def _sentence(eviction: Eviction) -> str:
@@ -155,10 +160,12 @@ def _whole_node(root: Node, path: list[tuple[Node, int]]) -> Node:
 
 
 def _tiers(tiers: Tiers, path: list[tuple[Node, int]]):
+    """Of a state the span is empty: it is that after so many tokens."""
     for node, end in path:
         for residency in tiers.residencies:
-            if node.pages[residency.index] is not None:
-                yield residency.component.name, residency.tier.name, Span(node.start, end)
+            is_state = residency.component.reach is Reach.POINT
+            if node.pages[residency.index] is not None and not (is_state and end < node.end):
+                yield residency.component.name, residency.tier.name, Span(end if is_state else node.start, end)
 
 
 def _lost(tiers: Tiers, path: list[tuple[Node, int]], known: _Evictions):

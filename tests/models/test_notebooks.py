@@ -16,7 +16,7 @@ jupytext = pytest.importorskip("jupytext")
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "models" / "notebooks").glob("*.py"))
-CHAT = ROOT / "models" / "notebooks" / "chat_with_a_prefix_cache.py"
+CHAT, HYBRID = (ROOT / "models" / "notebooks" / f"{name}.py" for name in ("chat_with_a_prefix_cache", "a_hybrid_and_its_states"))
 RUN_S = 1200
 
 
@@ -47,6 +47,20 @@ def check_chat(path: Path) -> None:
     assert num_pictures(path) == 4
 
 
+def check_hybrid(path: Path) -> None:
+    said = printed(path)
+    assert said.count("the answers are the same") == 1 and "DIFFER" not in said
+    for found in (" 352 found", " 416 found"):  # the turns of a conversation
+        assert found in said
+    assert "state: the state at 320 is missing" in said and "insert(..., states=[320])" in said
+    assert said.count(" 320 found,  42 computed") == 1  # the fork, once it has a state
+    assert said.count(" 480 found") == said.count(" 320 found,  31 computed") == 2  # on both other meshes
+    assert num_pictures(path) == 3
+
+
+CHECKS = {CHAT: check_chat, HYBRID: check_hybrid}
+
+
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_both_files_have_the_same_cells(source):
     assert cells(source) == cells(source.with_suffix(".ipynb")), "`make notebook` writes the second file again"
@@ -60,16 +74,18 @@ def test_the_outputs_are_small_and_of_no_machine(source):
     assert not [part for part in ("/tmp/", "/home/", "/root/", "/Users/", str(ROOT)) if part in printed(shown)]
 
 
-def test_the_outputs_are_what_the_text_says():
-    check_chat(CHAT.with_suffix(".ipynb"))
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_the_outputs_are_what_the_text_says(source):
+    CHECKS[source](source.with_suffix(".ipynb"))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(RUN_S + 60)
-def test_the_notebook_runs(tmp_path):
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_the_notebook_runs(tmp_path, source):
     """In a process of its own, with nothing compiled before."""
     fetch.fetch(fetch.SMOLLM2)
-    written = tmp_path / "chat.ipynb"
+    written = tmp_path / "written.ipynb"
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
@@ -77,7 +93,7 @@ def test_the_notebook_runs(tmp_path):
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "jax"),
     }
     done = subprocess.run(
-        [sys.executable, "-m", "models.run_notebook", str(CHAT), "--output", str(written)],
+        [sys.executable, "-m", "models.run_notebook", str(source), "--output", str(written)],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -85,8 +101,8 @@ def test_the_notebook_runs(tmp_path):
         timeout=RUN_S,
     )
     assert done.returncode == 0, done.stderr
-    assert cells(written) == cells(CHAT)
-    check_chat(written)
+    assert cells(written) == cells(source)
+    CHECKS[source](written)
 
 
 @pytest.mark.slow

@@ -15,8 +15,9 @@ from models import fetch
 jupytext = pytest.importorskip("jupytext")
 
 ROOT = Path(__file__).parents[2]
-SOURCES = sorted((ROOT / "models" / "notebooks").glob("*.py"))
-CHAT, HYBRID = (ROOT / "models" / "notebooks" / f"{name}.py" for name in ("chat_with_a_prefix_cache", "a_hybrid_and_its_states"))
+CHAT, HYBRID = (
+    ROOT / "models" / "notebooks" / f"{name}.py" for name in ("chat_with_a_prefix_cache", "a_hybrid_and_its_states")
+)
 RUN_S = 1200
 
 

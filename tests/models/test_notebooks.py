@@ -15,9 +15,9 @@ from models import fetch
 jupytext = pytest.importorskip("jupytext")
 
 ROOT = Path(__file__).parents[2]
-CHAT, HYBRID = (
-    ROOT / "models" / "notebooks" / f"{name}.py" for name in ("chat_with_a_prefix_cache", "a_hybrid_and_its_states")
-)
+NOTEBOOKS = ROOT / "models" / "notebooks"
+CHAT, HYBRID = NOTEBOOKS / "chat_with_a_prefix_cache.py", NOTEBOOKS / "a_hybrid_and_its_states.py"
+SOURCES = (CHAT, HYBRID)
 RUN_S = 1200
 
 

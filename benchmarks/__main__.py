@@ -1,7 +1,7 @@
 """Runs the benchmarks of every host: python -m benchmarks [--json FILE]. Exit code 1 if a figure misses its goal.
 
-Others by name: python -m benchmarks overhead | gpu [options]; --help lists them. `python -m benchmarks results` makes
-the page about what was measured on GPUs.
+Others by name: python -m benchmarks overhead | turns | gpu [options]; --help lists them. `python -m benchmarks results`
+makes the page about what was measured on GPUs.
 
 First the core's and the agreement's (python -m jaxcache bench core, bench agreement), then host copies; each in a
 process of its own, untouched by the memory and threads of the one before.
@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-OTHERS = {"overhead": "overhead", "gpu": "gpu", "results": "results_page"}
+OTHERS = {"overhead": "overhead", "turns": "turns", "gpu": "gpu", "results": "results_page"}
 GOALS = {
     "host_copies_ratio": (2.0, "backup + load-back / memcpy of the same bytes, 64 KiB a page and rank"),
     "host_copies_list_of_64_parts_of_128kib": (1.3, "pools that are lists of 64 arrays / one array, 8 MiB a page"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from os import PathLike
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -28,7 +29,8 @@ from jaxcache.runtime.controller import Controller
 from jaxcache.runtime.events import EventStream
 from jaxcache.runtime.fleet import Fleet
 from jaxcache.runtime.garbage import GarbageControl
-from jaxcache.runtime.start_agreement import agree_on_start, all_allocate
+from jaxcache.runtime.snapshot import Snapshots
+from jaxcache.runtime.start_agreement import agree_on_start, all_or_none
 from jaxcache.runtime.transfer_engine import TransferEngine
 from jaxcache.storage.base import Storage
 from jaxcache.types import CLOCK_MODULUS, Event, Match, PrefetchPolicy, StateSlots, Tier, Wait, WritePolicy
@@ -62,7 +64,7 @@ class Cache:
         self.mesh = mesh
         config, self.layouts, fleet = agree_on_start(components, mesh, config, storage)
         self.config = config
-        with all_allocate(mesh, fleet):
+        with all_or_none(mesh, fleet):
             self._allocate(components, mesh, storage, fleet)
         self._garbage = GarbageControl()
         if config.collect_in_step:
@@ -394,6 +396,24 @@ class Cache:
         self.core.forget_device()
         self.engine.discard_load_backs()
         self._pools_check.forget()
+
+    def snapshot(self, pools: DevicePools, directory: str | PathLike[str]) -> None:
+        """Writes the tree and all pages of device and host memory to a folder, which must be empty; needs the extra
+        `snapshot`. Raises RuntimeError unless `drain` came before and no request runs."""
+        self._check_open()
+        self._check_pools(pools)
+        Snapshots(self.core, self._controller).write(pools, directory)
+
+    def restore(self, directory: str | PathLike[str]) -> DevicePools:
+        """Takes over what a snapshot holds, as far as it fits, into an empty cache of any sizes and mesh; returns pools
+        to use instead of those of `init_pools`. The counter `restore_dropped_tokens` says what did not fit.
+
+        Raises ValueError for pages of another kind, naming every difference, and for what is damaged or unfinished;
+        RuntimeError unless the cache is empty, as it is after an error."""
+        self._check_open()
+        pools = Snapshots(self.core, self._controller).read(directory)
+        self._pools_check.handed_back(pools)
+        return pools
 
     def take_events(self) -> list[Event]:
         """What has come and gone on device and host since the last time, for a router that sends requests to prefixes.

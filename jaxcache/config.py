@@ -65,13 +65,15 @@ class CacheConfig:
     tenants:                limits of tenants, by the value of the namespace field `tenant`; all others share the rest
     max_retain_steps:       longest retention that `insert` may ask for, in steps
     max_retained_share:     share of the device pages of a component that retentions may keep from leaving
-    evict_output_first:     pages of generated text leave before pages of prompts
+    evict_output_first:     full attention of generated text leaves before that of prompts; windows and states do not,
+                            as the next turn begins at its end
     stable_tables:          page ids of a running lease never change, for loops whose tables only grow: a page that the
                             tree has, too, stays the lease's own until its release. (Ids behind a window still become
                             num_pages, and may be another's then: no model step reads or writes there.)
                             False: `insert` replaces such ids, and the next `Cache.tables` gives the pages back
     load_back_min_tokens:   a shorter load-back is recomputed instead
-    max_states_per_path:    recurrent states kept along one path; the shallow ones go first
+    max_states_per_path:    recurrent states kept along one path; those from which the only way on leads to a later
+                            one go first, the shallow ones before others
     prefetch_policy:        what `admit` does with a running prefetch
     prefetch_timeout_s, prefetch_timeout_s_per_1k_tokens:
                             how long PrefetchPolicy.TIMEOUT waits, from the first time that the request was held up

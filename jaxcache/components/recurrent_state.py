@@ -1,4 +1,4 @@
-"""Recurrent state (Mamba, gated delta net): one state, exactly at n, which lies on the chunk's grid."""
+"""Recurrent state (Mamba, gated delta net): one state, exactly at n."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from jaxcache.types import Span
 
 @dataclass(frozen=True)
 class RecurrentState(Component):
-    """The state after n tokens; it exists at multiples of chunk_tokens only. Its pages are called slots."""
+    """The state after n tokens. Its pages are called slots.
+
+    chunk_tokens: a request can resume at multiples of this (and of the page) only. Leave it at 1 unless the model's
+                  kernel can start nowhere else: each turn of a conversation computes half of it again. A chunked kernel
+                  starts anywhere if its first chunk is filled up in front with tokens that change no state
+    """
 
     chunk_tokens: int = 1
     reach: ClassVar[Reach] = Reach.POINT

@@ -14,6 +14,7 @@ from jaxcache.core import matching
 from jaxcache.core.backups import Backups
 from jaxcache.core.lease import Lease, read_only
 from jaxcache.core.matching import Prefix
+from jaxcache.core.missing import Cause
 from jaxcache.core.planner import Counters, Planner
 from jaxcache.core.radix_tree import Node
 from jaxcache.core.sequence import Sequence
@@ -239,15 +240,21 @@ class Admission:
     # ---- checkpoints of states
 
     def _plan_stops(self, lease: Lease, prefix: Prefix) -> None:
-        """Prefill chunks end at the prompt's last grid point and where a missing window or state would have helped."""
+        """Prefill chunks end where a missing window or state would have helped, and at the prompt's last grid point.
+
+        A prompt that ends there itself, sent again, has to resume one grid point earlier: unless there are two stops
+        already, that is one, too.
+        """
         grid = self.tiers.grid_tokens
-        sequence = lease.sequence
-        branch = min(prefix.found_tokens, sequence.num_tokens - 1) // grid * grid
-        stops = (branch,)
+        num_prompt = lease.sequence.prompt_tokens
+        branch = min(prefix.found_tokens, lease.sequence.num_tokens - 1) // grid * grid
+        stops = [branch] if branch > prefix.num_tokens else []
         if self.tiers.point is not None:
-            last = sequence.prompt_tokens // grid * grid
-            stops = (branch,) if branch == last else (min(branch, last), max(branch, last))
-        lease._stops = stops if stops[0] > prefix.num_tokens else tuple(s for s in stops if s > prefix.num_tokens)
+            last = num_prompt // grid * grid
+            if last == num_prompt and not stops:
+                stops.append(last - grid)
+            stops.append(last)
+        lease._stops = tuple(sorted(dict.fromkeys(stop for stop in stops if stop > prefix.num_tokens)))
 
     def checkpoints(self, lease: Lease, low: int, high: int) -> None:
         """Slots for the states to keep in (low, high]; a missing slot only costs a later hit."""
@@ -272,6 +279,8 @@ class Admission:
         device = self.tiers.device[point]
         if device.allocator.num_free or (device.available() and self.backups.make_room_on_device(point, 1)):
             lease.checkpoints[position] = device.allocator.allocate_one()
+        elif position <= lease.sequence.num_tokens:
+            self.tiers.note_unmade(lease.sequence, position, Cause.NO_SLOT)
 
     # ---- later
 

@@ -47,6 +47,7 @@ class Clearing:
         self._keep({}, {})
         core.tiers.tree.retired_roots.clear()
         core.tiers.evictions.clear()
+        core.tiers.unmade.clear()
         if core.tiers.log is not None:
             core.tiers.log.restart(core.tiers.tree)
 

@@ -38,6 +38,7 @@ NUMBERS: dict[str, tuple[str, ...]] = {
     "detach": (),
     "cleared": (),
     "policies": ("prefetch policy", "write policy"),
+    "restore": ("nodes", "checksum of the snapshot"),
     "BACKUP": _TRANSFER,
     "LOAD_BACK": _TRANSFER,
     "STORE": _TRANSFER,

@@ -1,4 +1,4 @@
-"""Why a prompt missed: what of it is where, where it first differs, and when and why what is missing left.
+"""Why a prompt missed: what of it is where, where it first differs, and why what is missing is not there.
 
 The answer is for those who may see the prompt. So it says nothing of namespaces whose private fields differ from those
 of the prompt's: neither their fields, nor whether they hold a page, nor what their leases did.
@@ -6,15 +6,25 @@ of the prompt's: neither their fields, nor whether they hold a page, nor what th
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from jaxcache.core.lease import Lease
 from jaxcache.core.matching import longest_prefix
+from jaxcache.core.missing import Missing, missing
 from jaxcache.core.radix_tree import Node
 from jaxcache.core.sequence import Sequence
 from jaxcache.core.tiers import Eviction, Tiers
 from jaxcache.types import Span
+
+
+class Limit(enum.Enum):
+    """Why no request can resume at the end of what is found, whatever else is there."""
+
+    LAST_TOKEN = "at least the last token of a prompt has to be computed"
+    GRID = "requests resume at multiples of {grid_tokens} tokens only (of page_tokens and every chunk_tokens)"
+    RETIRED = "its namespace was retired"
 
 
 @dataclass(frozen=True)
@@ -24,11 +34,17 @@ class Explanation:
     num_tokens:      of the prompt
     usable_tokens:   where a request could resume
     found_tokens:    leading tokens of which the cache holds at least full attention
+    resumable_tokens: where one could resume if nothing were missing of what is found: a whole page, on the grid of
+                     states, and before the last token. Beyond usable_tokens it is the branch point of `match`
+    limit:           why that is not found_tokens; None: it is
+    grid_tokens:     requests resume at multiples of this only
+    missing:         the windows and states that keep a request from resuming there, why they are not there, and what
+                     would make them
     first_miss_page: the first page that is not there, or None if all whole pages are
     tiers:           (component, tier, span): where the found pages are
     eviction:        when and why the first missing page left; None if it was never there, or left long ago. Its lease
                      is named while it runs, if its namespace has the private fields of the prompt's; else it is 0
-    lost:            the same for windows and states that are missing within the found tokens
+    lost:            the same for all windows and states that are missing within the found tokens, needed or not
     other_namespace: public fields that differ from a namespace with the same private fields in which the prompt's first
                      page is cached: (name, here, there)
     """
@@ -36,6 +52,10 @@ class Explanation:
     num_tokens: int
     usable_tokens: int
     found_tokens: int
+    resumable_tokens: int
+    limit: Limit | None
+    grid_tokens: int
+    missing: tuple[Missing, ...]
     first_miss_page: int | None
     tiers: tuple[tuple[str, str, Span], ...]
     eviction: Eviction | None
@@ -45,10 +65,14 @@ class Explanation:
     def __str__(self) -> str:
         lines = [f"{self.usable_tokens} of {self.num_tokens} tokens can be used; {self.found_tokens} are found."]
         lines += [f"  tokens [{span.start}, {span.stop}): {name} on {tier}" for name, tier, span in self.tiers]
+        if self.limit is not None:
+            why = self.limit.value.format(grid_tokens=self.grid_tokens)
+            lines.append(f"No request can resume at {self.found_tokens}: {why}.")
+        if self.missing:
+            lines.append(f"To resume at {self.resumable_tokens}:")
+            lines += map(str, self.missing)
         if self.first_miss_page is not None:
             lines.append(f"The first page that is not there: {self.first_miss_page}. {self._why()}")
-        for span, eviction in self.lost:
-            lines.append(f"  tokens [{span.start}, {span.stop}): {_sentence(eviction)}")
         return "\n".join(lines)
 
     def _why(self) -> str:
@@ -71,23 +95,39 @@ def _sentence(eviction: Eviction) -> str:
 def explain(tiers: Tiers, sequence: Sequence, leases: Mapping[int, Lease]) -> Explanation:
     """Looks without touching anything. leases: those that run."""
     known = _Evictions(tiers, sequence, leases)
-    prefix = longest_prefix(tiers, sequence, sequence.num_tokens)
+    usable = longest_prefix(tiers, sequence, sequence.num_tokens).num_tokens
     path = tiers.tree.walk(sequence, sequence.num_tokens)
     found = path[-1][1] if path else 0
+    resumable, limit = _resumable(tiers, sequence, found)
     page = tiers.page_tokens
-    missing = found + page <= sequence.num_tokens
+    is_missing = found + page <= sequence.num_tokens
     first_page = bytes(sequence.data[found * 4 : (found + page) * 4])
     node = _whole_node(sequence.root, path)
     return Explanation(
         sequence.num_tokens,
-        prefix.num_tokens,
+        usable,
         found,
-        found // page if missing else None,
+        resumable,
+        limit,
+        tiers.grid_tokens,
+        missing(tiers, sequence, path, resumable, known.find) if usable < resumable else (),
+        found // page if is_missing else None,
         tuple(_tiers(tiers, path)),
-        known.find(node.id, first_page) if missing else None,
+        known.find(node.id, first_page) if is_missing else None,
         tuple(_lost(tiers, path, known)),
-        _other_namespace(tiers, sequence) if missing and not found else (),
+        _other_namespace(tiers, sequence) if is_missing and not found else (),
     )
+
+
+def _resumable(tiers: Tiers, sequence: Sequence, found: int) -> tuple[int, Limit | None]:
+    """The last position within what is found where a request could resume, and why there is none behind it."""
+    if sequence.namespace.retired and found:
+        return 0, Limit.RETIRED
+    resumable = min(found, sequence.num_tokens - 1) // tiers.grid_tokens * tiers.grid_tokens
+    if resumable == found:
+        return resumable, None
+    is_on_grid = found % tiers.grid_tokens == 0
+    return resumable, Limit.LAST_TOKEN if is_on_grid else Limit.GRID
 
 
 class _Evictions:

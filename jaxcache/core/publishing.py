@@ -10,8 +10,10 @@ from __future__ import annotations
 import numpy as np
 
 from jaxcache.core.lease import Lease, read_only
+from jaxcache.core.missing import Cause
 from jaxcache.core.planner import Counters, Planner
 from jaxcache.core.radix_tree import Node
+from jaxcache.core.residency import Residency
 from jaxcache.core.tiers import Tiers
 from jaxcache.types import PageIds
 
@@ -25,6 +27,8 @@ class Publishing:
         self.counters = counters
         self.output_first = tiers.config.evict_output_first
         self.stable_tables = tiers.config.stable_tables
+        # Of generated text only pages of full attention count as unused (`Node.last_used`), whatever else is there.
+        self.full_last = (*tiers.partial, *(() if tiers.full is None else (tiers.full,)))
 
     def report(self, lease: Lease, num_computed: int) -> None:
         """The caller has computed up to here."""
@@ -34,17 +38,22 @@ class Publishing:
 
     # ---- windows
 
-    def live_start(self, c: int, num_computed: int) -> int:
-        """Start of the window of the newest position at which the request could be resumed, not of its current one."""
+    def live_start(self, lease: Lease, c: int, num_computed: int) -> int:
+        """Start of the window of the newest position at which the request could be resumed, not of its current one.
+
+        Of a prompt that is computed this is a position before its end: the same prompt, sent again, has to compute its
+        last token at least.
+        """
         grid, page = self.tiers.grid_tokens, self.tiers.page_tokens
-        return min(self.tiers.required_start(c, num_computed // grid * grid), num_computed // page * page)
+        newest = num_computed - (num_computed == lease.sequence.prompt_tokens)
+        return min(self.tiers.required_start(c, newest // grid * grid), num_computed // page * page)
 
     def _leave_behind(self, lease: Lease, num_computed: int) -> None:
         """Gives back own window pages, and pins, that are behind the live window."""
         tiers = self.tiers
         page = tiers.page_tokens
         for c in tiers.suffixes:
-            live = self.live_start(c, num_computed)
+            live = self.live_start(lease, c, num_computed)
             if live > lease._window_starts[c]:
                 table, allocator = lease._tables[c], tiers.device[c].allocator
                 assert table is not None
@@ -59,13 +68,20 @@ class Publishing:
                 self._unpin_behind(lease, c, live)
 
     def _unpin_behind(self, lease: Lease, c: int, live: int) -> None:
+        """What only this request goes on from leaves before others: it has gone on."""
+        device, host = self.tiers.device[c], self.tiers.host[c]
         node, top, new_top = lease._node, lease._pin_tops[c], lease._published
+        is_passed = not node.children
         while node.parent is not None and node.end > top:
             if node.end <= live:
-                self.tiers.device[c].unpin(node)
+                device.unpin(node)
+                if is_passed:
+                    device.demote(node)
+                    host.demote(node)
             else:
                 new_top = node.start
             node = node.parent
+            is_passed = is_passed and len(node.children) == 1
         lease._pin_tops[c] = new_top
 
     # ---- insert
@@ -81,7 +97,7 @@ class Publishing:
         start = at = lease._published
         node = lease._node
         if at < end:
-            lives = [(c, self.live_start(c, num_computed)) for c in tiers.suffixes] if tiers.suffixes else ()
+            lives = [(c, self.live_start(lease, c, num_computed)) for c in tiers.suffixes] if tiers.suffixes else ()
             fresh: dict[int, PageIds] = {}
             while at < end:
                 child = self._child(lease, node, at, end, lives)
@@ -217,6 +233,7 @@ class Publishing:
         if lease._written.pop(position, False) is False:
             device.allocator.free_one(slot)
             self.counters["unwritten_states"] += 1
+            tiers.note_unmade(lease.sequence, position, Cause.NOT_REPORTED)
             return
         node = lease._node
         while node.parent is not None and node.start >= position:
@@ -228,25 +245,55 @@ class Publishing:
             tiers.put(device, node, np.array([slot], np.int32))
         else:
             device.allocator.free_one(slot)
-        self._thin_out(node)
+        self._thin_out(node, lease.sequence.prompt_tokens)
 
-    def _thin_out(self, newest: Node) -> None:
-        """At most max_states_per_path states above `newest`; the shallow ones go first."""
+    def _thin_out(self, newest: Node, prompt_tokens: int) -> None:
+        """Which states above `newest` are kept, and which leave first.
+
+        root --- S -+- p1 --- e1 --- p2 --- newest        passed: p1, e1, p2, which only lead to `newest`
+                    `- ...                                shared: S, from where other ways go on
+
+        Of those in the text that this request has generated none is kept. Of the others, with `newest`, at most
+        max_states_per_path on the device: the shallow ones go first, and those that are passed before those that are
+        shared. What is passed and kept leaves before other states when room is needed.
+        """
         tiers = self.tiers
         assert tiers.point is not None
-        device = tiers.device[tiers.point]
-        with_state = []
-        node = newest
-        while node.parent is not None:
-            if node.pages[device.index] is not None:
-                with_state.append(node)
+        device, host = tiers.device[tiers.point], tiers.host[tiers.point]
+        passed, shared = self._states_above(newest)
+        generated = [node for node in passed if node.end > prompt_tokens]
+        passed = passed[len(generated) :]
+        self._drop_states(host, generated, "a later state of the same answer")
+        self._drop_states(device, generated, "a later state of the same answer")
+        kept = [node for node in [*passed[::-1], *shared[::-1]] if node.pages[device.index] is not None]
+        num_surplus = max(0, len(kept) + 1 - tiers.config.max_states_per_path)
+        self._drop_states(device, kept[:num_surplus], "max_states_per_path")
+        for node in passed:  # the shallowest is the first to leave
+            device.demote(node)
+            host.demote(node)
+
+    def _states_above(self, newest: Node) -> tuple[list[Node], list[Node]]:
+        """The nodes above with a state, deepest first: those whose only way on is `newest`, and all above them."""
+        tiers = self.tiers
+        assert tiers.point is not None
+        passed: list[Node] = []
+        shared: list[Node] = []
+        found, node = passed, newest.parent
+        while node is not None and node.parent is not None:
+            if len(node.children) > 1:
+                found = shared
+            if tiers.resident(tiers.point, node):
+                found.append(node)
             node = node.parent
-        surplus = with_state[tiers.config.max_states_per_path :]
-        tiers.reason = "max_states_per_path"
-        for node in reversed(surplus):
-            if not node.pins[device.index]:
-                tiers.drop(device, node)
-        tiers.reason = "room"
+        return passed, shared
+
+    def _drop_states(self, residency: Residency, nodes: list[Node], reason: str) -> None:
+        """What is pinned stays."""
+        self.tiers.reason = reason
+        for node in nodes:
+            if node.pages[residency.index] is not None and not node.pins[residency.index]:
+                self.tiers.drop(residency, node)
+        self.tiers.reason = "room"
 
     # ---- release
 
@@ -255,7 +302,8 @@ class Publishing:
         tiers = self.tiers
         if lease._duplicates is not None:
             self.free_duplicates(lease)
-        for c, device in enumerate(tiers.device):
+        for c in self.full_last:
+            device = tiers.device[c]
             if c == tiers.point:
                 assert lease.write_slot is not None
                 for slot in (lease.write_slot, *lease.checkpoints.values()):

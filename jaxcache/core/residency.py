@@ -154,6 +154,12 @@ class Residency(ABC):
             self.order.discard(node)
             self.order.add(node)
 
+    def demote(self, node: Node) -> None:
+        """Leaves before all others, if it is a candidate: the next use makes it an ordinary one again."""
+        if node in self.order:
+            self.order.discard(node)
+            self.order.add_oldest(node)
+
     def file_again(self, node: Node) -> None:
         """Takes its place anew, if it is a candidate: what its place depends on has changed."""
         if node in self.order:
@@ -215,9 +221,35 @@ class PrefixResidency(Residency):
 
 
 class FreeResidency(Residency):
-    """Sliding windows: an entry may leave wherever it is (a match simply gets shorter)."""
+    """Sliding windows: an entry may leave wherever it is (a match simply gets shorter).
+
+    Generated text leaves before prompts, but not the window or state at its end: the next turn begins there, and finds
+    nothing of this one without it.
+    """
 
     __slots__ = ()
+
+    def _candidate(self, node: Node) -> None:
+        self.order.add(node)
+
+    def unpin_up(self, node: Node, top: int = 0, is_use: bool = True) -> None:
+        index, order = self.index, self.order
+        now = next(self.clock)
+        while node.end > top and node.parent is not None:
+            pins = node.pins
+            pins[index] = left = pins[index] - 1
+            if left <= 0:
+                assert not left, f"I2: {node=} {self.component.name} {self.tier.name}"
+                pages = node.pages[index]
+                if is_use:
+                    node.last_used = now
+                if pages is not None:
+                    self.num_pinned -= len(pages)
+                    if is_use:
+                        order.add(node)
+                    else:
+                        order.add_back(node)
+            node = node.parent
 
     def evictable(self, node: Node) -> bool:
         return node.pages[self.index] is not None and not node.pins[self.index]

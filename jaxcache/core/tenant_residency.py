@@ -66,6 +66,10 @@ class TenantResidency(Residency):
         super().touch(node)
         self.groups.note(node.group)
 
+    def demote(self, node: Node) -> None:
+        super().demote(node)
+        self.groups.note(node.group)
+
     def file_again(self, node: Node) -> None:
         super().file_again(node)
         self.groups.note(node.group)

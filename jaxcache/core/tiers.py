@@ -9,13 +9,14 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from math import lcm
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from jaxcache.components.base import Component, Reach
 from jaxcache.config import CacheConfig
 from jaxcache.core.change_log import ChangeLog
+from jaxcache.core.decisions import checksum
 from jaxcache.core.eviction import policy
 from jaxcache.core.eviction.order import Place
 from jaxcache.core.radix_tree import Node, RadixTree
@@ -25,7 +26,12 @@ from jaxcache.core.tenant_residency import TENANT_RESIDENCIES
 from jaxcache.core.tenants import Groups, Tenants
 from jaxcache.types import NO_PAGES, PageIds, Tier, WritePolicy
 
+if TYPE_CHECKING:
+    from jaxcache.core.missing import Cause
+    from jaxcache.core.sequence import Sequence
+
 MAX_EVICTIONS_REMEMBERED = 4096
+MAX_UNMADE_REMEMBERED = 4096
 UNWATCHED = -1  # without pools nothing is known of model steps
 
 
@@ -87,6 +93,8 @@ class Tiers:
         self.lease_id = 0
         # node id; residency index or first page; and what `Eviction` says: flat, since one is made for every eviction
         self.evictions: deque[tuple[Any, ...]] = deque(maxlen=MAX_EVICTIONS_REMEMBERED)
+        # Of states that were to be kept and were not: root id, position, checksum of the tokens up to there; and why.
+        self.unmade: deque[tuple[int, int, int, Cause]] = deque(maxlen=MAX_UNMADE_REMEMBERED)
         self.num_evicted_pages = [0] * (2 * num)
         # While something is dropped of which transfers still touch pages: these, by residency; and where they go.
         self.touched: dict[int, PageIds] = {}
@@ -221,6 +229,15 @@ class Tiers:
                 return Eviction(residency.component.name, residency.tier, step, reason, lease)
         return None
 
+    def note_unmade(self, sequence: Sequence, position: int, cause: Cause) -> None:
+        """A state was to be kept at a position, and is not. By tokens: the node that would end there may come later."""
+        self.unmade.append((sequence.root.id, position, _prefix_checksum(sequence, position), cause))
+
+    def unmade_state(self, sequence: Sequence, position: int) -> Cause | None:
+        """The last cause noted for this position of a sequence; None: it was not to be kept, or long ago."""
+        key = (sequence.root.id, position, _prefix_checksum(sequence, position))
+        return next((note[3] for note in reversed(self.unmade) if note[:3] == key), None)
+
     # ---- room
 
     def make_room(self, residency: Residency, num_pages: int) -> bool:
@@ -269,6 +286,10 @@ class Tiers:
         if residency.component.reach is Reach.PREFIX and len(pages) > num_pages:
             self.split(victim, victim.end - num_pages * self.page_tokens)
         return victim
+
+
+def _prefix_checksum(sequence: Sequence, num_tokens: int) -> int:
+    return checksum(memoryview(sequence.data)[: num_tokens * 4])
 
 
 def lookback_tokens(component: Component) -> int:

@@ -4,7 +4,8 @@
     reduced      min over cp, tp and pp      min over cp and tp on stage 0, forwarded stage by stage
 
 `reduce_rows` says what that means; `LocalReduction` does it where one process owns the whole mesh, and
-`CollectiveReduction` is THE collective where it does not. Nothing else in the library communicates.
+`CollectiveReduction` is THE collective where it does not. Nothing else in the library
+communicates but the programs that make whole pages for a snapshot (pools/whole_pages.py).
 """
 
 from __future__ import annotations

@@ -88,10 +88,11 @@ def agree_on_start(components: Sequence[Component], mesh: Mesh, config: CacheCon
 
 
 @contextmanager
-def all_allocate(mesh: Mesh, fleet: Fleet) -> Iterator[None]:
-    """Around what each process allocates for itself: all come out of it, or none.
+def all_or_none(mesh: Mesh, fleet: Fleet, otherwise: str = "another process could not start") -> Iterator[None]:
+    """Around what each process does for itself, such as to allocate: all come out of it, or none.
 
-    Raises what failed here, when the others know it; RanksDiverged if it failed elsewhere, naming process and reason.
+    Raises what failed here, when the others know it; RanksDiverged, which begins with `otherwise`, if it failed
+    elsewhere, naming process and reason.
     """
     try:
         yield
@@ -101,7 +102,7 @@ def all_allocate(mesh: Mesh, fleet: Fleet) -> Iterator[None]:
         raise
     failures = _failures(mesh, fleet, "")
     if failures:
-        raise _error("another process could not start", fleet, failures)
+        raise _error(otherwise, fleet, failures)
 
 
 def _failures(mesh: Mesh, fleet: Fleet, own: str) -> list[str]:

@@ -25,7 +25,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jaxcache.pools.device_pool import DevicePools, PageMover, bucket_pages, chunks
+from jaxcache.pools.device_pool import DevicePools, PageMover, Staging, bucket_pages, chunks
 from jaxcache.pools.host_pool import HostPool
 from jaxcache.pools.page_layout import PageLayout, local_devices
 from jaxcache.runtime.backup_merging import merged
@@ -151,6 +151,34 @@ class TransferEngine:
         took = self._storage_io.forget(transfer_id)
         if took is not None:
             self.rates.fetched(*took)
+
+    def read_host(self, component: str, page_ids: PageIds) -> Staging:
+        """At most `mover.max_bucket` host pages on the devices, as `mover.gather` returns pages of the pools; waits for
+        them, and for what fills them. Raises TransferFault if that failed."""
+        self._wait_for(self._orders[component].before_read(page_ids))
+        pool, bucket = self.host_pools[component], bucket_pages(len(page_ids))
+        load = _LoadBack(0, component, page_ids)
+        load.shards = {stack.field.spec.name: [None] * len(pool.devices) for stack in pool.layout.stacks}
+        if self._needs_staging:
+            staging = jax.block_until_ready(self.mover.staging(component, bucket))
+            load.shards = {name: local_shards(array, pool.devices) for name, array in staging.items()}
+        for rank in range(len(pool.devices)):
+            self._copy_to_device(pool, rank, page_ids, load)
+        return self._assembled(load)
+
+    def write_host(self, component: str, page_ids: PageIds, staging: Staging) -> None:
+        """The other way round: these host pages, which nobody uses, hold the first of the staged ones."""
+        self._wait_for(self._orders[component].before_write(page_ids))
+        pool = self.host_pools[component]
+        shards = {name: local_shards(array, pool.devices) for name, array in staging.items()}
+        for rank in range(len(pool.devices)):
+            self._copy_to_rows(pool, rank, page_ids, shards)
+
+    def _wait_for(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            if job.exception() is not None:
+                self.fault = self.fault or job.exception()
+        self._raise_fault()
 
     def discard_load_backs(self) -> None:
         """What is on its way to the device will not be scattered; its host pages are still read to the end."""

@@ -308,6 +308,18 @@ class Scenario:
             core.insert(lease, request.num_computed, states=states, priority=priority, retain_steps=retain_steps)
         for key in request.sequences[0].page_keys(request.num_computed // self.core.config.page_tokens):
             self.published[key] = None
+        if states:
+            self._check_state(request, states[-1])
+
+    def _check_state(self, request: Request, position: int) -> None:
+        """What was reported of the last grid point is where the next turn resumes. (Quotas may take it at once.)"""
+        core, lease = self.core, request.leases[0]
+        grid = core.tiers.grid_tokens
+        is_last = position == request.num_computed // grid * grid <= lease._published
+        namespace = lease.sequence.namespace
+        if is_last and core.config.caching and not namespace.retired and core.tiers.tenants is None:
+            found = core.match(core.sequence([*request.tokens[:position], 0], namespace)).num_tokens
+            assert found == position, f"N7: {found=}, although the state at {position} was reported"
 
     def _check_resumable(self, request: Request) -> None:
         """Without recurrent states, a conversation that was published whole can be resumed at its last whole page."""

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from jaxcache.core.residency import FreeResidency, Residency
 from jaxcache.types import TransferKind, WritePolicy
 from tests.core.helpers import FULL, PAGE, Server, prompt, state, window
 
@@ -68,7 +69,7 @@ def test_windows_and_states_leave_wherever_they_are():
     """E2: a match simply gets shorter; full attention stays."""
     server = Server(FULL, window(6), device_pages={"full": 64, "window": 6})
     for end in (8, 16, 24):
-        server.prefill(prompt(end))
+        server.prefill(prompt(end + 1))
     server.release(server.admit(prompt(12, 1000)))
     assert [server.match(prompt(end)).num_tokens for end in (8, 16, 24)] == [0, 0, 24]
     assert server.match(prompt(16)).unusable_tokens == 16
@@ -145,3 +146,52 @@ def test_an_eviction_costs_the_same_in_a_large_cache(components):
         costs.append(num_calls(server, 1_900_000))
         assert server.core.tiers.num_evicted_pages[0] >= 1
     assert costs[0] == costs[1]
+
+
+# ---- windows along a conversation
+
+
+def conversations(window_pages: int, num: int = 3) -> tuple[Server, list[list[int]]]:
+    """Each ends with 8 generated tokens, which the loop published one by one."""
+    server = Server(FULL, window(6), device_pages={"full": 200, "window": window_pages})
+    texts = []
+    for first in range(1000, 1000 * (num + 1), 1000):
+        lease = server.admit(prompt(17, first))
+        server.compute(lease, 17)
+        server.insert(lease, 17)
+        server.decode(lease, prompt(8, 70_000))
+        server.release(lease)
+        texts.append([*prompt(17, first), *prompt(8, 70_000)])
+    return server, texts
+
+
+def test_windows_that_are_passed_leave_before_others_and_the_ends_of_turns_last():
+    """Not even generated text's: with the pages of two turns, and five for one that runs."""
+    server, texts = conversations(window_pages=2 * 2 + 5)
+    assert [server.match(text).num_tokens for text in texts] == [24, 24, 24]
+    server.check_empty()
+
+
+def test_a_window_from_which_another_way_goes_on_is_none_that_is_passed():
+    server, (text, *_) = conversations(window_pages=60, num=1)
+    swa = server.core.tiers.device[1]
+    assert next(node.end for node in swa.order) == 16
+    lease = server.admit([*text[:17], *prompt(8, 80_000)])
+    assert lease.num_cached_tokens == 16
+    server.compute(lease, 25)
+    server.insert(lease, 25)
+    server.release(lease)
+    assert next(node.end for node in swa.order) != 16
+    server.check_empty()
+
+
+@pytest.mark.mutation
+@pytest.mark.parametrize("method", ["demote", "_candidate"])
+def test_otherwise_turns_lose_their_windows(monkeypatch, method):
+    if method == "demote":
+        monkeypatch.setattr(Residency, "demote", lambda self, node: None)
+    else:
+        monkeypatch.setattr(FreeResidency, "unpin_up", Residency.unpin_up)
+        monkeypatch.setattr(FreeResidency, "_candidate", Residency._candidate)
+    with pytest.raises(AssertionError):
+        test_windows_that_are_passed_leave_before_others_and_the_ends_of_turns_last()

@@ -180,10 +180,10 @@ def test_only_the_live_part_of_a_window_is_adopted():
     without_window(server, prompt(32))
     lease = computed(server, prompt(20))
     server.insert(lease, 20)
-    assert spans_with(server, prompt(32), 1) == [(12, 20)]
+    assert spans_with(server, prompt(32), 1) == [(8, 20)]
     server.release(lease)
     server.prefill(prompt(32), max_cached_tokens=0)
-    assert spans_with(server, prompt(32), 1) == [(12, 20), (24, 32)]
+    assert spans_with(server, prompt(32), 1) == [(8, 20), (20, 32)]
 
 
 # ---- leaves
@@ -201,13 +201,13 @@ def test_a_leaf_stays_although_its_window_is_absent():
 
 
 def test_pinning_a_hit_pins_one_window():
-    """N4: a leaf is cut where its window begins."""
+    """N4: a leaf is cut where its window begins: that of 36, where the same prompt would resume."""
     server = Server(FULL, window(6))
     server.prefill(prompt(40))
-    assert spans_with(server, prompt(40), 1) == [(32, 40)]
+    assert spans_with(server, prompt(40), 1) == [(28, 40)]
     server.admit(prompt(41))
     full, swa = server.core.tiers.device
-    assert (full.num_pinned, swa.num_pinned) == (10, 2)
+    assert (full.num_pinned, swa.num_pinned) == (10, 3)
 
 
 # ---- states
@@ -229,7 +229,7 @@ def test_a_state_in_the_middle_of_a_node_splits_it():
     server = Server(FULL, state())
     server.prefill(prompt(24))
     server.prefill([*prompt(12), *prompt(12, 1000)])
-    assert spans_with(server, prompt(24), 1) == [(0, 12), (12, 24)]
+    assert spans_with(server, prompt(24), 1) == [(0, 12), (12, 20), (20, 24)]
     assert server.match(prompt(12)).num_tokens == 12
 
 

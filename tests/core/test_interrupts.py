@@ -11,6 +11,7 @@ import pytest
 
 from jaxcache.core.attachment import Attachment
 from jaxcache.core.prefix_cache import PrefixCache
+from jaxcache.core.restoring import Restoring
 from jaxcache.types import ServingEnded
 from tests.core.helpers import make_core, prompt
 from tests.core.interrupted import BY_HAND, RUNS
@@ -20,6 +21,7 @@ READS = {  # what changes nothing
     *("digest", "sizes", "counts", "step_number", "sequence", "match", "explain", "is_busy", "live_transfers"),
     *("needs_exchange", "unwanted_transfers", "largest_end", "plan_is_applied"),
     *("attached", "is_readable"),
+    *("check", "fitted"),
 }
 ALL_CALLS = {"admit", "commit", "forget_device", "grow", "grow_all", "insert", "new_namespace", "prefetch", "release"}
 ALL_CALLS |= {"extend_all", "reset", "retire_namespace", "take_plan"}
@@ -52,7 +54,7 @@ def test_every_line_of_every_call_that_changes_the_cache(name):
     assert said["places"] > 1000
 
 
-@pytest.mark.parametrize("kind", [PrefixCache, Attachment])
+@pytest.mark.parametrize("kind", [PrefixCache, Attachment, Restoring])
 def test_every_public_method_is_guarded_or_changes_nothing(kind):
     public = {name: method for name, method in vars(kind).items() if not name.startswith("_")}
     unguarded = {name for name, method in public.items() if not getattr(method, "changes", False)}

@@ -121,7 +121,7 @@ def test_state_exactly_at_its_position():
     server = Server(FULL, state(1))
     server.prefill(prompt(24))
     assert server.match(prompt(24)).num_tokens == 24
-    assert server.match(prompt(20)) == Match(0, 0, 0, 20, (20,))
+    assert server.match(prompt(16)) == Match(0, 0, 0, 16, (16,))
 
 
 def test_matching_again_costs_nothing_when_nothing_changed(monkeypatch):

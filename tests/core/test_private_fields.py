@@ -126,7 +126,7 @@ def test_explain_does_not_name_leases_that_took_windows_and_states():
     serve(core, prompt(16), mine)
     lease = start(core, prompt(32, 5000), theirs)
     lost = core.explain(core.sequence([*prompt(16), NEXT], mine)).lost
-    assert {(eviction.component, eviction.lease) for _, eviction in lost} == {("window", 0)}
+    assert {(eviction.component, eviction.lease) for _, eviction in lost} == {("window", 0), ("state", 0)}
     core.release(lease)
 
 

@@ -157,7 +157,7 @@ def test_a_split_of_what_is_kept_changes_nothing():
     server.insert(lease, lease.num_computed)
     server.check()
     server.release(lease)
-    assert server.core.retentions.num_pages == [4, 2, 1]
+    assert server.core.retentions.num_pages == [4, 3, 1]
     for _ in range(12):
         server.step()
     assert server.core.retentions.num_pages == [0, 0, 0]

@@ -30,7 +30,7 @@ from tests.core.consumer import Consumer
 from tests.core.driver import draw_components, draw_config
 from tests.core.strict import Strict
 
-MIXTURES = (("full",), ("full", "window"), ("full", "window", "state"))
+MIXTURES = (("full",), ("full", "window"), ("full", "state"), ("full", "window", "state"))
 PAGE_TOKENS = (1, 4, 16)
 MAX_PAGES = 8
 INTERESTING = (

@@ -13,7 +13,7 @@ from jaxcache.config import TenantShare
 from jaxcache.core import invariants
 from jaxcache.core.lease import Lease
 from tests.core.helpers import FULL, NEXT, PAGE, make_core, prompt, state, window
-from tests.core.serving import compute, flood, found, serve, start
+from tests.core.serving import flood, found, serve, start
 from tests.core.test_tenants import core_of, resident, spaces
 
 ROOT = Path(__file__).parent.parent.parent
@@ -109,8 +109,8 @@ def test_stats_name_limits_in_pages():
             "host": {"full": pages(0, 0, 10), "state": pages(0, 0, 10)},
         },
         "a": {
-            "device": {"full": pages(4, 10, 20), "state": pages(1, 2, 4)},
-            "host": {"full": pages(4, 2, 5), "state": pages(1, 2, 5)},
+            "device": {"full": pages(4, 10, 20), "state": pages(2, 2, 4)},
+            "host": {"full": pages(4, 2, 5), "state": pages(2, 2, 5)},
         },
     }
 
@@ -194,8 +194,9 @@ def test_a_lease_without_pages_keeps_its_account():
     """E7, I15: it may still grow, which must not be charged to the next namespace that gets an account."""
     core = core_of(*PAGELESS, a=TenantShare(floor=0.2), b=TenantShare(floor=0.2))
     (old,) = spaces(core, "a")
-    lease = start(core, prompt(2 * PAGE), old)
-    compute(core, lease)
+    lease = core.admit(core.sequence(prompt(3 * PAGE), old), 2 * PAGE)
+    assert isinstance(lease, Lease)
+    core.insert(lease, 2 * PAGE)
     assert core.tiers.tenants is not None
     groups = core.tiers.tenants.groups[0]
     assert groups.num_owned == groups.num_resident == [0, 0]

@@ -290,7 +290,9 @@ MUTANTS = (
     Mutant("tables keep the ids of freed duplicates", around(Publishing, "_replace", nothing)),
     Mutant(
         "a window is given back a page too early",
-        around(Publishing, "live_start", lambda f, self, c, n: min(f(self, c, n) + self.tiers.page_tokens, n)),
+        around(
+            Publishing, "live_start", lambda f, self, lease, c, n: min(f(self, lease, c, n) + self.tiers.page_tokens, n)
+        ),
     ),
     Mutant("windows left behind are not freed", during(Publishing, "_leave_behind", PageAllocator, "free", nothing)),
     Mutant("match ignores a missing state", match_without("point", None)),

@@ -129,6 +129,52 @@ def r10(fleet: Fleet) -> dict[str, Any]:
     return {"outputs": [answer.tokens for answer in want], "digests": digests}
 
 
+def save_snapshot(fleet: Fleet) -> dict[str, Any]:
+    """All conversations, and then the whole cache to a folder beside the storage."""
+    requests = conversations()
+    with fleet.rig.cache() as cache:
+        server = fleet.rig.server(cache)
+        outputs = serve(server, requests)
+        server.pools = cache.drain(server.pools)
+        fleet.dawdle()
+        cache.snapshot(server.pools, snapshot_folder(fleet.job.storage))
+        return {"outputs": outputs, "digest": cache.core.digest, "pages": num_resident(cache)}
+
+
+def restore_snapshot(fleet: Fleet) -> dict[str, Any]:
+    """The same conversations, with what an earlier fleet has saved."""
+    requests = conversations()
+    with fleet.rig.cache() as cache:
+        server = fleet.rig.server(cache)
+        fleet.dawdle()
+        server.pools = cache.restore(snapshot_folder(fleet.job.storage))
+        pages = num_resident(cache)
+        first = cache.match(cache.sequence(requests[-1].prompt, server.namespace)).num_tokens
+        outputs = serve(server, requests)
+        return {"outputs": outputs, "digest": cache.core.digest, "pages": pages, "first": first}
+
+
+def snapshot_folder(storage: str) -> str:
+    return f"{storage}-snapshot"
+
+
+def num_resident(cache: jaxcache.Cache) -> dict[str, int]:
+    """Pages of full attention on each tier."""
+    return {tier: pages["full"]["resident"] for tier, pages in cache.stats()["pages"].items()}
+
+
+def refuse_snapshot(fleet: Fleet) -> dict[str, Any]:
+    """One process cannot see the folder: it says why, and the others hear it before anything was restored."""
+    folder = snapshot_folder(fleet.job.storage)
+    with fleet.rig.cache() as cache:
+        try:
+            cache.restore(folder if jax.process_index() else folder + "-elsewhere")
+        except (ValueError, RuntimeError) as error:
+            nodes = cache.stats()["nodes"]
+            return {"kind": type(error).__name__, "says": "there is no snapshot" in str(error), "nodes": nodes}
+    return {}
+
+
 def spoil_storage(fleet: Fleet) -> dict[str, Any]:
     """One process changes the sign of every number; all wait for it."""
     if jax.process_index() == 0:
@@ -146,7 +192,8 @@ def believe_storage(fleet: Fleet) -> dict[str, Any]:
     return {}
 
 
-PARTS = {part.__name__: part for part in (serve_conversations, r10, spoil_storage, believe_storage)}
+SNAPSHOTS = (save_snapshot, restore_snapshot, refuse_snapshot)
+PARTS = {part.__name__: part for part in (serve_conversations, r10, spoil_storage, believe_storage, *SNAPSHOTS)}
 
 
 def mesh_of(job: Job) -> Mesh:

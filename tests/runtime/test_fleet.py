@@ -20,7 +20,7 @@ from jaxcache.runtime import carried, start_agreement
 from jaxcache.runtime.fleet import FAULT, Fleet, State, different
 from jaxcache.runtime.lanes import DIGEST_LANES
 from jaxcache.runtime.reduction import LocalReduction
-from jaxcache.runtime.start_agreement import agree_on_start, all_allocate
+from jaxcache.runtime.start_agreement import agree_on_start, all_or_none
 from jaxcache.types import RanksDiverged, RankUnresponsive, TransferFault
 
 KV = jaxcache.FieldSpec("kv", (2, 2, 4, 1, 8), "float32", ("layers", None, "slots", "heads", None))
@@ -287,10 +287,10 @@ def test_what_failed_here_is_raised_though_another_process_does_not_answer(make_
             raise RankUnresponsive("was not ready")
 
     monkeypatch.setattr(start_agreement, "reduction_of", lambda mesh: Never)
-    with pytest.raises(MemoryError, match="here"), all_allocate(make_mesh(), fleet):
+    with pytest.raises(MemoryError, match="here"), all_or_none(make_mesh(), fleet):
         raise MemoryError("here")
     assert "the agreement that all could start was not ready" in capsys.readouterr().err
-    with pytest.raises(RankUnresponsive), all_allocate(make_mesh(), fleet):
+    with pytest.raises(RankUnresponsive), all_or_none(make_mesh(), fleet):
         pass
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jaxcache.components.base import Component, FieldSpec, Reach
 from jaxcache.runtime.host_page_order import HostPageOrder
 from jaxcache.runtime.reduction import collective
 from jaxcache.testing import scenario, simulation
@@ -60,10 +61,48 @@ def test_every_mesh(mesh):
     assert Simulation(replace(SHORT, mesh=mesh)).run().counts["admits"]
 
 
-@pytest.mark.parametrize("components", [("full",), ("full", "window"), ("full", "state"), ("window",), ("state",)])
+MIXTURES = (
+    ("full",),
+    ("full", "window"),
+    ("full", "state"),
+    ("full", "window", "state"),
+    ("window",),
+    ("state",),
+    ("window", "state"),
+)
+
+
+@pytest.mark.parametrize("components", MIXTURES, ids="+".join)
 def test_every_mixture(components):
     """R6."""
     assert Simulation(replace(SHORT, components=components)).run().counts["admits"]
+
+
+def fields(component: Component, num_fields: int, page_tokens: int) -> tuple[FieldSpec, ...]:
+    """Arrays of different sizes; a state has no slots for tokens."""
+    if component.reach is Reach.POINT:
+        shape, axes = (4, 16), ("heads", None)
+    else:
+        shape, axes = (2, page_tokens, 4, 16), (None, "slots", "heads", None)
+    return tuple(FieldSpec(f"field{i}", (2 + i, *shape), "bfloat16", ("layers", *axes)) for i in range(num_fields))
+
+
+@pytest.mark.parametrize("num_fields", [1, 3])
+@pytest.mark.parametrize("components", [("full", "window"), ("full", "window", "state")], ids="+".join)
+def test_how_many_arrays_a_component_has_decides_nothing(monkeypatch, components, num_fields):
+    """All fields of a component live, move and die together: the digest is that of components without any."""
+    settings = replace(SHORT, components=components)
+    plain = Simulation(settings).run().digest
+    make = simulation.make_components
+
+    def with_fields(rng, kinds, page_tokens):
+        made = make(rng, kinds, page_tokens)
+        return tuple(replace(component, fields=fields(component, num_fields, page_tokens)) for component in made)
+
+    monkeypatch.setattr(simulation, "make_components", with_fields)
+    run = Simulation(settings)
+    assert all(len(component.fields) == num_fields for component in run.scenario.core.components)
+    assert run.run().digest == plain
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)

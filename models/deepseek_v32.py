@@ -29,7 +29,7 @@ from flax import nnx
 from jax import Array, lax
 
 from models.decoder import FULL, SLOTS, DecoderConfig, Keeps, Kept, published_sizes, refuse_unsupported
-from models.entries import Entries, attend_entries, choose_entries
+from models.entries import Source, attend_entries, choose_entries, write_entries
 from models.experts import Experts, Routing, SigmoidRouter
 from models.layers import (
     GatedMlp,
@@ -46,6 +46,7 @@ from models.layers import (
     weight,
 )
 from models.packing import Packing
+from models.paged_attention import Held
 from models.stored import Stored, stored_decoder, stored_mlp
 from models.yarn import Yarn, stretched_scale
 
@@ -210,13 +211,15 @@ class Attention(nnx.Module):
 
     def __call__(self, h: Array, held: HeldFields, step: Step) -> tuple[Array, HeldFields]:
         """h: [B, T, D]; held: latent [N, ..., S, R + P] and index_key [N, ..., S, J], written before they are read."""
-        view, packings = step.views[FULL], self.cfg.packings
-        latents, keys = (Entries(held[name], view.pages, packings.get(name)) for name in (LATENT, INDEX_KEY))
+        view = step.views[FULL]
         compressed = rms_norm(h @ self.wq_down[...], self.q_norm, INNER_EPS)
-        latents, keys = latents.write(self._latent(h, view)), keys.write(self.indexer.key(h, view))
-        chosen = self.indexer.choose(h, compressed, keys, view)
-        out = self._attend(compressed, latents, chosen, view).astype(h.dtype)
-        return project("bthv,hvd->btd", out, self.wo), {LATENT: latents.held, INDEX_KEY: keys.held}
+        new = {LATENT: self._latent(h, view), INDEX_KEY: self.indexer.key(h, view)}
+        packings = self.cfg.packings
+        held = {name: write_entries(held[name], view.pages, x, packings.get(name)) for name, x in new.items()}
+        chosen = self.indexer.choose(h, compressed, held[INDEX_KEY], view)
+        latents = Source(held[LATENT], view.pages, chosen, packings.get(LATENT))
+        out = self._attend(compressed, latents, view).astype(h.dtype)
+        return project("bthv,hvd->btd", out, self.wo), held
 
     def _latent(self, h: Array, view: View) -> Array:
         """[B, T, R + P]"""
@@ -224,14 +227,14 @@ class Attention(nnx.Module):
         rotated = rotate(paired(rotated)[:, :, None], view)[:, :, 0]
         return jnp.concatenate([rms_norm(latent, self.latent_norm, INNER_EPS), rotated], axis=-1)
 
-    def _attend(self, compressed: Array, latents: Entries, chosen: Array, view: View) -> Array:
+    def _attend(self, compressed: Array, latents: Source, view: View) -> Array:
         """f32[B, T, H, V']"""
         plain = self.cfg.head_dim - self.cfg.rotated_size
         q_plain, q_rotated = jnp.split(jnp.einsum("btq,qhc->bthc", compressed, self.wq[...]), [plain], axis=-1)
         makes_keys, makes_values = jnp.split(self.w_made[...], [plain], axis=-1)
         q_latent = jnp.einsum("bthu,rhu->bthr", q_plain, makes_keys)
         q = jnp.concatenate([q_latent, rotate(paired(q_rotated), view)], axis=-1)
-        mixed = attend_entries(q, latents, chosen, self.cfg.latent_size, self.cfg.score_scale)
+        mixed = attend_entries(q, (latents,), self.cfg.score_scale, value_size=self.cfg.latent_size)
         return jnp.einsum("bthr,rhv->bthv", mixed.astype(makes_values.dtype), makes_values)
 
 
@@ -254,13 +257,13 @@ class Indexer(nnx.Module):
         scale, bias = (x[...].astype(jnp.float32)[None, None] for x in (self.k_norm, self.k_norm_bias))
         return self._rotate((key * scale + bias).astype(h.dtype)[:, :, None], view)[:, :, 0]
 
-    def choose(self, h: Array, compressed: Array, keys: Entries, view: View) -> Array:
+    def choose(self, h: Array, compressed: Array, keys: Held, view: View) -> Array:
         """bool[B, T, E], see `choose_entries`."""
         cfg = self.cfg
         q = self._rotate(jnp.einsum("btq,qij->btij", compressed, self.wq[...]), view)
         weights = jnp.einsum("btd,di->bti", h, self.w_heads[...], preferred_element_type=jnp.float32)
         weights = weights * (cfg.index_heads * cfg.index_size) ** -0.5
-        return choose_entries(q, weights, keys, cfg.index_top_k)
+        return choose_entries(q, weights, keys, view.pages, cfg.index_top_k, cfg.packings.get(INDEX_KEY))
 
     def _rotate(self, x: Array, view: View) -> Array:
         """The first entries of each head; here the halves belong together, in attention the neighbours."""

@@ -129,7 +129,7 @@ def attend(q: Array, held: Held, pages: Pages, scale: float | None = None, sinks
         return Block(keys, values, is_visible(pages, key_positions(pages, i)))
 
     default = head_dim**-0.5
-    return attend_sources(q, [(pages.blocks, read)], num_kv_heads, head_dim, default if scale is None else scale, sinks)
+    return attend_sources(q, [(pages, read)], num_kv_heads, head_dim, default if scale is None else scale, sinks)
 
 
 def block_table(pages: Pages, i: Array, rank_slots: int) -> Array:
@@ -157,15 +157,21 @@ class Block(NamedTuple):
     is_read: Array
 
 
-Source = tuple[Array, Callable[[Array], Block]]  # i32[2], [first, stop) of blocks, and what reads one
+Read = Callable[[Array], Block]  # of block i
 
 
 def attend_sources(
-    q: Array, sources: Sequence[Source], num_kv_heads: int, value_dim: int, scale: float, sinks: Array | None = None
+    q: Array,
+    sources: Sequence[tuple[Pages, Read]],
+    num_kv_heads: int,
+    value_dim: int,
+    scale: float,
+    sinks: Array | None = None,
 ) -> Array:
-    """Softmax attention over all sources, a block of columns at a time, merged over cp by log-sum-exp.
+    """One softmax over all sources, read a block of columns of a table at a time, merged over cp by log-sum-exp.
 
-    q: [B, T, H, C]; returns f32[B, T, H, value_dim]
+    q:     [B, T, H, C]; returns f32[B, T, H, value_dim]
+    sinks: see `attend`
 
     Blocks that no row reads are not read, blocks begin at fixed positions, and a masked one changes nothing, not even
     rounding: so a token's result depends, bit for bit, neither on the table's width, nor on the other rows, nor on
@@ -175,8 +181,9 @@ def attend_sources(
     q = q.reshape(b, t, k, h // k, c).transpose(0, 2, 3, 1, 4).reshape(b, k, -1, c)  # [B, K, G * T, C]
     zeros = jnp.zeros((*q.shape[:-1], value_dim), jnp.float32)
     partial = (jnp.full_like(zeros[..., :1], MASKED), zeros[..., :1], zeros)
-    for blocks, read in sources:
-        partial = lax.fori_loop(blocks[0], blocks[1], functools.partial(_attend_block, q, read, scale), partial)
+    for pages, read in sources:
+        add_block = functools.partial(_attend_block, q, read, scale)
+        partial = lax.fori_loop(pages.blocks[0], pages.blocks[1], add_block, partial)
     peak, total, mixed = partial
     top = lax.pmax(peak, "cp")
     if sinks is not None:
@@ -190,7 +197,7 @@ def attend_sources(
 
 
 def _attend_block(
-    q: Array, read: Callable[[Array], Block], scale: float, i: Array, partial: tuple[Array, Array, Array]
+    q: Array, read: Read, scale: float, i: Array, partial: tuple[Array, Array, Array]
 ) -> tuple[Array, Array, Array]:
     """Adds block i to (maximum, sum of weights, weighted values), f32[B, K, G * T, 1, 1, value_dim]."""
     peak, total, mixed = partial

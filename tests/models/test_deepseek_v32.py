@@ -141,7 +141,7 @@ def chosen_on(mesh: jax.sharding.Mesh, arrays: tuple[np.ndarray, ...], table: np
     @partial(jax.shard_map, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
     def choose(q, weights, pool, batch):
         pages = plan_pages(batch, "full", int(num_pages), PAGE_TOKENS)
-        return entries.choose_entries(q, weights, entries.Entries(Held(pool, (0,)), pages), top_k)
+        return entries.choose_entries(q, weights, Held(pool, (0,)), pages, top_k)
 
     return np.asarray(jax.jit(choose)(q, weights, pool, batch))[0]
 
@@ -164,7 +164,7 @@ def chosen_one_by_one(arrays: tuple[np.ndarray, ...], top_k: int) -> list[list[i
 def test_the_best_keys_are_chosen_and_of_equals_the_oldest(make_mesh, rng, shape):
     """On ranks that hold other slots and other index heads, from tables of any width, of pages in any order."""
     arrays = small_numbers(rng)
-    for width, top_k in ((8, 9), (70, 9), (8, 31), (8, 1000)):
+    for width, top_k in ((8, 9), (70, 9), (8, 1000)):
         table = np.concatenate([rng.permutation(8), np.arange(8, width)]).astype(np.int32)[None]
         chosen = chosen_on(make_mesh(*shape), arrays, table, top_k)
         assert [np.flatnonzero(row).tolist() for row in chosen] == chosen_one_by_one(arrays, top_k)
@@ -186,8 +186,9 @@ def test_keys_in_the_order_of_ranks_show(make_mesh, rng, monkeypatch):
 
 def test_zeros_of_both_signs_tie():
     scores, visible = jnp.array([[[-0.0, 0.0, -0.0, 0.0, -1.0]]]), jnp.array([[[False, True, True, True, True]]])
-    assert np.flatnonzero(entries.best_visible(scores, visible, 2)).tolist() == [1, 2]
-    assert np.flatnonzero(entries.best_visible(scores, visible, 9)).tolist() == [1, 2, 3, 4]
+    best = jax.jit(entries.best_visible, static_argnums=2)
+    assert np.flatnonzero(best(scores, visible, 2)).tolist() == [1, 2]
+    assert np.flatnonzero(best(scores, visible, 9)).tolist() == [1, 2, 3, 4]
 
 
 # ---- packed entries

@@ -15,7 +15,8 @@ GOLDENS_PYTHON := python3.11
 GOLDENS_VENV   := .goldens-venv
 GOLDENS_STAMP  := $(GOLDENS_VENV)/.stamp
 GOLDENS_PINS   := torch==2.13.0 transformers==5.23.0 safetensors accelerate
-GOLDENS        := qwen3 qwen3_moe llama llama_3_heads gemma3 gpt_oss gpt_oss_mxfp4 nemotron_h qwen3_next deepseek_v32
+GOLDENS        := qwen3 qwen3_moe llama llama_3_heads gemma3 gpt_oss gpt_oss_mxfp4 nemotron_h qwen3_next deepseek_v32 \
+                  deepseek_v4
 SEED           ?= 0
 
 # Published weights: gguf reads them, the rest is weights only. Gemma's come under the Gemma Terms of Use, so they are

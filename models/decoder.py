@@ -30,8 +30,8 @@ from jax.typing import DTypeLike
 import jaxcache
 from jaxcache.components import Component
 from models.layer_plan import FULL, SLOTS, STATE, WINDOW, Keeps, Kept, LayerPlan
-from models.layers import Held, Rope, Step, View, norm_weight, plain_rope, rms_norm, view, weight
-from models.paged_attention import ExtendBatch, plan_pages
+from models.layers import Held, Rope, Step, View, norm_weight, plain_rope, rms_norm, turns, weight
+from models.paged_attention import ExtendBatch, plan_pages, plan_states
 
 Params = dict[str, Any]
 Pools = dict[str, dict[str, Array]]
@@ -102,6 +102,15 @@ class DecoderConfig(ABC):
         return 1.0
 
     @property
+    def num_streams(self) -> int:
+        """Residual streams: with more than one, layers get and give [B, T, streams, D]."""
+        return 1
+
+    def leave_streams(self) -> nnx.Module | None:
+        """What makes [B, T, D] of several streams, behind the last layer."""
+        return None
+
+    @property
     def split_over_tp(self) -> dict[str, int]:
         """Sizes that tp must divide."""
         return {"heads": self.num_heads, "mlp entries": self.mlp_size, "tokens": self.vocab_size}
@@ -148,6 +157,7 @@ class Decoder(nnx.Module):
         self.cfg, self.plan, self.norm = cfg, plan, norm_weight(d)
         self.embed = weight((v, d), ("tp", None), d if cfg.tie_embeddings else 1)
         self.head = self.embed if cfg.tie_embeddings else weight((v, d), ("tp", None), d)
+        self.leave = cfg.leave_streams()
 
     @staticmethod
     def _stack(cfg: DecoderConfig, plan: LayerPlan, kind: str) -> nnx.Module:
@@ -158,9 +168,11 @@ class Decoder(nnx.Module):
     def __call__(self, pools: Pools, batch: ExtendBatch, page_tokens: int) -> tuple[Array, Pools]:
         """pools: of this rank; returns f32[B, logits_at, V], the same on every rank."""
         views = {name: self._view(name, batch, fields, page_tokens) for name, fields in pools.items() if name != STATE}
-        h, pools = self._run_stages(self._embed(batch.tokens), pools, Step(batch, views))
-        h = jnp.take_along_axis(h, batch.logits_at[..., None], axis=1, mode="clip")
+        h, pools = self._run_stages(self._enter(self._embed(batch.tokens)), pools, Step(batch, views))
+        columns = batch.logits_at.reshape(*batch.logits_at.shape, *(1 for _ in h.shape[2:]))
+        h = jnp.take_along_axis(h, columns, axis=1, mode="clip")
         h = lax.psum(jnp.where(lax.axis_index("pp") == lax.axis_size("pp") - 1, h, 0), "pp")
+        h = h if self.leave is None else self.leave(h)
         h = rms_norm(h, self.norm, self.cfg.rms_norm_eps)
         logits = jnp.einsum("bkd,vd->bkv", h, self.head[...], preferred_element_type=jnp.float32)
         return lax.all_gather(logits, "tp", axis=2, tiled=True), pools
@@ -168,8 +180,12 @@ class Decoder(nnx.Module):
     def _view(self, component: str, batch: ExtendBatch, fields: dict[str, Array], page_tokens: int) -> View:
         window_tokens = self.cfg.window_tokens if component == WINDOW else None
         num_pages = next(iter(fields.values())).shape[0]
-        pages = plan_pages(batch, component, num_pages, page_tokens, window_tokens)
-        return view(pages, self.cfg.rope(component))
+        plan = functools.partial(plan_pages, batch, component, num_pages, page_tokens)
+        pages = plan(window_tokens)
+        rates = sorted({kept.tokens_per_slot for kept in self.plan.kept[component].values()} - {1})
+        shared = {rate: plan(tokens_per_slot=rate) for rate in rates}
+        states = plan_states(batch, component, num_pages, page_tokens)
+        return View(pages, *turns(pages.positions, self.cfg.rope(component)), shared, states)
 
     def _embed(self, tokens: Array) -> Array:
         """i32[B, T] -> [B, T, D]; each tp rank knows its part of the vocabulary."""
@@ -178,6 +194,12 @@ class Decoder(nnx.Module):
         is_local = (local >= 0) & (local < rows.shape[0])
         h = lax.psum(jnp.where(is_local[..., None], rows.at[local].get(mode="clip"), 0), "tp")
         return h if self.cfg.embedding_scale == 1 else h * jnp.asarray(self.cfg.embedding_scale, h.dtype)
+
+    def _enter(self, h: Array) -> Array:
+        """[B, T, D] -> what layers get."""
+        if self.cfg.num_streams == 1:
+            return h
+        return jnp.broadcast_to(h[:, :, None], (*h.shape[:2], self.cfg.num_streams, h.shape[2]))
 
     def _run_stages(self, h: Array, pools: Pools, step: Step) -> tuple[Array, Pools]:
         """Stage after stage; a stage that is not at work skips its layers and leaves its pools alone."""
@@ -268,10 +290,16 @@ def init_params(cfg: DecoderConfig, mesh: Mesh, seed: int, dtype: DTypeLike) -> 
 
     def draw(target: jax.ShapeDtypeStruct) -> Array:
         param = next(params)
-        values = _pad_param(param.mean + param.std * rng.standard_normal(param.shape, np.float32), target.shape)
+        values = _pad_param(_random_values(param, rng), target.shape)
         return jax.make_array_from_callback(target.shape, target.sharding, values.astype(target.dtype).__getitem__)
 
     return jax.tree.map(draw, param_targets(cfg, mesh, dtype))
+
+
+def _random_values(param: Any, rng: np.random.Generator) -> np.ndarray:
+    if jnp.issubdtype(param.dtype, jnp.integer):
+        return rng.integers(0, param.stop, param.shape)
+    return param.mean + param.std * rng.standard_normal(param.shape, np.float32)
 
 
 def _pad_param(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -289,6 +317,8 @@ def abstract_params(cfg: DecoderConfig) -> Params:
 def param_targets(cfg: DecoderConfig, mesh: Mesh, dtype: DTypeLike) -> Params:
     """Shapes, dtypes and shardings of the parameters on `mesh`.
 
+    dtype: of all but integers
+
     Layers are padded to whole blocks, as many on every stage. Kv heads fewer than tp are repeated, each
     tp / kv_heads times in a row: entry i of a padded axis of n is entry i * kv_heads // n.
     """
@@ -303,7 +333,8 @@ def param_targets(cfg: DecoderConfig, mesh: Mesh, dtype: DTypeLike) -> Params:
 
     def target(leaf: jax.ShapeDtypeStruct, spec: P) -> jax.ShapeDtypeStruct:
         shape = tuple(padded(n, axis) for n, axis in zip(leaf.shape, spec, strict=True))
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+        of = leaf.dtype if jnp.issubdtype(leaf.dtype, jnp.integer) else dtype
+        return jax.ShapeDtypeStruct(shape, of, sharding=NamedSharding(mesh, spec))
 
     specs = nnx.to_pure_dict(nnx.get_partition_spec(nnx.state(_abstract_model(cfg))))
     return jax.tree.map(target, abstract_params(cfg), specs)

@@ -34,7 +34,7 @@ class Source(NamedTuple):
 
 
 def write_entries(held: Held, pages: Pages, entries: Array, packing: Packing | None = None) -> Held:
-    """Puts new entries, [B, T, C], where this rank holds their slots."""
+    """Puts new entries, one for each column of `pages.write_ids`, where this rank holds their slots."""
     new = entries.astype(held.pool.dtype) if packing is None else packing.pack(entries)
     at = held.pool.at[(pages.write_ids, *held.place, pages.write_slots)]
     return held._replace(pool=at.set(new, mode="drop"))
@@ -86,7 +86,8 @@ def choose_entries(
     def add_block(i: Array, scores: Array) -> Array:
         keys = _read_block(held, pages, packing, q, i)
         alike = jax.nn.relu(jnp.einsum("btic,bmc->btim", q, keys, preferred_element_type=jnp.float32))
-        return scores.at[:, :, key_positions(pages, i)].set(jnp.einsum("btim,bti->btm", alike, weights), mode="drop")
+        block = (alike * weights[..., None]).sum(axis=2)  # an einsum would copy `alike`, the largest array here
+        return scores.at[:, :, key_positions(pages, i)].set(block, mode="drop")
 
     scores = jnp.zeros((b, t, num_slots), jnp.float32)
     scores = lax.psum(lax.fori_loop(pages.blocks[0], pages.blocks[1], add_block, scores), ("cp", "tp"))

@@ -93,3 +93,67 @@ class Experts(nnx.Module):
         else:
             act = self.activation(act)
         return project("btef,efd->btd", act * gates.astype(h.dtype)[..., None], self.down)
+
+
+class SoftplusRouter(nnx.Module):
+    """Scores are square roots of softplus; a bias corrects which experts are chosen, not how much they count.
+
+    Gates of a token sum to `scale`.
+    """
+
+    def __init__(self, d: int, num_experts: int, top_k: int, scale: float):
+        self.weight = weight((d, num_experts), (None, None), d)
+        self.bias = nnx.Param(jnp.zeros(num_experts), out_sharding=(None,), mean=0.0, std=BIAS_STD)
+        self.top_k, self.scale = top_k, scale
+
+    def __call__(self, h: Array, tokens: Array) -> Array:
+        """[B, T, D], i32[B, T] -> f32[B, T, E], zero except for the chosen."""
+        scores = _softplus_scores(h, self.weight)
+        gates = top_k_gates(scores + self.bias[...].astype(jnp.float32)[None, None], scores, self.top_k)
+        return _sum_to(gates, self.scale)
+
+
+class HashedRouter(nnx.Module):
+    """The same scores, but a table names the experts of each token of the vocabulary."""
+
+    def __init__(self, d: int, num_experts: int, top_k: int, scale: float, vocab_size: int):
+        self.weight = weight((d, num_experts), (None, None), d)
+        self.table = nnx.Param(jnp.zeros((vocab_size, top_k), jnp.int32), out_sharding=(None, None), stop=num_experts)
+        self.scale = scale
+
+    def __call__(self, h: Array, tokens: Array) -> Array:
+        """[B, T, D], i32[B, T] -> f32[B, T, E], zero except for the chosen."""
+        experts = self.table[...].at[tokens].get(mode="clip")
+        scores = _softplus_scores(h, self.weight)
+        return _sum_to(jax.nn.one_hot(experts, scores.shape[-1], dtype=jnp.float32).sum(axis=-2) * scores, self.scale)
+
+
+def _softplus_scores(h: Array, router: nnx.Param) -> Array:
+    logits = jnp.einsum("btd,de->bte", h.astype(jnp.float32), router[...].astype(jnp.float32))
+    return jnp.sqrt(jax.nn.softplus(logits))
+
+
+def _sum_to(gates: Array, scale: float) -> Array:
+    return gates / (gates.sum(axis=-1, keepdims=True) + 1e-20) * scale
+
+
+class ClippedExperts(nnx.Module):
+    """E gated mlps, of which a router weighs some, and one that computes all tokens; what they multiply is clipped."""
+
+    def __init__(self, d: int, f: int, router: SoftplusRouter | HashedRouter, limit: float):
+        self.router, self.limit, e = router, limit, router.weight.shape[-1]
+        self.gate, self.up = (weight((d, e, f), (None, None, "tp"), d) for _ in range(2))
+        self.down = weight((e, f, d), (None, "tp", None), f)
+        self.shared_gate, self.shared_up = (weight((d, f), (None, "tp"), d) for _ in range(2))
+        self.shared_down = weight((f, d), ("tp", None), f)
+
+    def __call__(self, h: Array, tokens: Array) -> Array:
+        """[B, T, D], i32[B, T] -> [B, T, D]"""
+        gates = self.router(h, tokens).astype(h.dtype)
+        gate, up = (jnp.einsum("btd,def->btef", h, w[...]) for w in (self.gate, self.up))
+        routed = project("btef,efd->btd", self._activate(gate, up) * gates[..., None], self.down)
+        act = self._activate(h @ self.shared_gate[...], h @ self.shared_up[...])
+        return routed + project("btf,fd->btd", act, self.shared_down)
+
+    def _activate(self, gate: Array, up: Array) -> Array:
+        return jax.nn.silu(jnp.minimum(gate, self.limit)) * jnp.clip(up, -self.limit, self.limit)

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 
-from models.paged_attention import ExtendBatch, Held, Pages
+from models.paged_attention import ExtendBatch, Held, Pages, PageStates
 
 
 class Rope(NamedTuple):
@@ -32,11 +32,18 @@ def plain_rope(theta: float, head_dim: int) -> Rope:
 
 
 class View(NamedTuple):
-    """What the layers of one component need to know of a batch. cos, sin: f32[B, T, 1, head_dim / 2]"""
+    """What the layers of one component need to know of a batch.
+
+    cos, sin: f32[B, T, 1, head_dim / 2]
+    shared:   of the fields whose slots several tokens share, by how many
+    states:   of the fields without slots
+    """
 
     pages: Pages
     cos: Array
     sin: Array
+    shared: dict[int, Pages]
+    states: PageStates
 
 
 class Step(NamedTuple):
@@ -49,10 +56,11 @@ class Step(NamedTuple):
 HeldFields = dict[str, Held]
 
 
-def view(pages: Pages, rope: Rope) -> View:
-    angles = pages.positions.astype(jnp.float32)[..., None] * jnp.asarray(rope.frequencies, jnp.float32)[None, None]
+def turns(positions: Array, rope: Rope) -> tuple[Array, Array]:
+    """Cosine and sine, f32[B, T, 1, head_dim / 2], at i32[B, T]."""
+    angles = positions.astype(jnp.float32)[..., None] * jnp.asarray(rope.frequencies, jnp.float32)[None, None]
     cos, sin = (f(angles)[:, :, None] for f in (jnp.cos, jnp.sin))
-    return View(pages, cos, sin) if rope.scale == 1 else View(pages, cos * rope.scale, sin * rope.scale)
+    return (cos, sin) if rope.scale == 1 else (cos * rope.scale, sin * rope.scale)
 
 
 def rotate(x: Array, view: View) -> Array:

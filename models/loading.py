@@ -27,7 +27,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from models import decoder, deepseek_v32, gemma3, gpt_oss, llama, mxfp4, nemotron_h, qwen3, qwen3_next
+from models import decoder, deepseek_v4, deepseek_v32, gemma3, gpt_oss, llama, mxfp4, nemotron_h, qwen3, qwen3_next
 from models.gguf_file import GgufFile, opened
 from models.layer_plan import LayerPlan
 from models.stored import Stored, stored_of
@@ -39,6 +39,7 @@ DTYPES: dict[str, np.dtype] = {
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
+INTEGERS: dict[str, np.dtype] = {"I32": np.dtype(np.int32), "I64": np.dtype(np.int64)}
 PACKED: dict[str, np.dtype] = {"U8": np.dtype(np.uint8)}
 Bounds = tuple[tuple[int, int], ...]  # [start, stop) of each axis
 
@@ -53,6 +54,7 @@ class Family(NamedTuple):
 QWEN3 = Family(qwen3.Qwen3Config.from_hf, qwen3.checkpoint)
 FAMILIES = {
     "deepseek_v32": Family(deepseek_v32.DeepseekV32Config.from_hf, deepseek_v32.checkpoint),
+    "deepseek_v4": Family(deepseek_v4.DeepseekV4Config.from_hf, deepseek_v4.checkpoint),
     "gemma3_text": Family(gemma3.Gemma3Config.from_hf, gemma3.checkpoint),
     "gpt_oss": Family(gpt_oss.GptOssConfig.from_hf, gpt_oss.checkpoint),
     "llama": Family(llama.LlamaConfig.from_hf, llama.checkpoint),
@@ -83,7 +85,8 @@ def load_model(source: Path | GgufFile, mesh: Mesh, dtype: DTypeLike) -> tuple[d
         sizes = dict(zip(there.axes, leaf.shape, strict=True))
         layers = plan.layers_of(name.split(".")[1]) if "l" in there.axes else ()
         add = there.add if tensors.adds else 0.0
-        return Param(there.name, tuple(there.stored.split(",")), there.axes, sizes, layers, add, there.part)
+        dtypes = INTEGERS if np.issubdtype(leaf.dtype, np.integer) else DTYPES
+        return Param(there.name, tuple(there.stored.split(",")), there.axes, sizes, layers, add, there.part, dtypes)
 
     params = jax.tree_util.tree_map_with_path(param, decoder.abstract_params(cfg))
     jax.tree.map(tensors.check, params)
@@ -109,6 +112,7 @@ class Param:
     layers: which layer each entry of axis l is; -1: padding
     add:    to each entry
     part:   see `Stored`
+    dtypes: that its tensors may have
     """
 
     name: str
@@ -118,6 +122,7 @@ class Param:
     layers: tuple[int, ...]
     add: float
     part: tuple[int, int] | None
+    dtypes: Mapping[str, np.dtype]
 
     @property
     def spread(self) -> str:
@@ -207,7 +212,7 @@ class Checkpoint:
             if name not in self._tensors and name + mxfp4.BLOCKS in self._tensors:
                 self._check_packed(name, param.stored_shape)
                 continue
-            self._check_tensor(name, param.stored_shape)
+            self._check_tensor(name, param.stored_shape, param.dtypes)
             if self._tensors[name].is_fp8:
                 grid = tuple(-(-n // block) for n, block in zip(param.stored_shape, self.weight_block, strict=True))
                 self._check_tensor(name + "_scale_inv", grid)
@@ -255,7 +260,7 @@ class _Tensor:
 
     @property
     def array(self) -> np.ndarray:
-        return self.data.view((DTYPES | PACKED)[self.dtype]).reshape(self.shape)
+        return self.data.view((DTYPES | INTEGERS | PACKED)[self.dtype]).reshape(self.shape)
 
     @property
     def is_fp8(self) -> bool:

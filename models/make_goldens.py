@@ -40,6 +40,7 @@ COMMON = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+SPARSE = "compressed_sparse"  # a kind of attention of deepseek_v4
 EPSILON = {"rms_norm_eps": 1e-4}  # of no family, and large enough to show
 
 
@@ -150,6 +151,45 @@ def deepseek_v32() -> transformers.PretrainedConfig:
     return transformers.DeepseekV32Config(**{**COMMON, **EPSILON, **own})
 
 
+def deepseek_v4() -> transformers.PretrainedConfig:
+    """Windows alone, then with an entry every 4, 16 and 4 tokens. 16 index heads: with few, zeros make equal scores."""
+    sizes = {name: COMMON[name] for name in ("vocab_size", "hidden_size", "num_attention_heads", "head_dim")}
+    special = {name: COMMON[name] for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    yarn = {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "beta_fast": 64.0,
+        "beta_slow": 1.0,
+        "original_max_position_embeddings": 4096,
+    }
+    attention = {
+        "layer_types": [f"{kind}_attention" for kind in ("sliding", SPARSE, "heavily_compressed", SPARSE)],
+        "compress_rates": {f"{SPARSE}_attention": 4, "heavily_compressed_attention": 16},
+        "sliding_window": 8,
+        "q_lora_rank": 32,
+        "o_groups": 2,
+        "o_lora_rank": 16,
+        "index_n_heads": 16,
+        "index_head_dim": 8,
+        "index_topk": 4,
+        "partial_rotary_factor": 0.5,
+        "compress_rope_theta": 20_000.0,
+        "rope_theta": 5000.0,
+        "rope_parameters": yarn,
+        "max_position_embeddings": 16384,
+    }
+    experts = {
+        "mlp_layer_types": ["hash_moe", "moe", "moe", "moe"],
+        "moe_intermediate_size": 32,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "swiglu_limit": 1.5,
+    }
+    streams = {"hc_mult": 2, "hc_sinkhorn_iters": 5, "hc_eps": 1e-3}
+    own = {"num_hidden_layers": 4, "num_key_value_heads": 1}
+    return transformers.DeepseekV4Config(**sizes, **special, **EPSILON, **own, **attention, **experts, **streams)
+
+
 CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "qwen3": qwen3,
     "qwen3_moe": qwen3_moe,
@@ -161,6 +201,7 @@ CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "nemotron_h": nemotron_h,
     "qwen3_next": qwen3_next,
     "deepseek_v32": deepseek_v32,
+    "deepseek_v4": deepseek_v4,
 }
 PACKED = "gpt_oss_mxfp4"
 
@@ -173,8 +214,8 @@ def random_weight(
     norms 1 + 0.1 n, or 0.1 n where the model multiplies by 1 + weight (gemma3, qwen3_next but for its delta nets);
     sinks and skips 1 + n; biases n / 2, of time steps less 1; logarithms of decays uniform in [0, 1);
     embeddings n, or n / sqrt(hidden) where they are the head too, so that a token does not just predict itself;
-    others n / sqrt(fan_in), but the experts of gpt_oss, stored [expert, in, out], 3 and 1/4 times that: the limit of
-    their activations is reached, and what they add does not drown the rest.
+    scales 1 + 0.1 n; bases n / 2; others n / sqrt(fan_in), but the experts of gpt_oss, stored [expert, in, out], 3 and
+    1/4 times that: the limit of their activations is reached, and what they add does not drown the rest.
     """
     noise = torch.randn(shape, generator=generator)
     if "norm" in name and not name.endswith("bias"):
@@ -190,8 +231,10 @@ def random_weight(
         return noise * (config.hidden_size**-0.5 if config.tie_word_embeddings else 1)
     if name.endswith("sinks"):
         return 1 + noise
-    if name.endswith("bias"):
+    if name.endswith(("bias", "base")):
         return noise / 2
+    if name.endswith("scale"):
+        return 1 + 0.1 * noise
     if config.model_type == "gpt_oss" and "experts" in name:
         return noise * shape[-2] ** -0.5 * (3 if "gate_up" in name else 0.25)
     return noise * shape[-1] ** -0.5
@@ -209,7 +252,16 @@ def build_model(config: transformers.PretrainedConfig, seed: int) -> transformer
         for name, buffer in model.named_buffers():
             if name.endswith("correction_bias"):
                 buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
+            if name.endswith("tid2eid"):  # experts of a token, which differ
+                order = torch.rand(len(buffer), config.n_routed_experts, generator=generator).argsort(dim=-1)
+                buffer.copy_(order[:, : buffer.shape[1]])
     return model
+
+
+def published_name(name: str) -> str:
+    """What the published files of deepseek_v4 call a tensor: the reference saves most names in that form, not all."""
+    name = name.removeprefix("model.").replace("embed_tokens.", "embed.")
+    return name.replace("hc_head.hc_", "hc_head_")
 
 
 def pack_experts(model: transformers.PreTrainedModel, seed: int) -> dict[str, torch.Tensor]:
@@ -267,6 +319,10 @@ def write_golden(model: transformers.PreTrainedModel, seed: int, folder: Path, p
         config = json.loads((folder / "config.json").read_text())
         config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if model.config.model_type == "deepseek_v4":
+        tensors = load_file(folder / "model.safetensors")
+        tensors = {published_name(name): tensor for name, tensor in tensors.items()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     np.savez(folder / "reference.npz", tokens=tokens.numpy(), logits=logits.numpy())
     for path in folder.iterdir():
         if path.stat().st_size >= MAX_FILE_BYTES:

@@ -55,13 +55,16 @@ class ExtendBatch(NamedTuple):
 class Pages(NamedTuple):
     """Where one rank writes and reads one component's pages in this step; the same for every layer.
 
-    positions:    i32[B, T]
-    oldest:       i32[B, T]         position of the oldest key that a token reads
-    write_ids:    i32[B, T]         N where this rank writes nothing
-    write_slots:  i32[B, T]         on this rank
+    Where r tokens share a slot, slot p of a sequence is that of the tokens p * r .. p * r + r - 1; it is written with
+    the last of them, and a token reads the slots that are complete with itself. C = ceil(T / r) slots can be.
+
+    positions:    i32[B, T]         of the newest slot that a token reads: with r = 1 its own position
+    oldest:       i32[B, T]         of the oldest slot that a token reads
+    write_ids:    i32[B, C]         N where this rank writes nothing
+    write_slots:  i32[B, C]         on this rank
     table:        i32[B, W']        to read; W' is a multiple of a block's width, padding is the last page and masked
-    key_offsets:  i32[width * S]    of this rank's slots, from the start of a block
-    block_tokens: i32[]
+    key_offsets:  i32[width * S]    of this rank's slots, from the start of a block; NOWHERE: another rank reads them
+    block_tokens: i32[]             slots of a block, on all ranks
     blocks:       i32[2]            [first, stop) of those that hold a key which any row reads
     """
 
@@ -75,35 +78,82 @@ class Pages(NamedTuple):
     blocks: Array
 
 
+NOWHERE = 1 << 30  # beyond any position
+
+
 def plan_pages(
-    batch: ExtendBatch, component: str, num_pages: int, page_tokens: int, window_tokens: int | None = None
+    batch: ExtendBatch,
+    component: str,
+    num_pages: int,
+    page_tokens: int,
+    window_tokens: int | None = None,
+    tokens_per_slot: int = 1,
 ) -> Pages:
-    """window_tokens: how many tokens, the newest included, a token reads; None: all"""
-    rank_slots = page_tokens // lax.axis_size("cp")
-    first_slot = rank_slots * lax.axis_index("cp")
-    width = max(1, BLOCK_TOKENS // page_tokens)
+    """Slots of a page are over cp; every rank holds and writes all of them where they are fewer than cp.
+
+    window_tokens:   how many tokens, the newest included, a token reads; None: all
+    tokens_per_slot: how many tokens share a slot; more than one only without a window
+    """
+    cp, r = lax.axis_size("cp"), tokens_per_slot
+    page_slots = page_tokens // r
+    is_repeated = page_slots < cp
+    rank_slots = page_slots if is_repeated else page_slots // cp
+    first_slot = 0 if is_repeated else rank_slots * lax.axis_index("cp")
+    width = max(1, BLOCK_TOKENS // page_slots)
     table = batch.page_tables[component]
     table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % width)), constant_values=num_pages)
-    columns = jnp.arange(batch.tokens.shape[1], dtype=jnp.int32)[None]
-    positions = batch.starts[:, None] + columns
-    ids = jnp.take_along_axis(table, positions // page_tokens, axis=1, mode="fill", fill_value=num_pages)
-    slots = positions % page_tokens - first_slot
-    is_written = (columns < batch.num_new[:, None]) & (slots >= 0) & (slots < rank_slots)
-    slots_of_page = first_slot + jnp.arange(rank_slots, dtype=jnp.int32)
-    page_starts = jnp.arange(width, dtype=jnp.int32) * page_tokens
-    longest = (batch.starts + batch.num_new).max()
+    num_columns = batch.tokens.shape[1]
+    positions = batch.starts[:, None] + jnp.arange(num_columns, dtype=jnp.int32)[None]
     oldest = jnp.zeros_like(positions) if window_tokens is None else jnp.maximum(positions - window_tokens + 1, 0)
-    first = jnp.where(batch.num_new > 0, oldest[:, 0], longest).min() // (width * page_tokens)
-    stop = jnp.maximum(-(-longest // (width * page_tokens)), 1)
+    first_write, stops = batch.starts // r, (batch.starts + batch.num_new) // r
+    written = first_write[:, None] + jnp.arange(-(-num_columns // r), dtype=jnp.int32)[None]
+    ids = jnp.take_along_axis(table, written // page_slots, axis=1, mode="fill", fill_value=num_pages)
+    slots = written % page_slots - first_slot
+    is_written = (written < stops[:, None]) & (slots >= 0) & (slots < rank_slots)
+    slots_of_page = first_slot + jnp.arange(rank_slots, dtype=jnp.int32)
+    page_starts = jnp.arange(width, dtype=jnp.int32) * page_slots
+    key_offsets = (page_starts[:, None] + slots_of_page[None]).reshape(-1)
+    if is_repeated:
+        key_offsets = jnp.where(lax.axis_index("cp") == 0, key_offsets, NOWHERE)
+    longest = stops.max()
+    first = jnp.where(batch.num_new > 0, oldest[:, 0], longest).min() // (width * page_slots)
+    stop = jnp.maximum(-(-longest // (width * page_slots)), 1)
     return Pages(
-        positions=positions,
+        positions=(positions + 1) // r - 1,
         oldest=oldest,
         write_ids=jnp.where(is_written, ids, num_pages),
         write_slots=slots,
         table=jnp.minimum(table, num_pages - 1),
-        key_offsets=(page_starts[:, None] + slots_of_page[None]).reshape(-1),
-        block_tokens=jnp.int32(width * page_tokens),
+        key_offsets=key_offsets,
+        block_tokens=jnp.int32(width * page_slots),
         blocks=jnp.stack([jnp.minimum(first, stop - 1), stop]),
+    )
+
+
+class PageStates(NamedTuple):
+    """Where layers read and write what a page keeps once: the state after its last token, or after the newest one.
+
+    read_ids:  i32[B]     the page of the token before the first new one; any page if there is none
+    write_ids: i32[B, P]  the pages that get new tokens; N: none
+    ends:      i32[B, P]  the position after the last token that such a page has then
+    """
+
+    read_ids: Array
+    write_ids: Array
+    ends: Array
+
+
+def plan_states(batch: ExtendBatch, component: str, num_pages: int, page_tokens: int) -> PageStates:
+    """Every rank holds all of it, and must write the same."""
+    table, stops = batch.page_tables[component], batch.starts + batch.num_new
+    most = (batch.tokens.shape[1] + page_tokens - 2) // page_tokens + 1
+    pages = (batch.starts // page_tokens)[:, None] + jnp.arange(most, dtype=jnp.int32)[None]
+    ids = jnp.take_along_axis(table, pages, axis=1, mode="fill", fill_value=num_pages)
+    last = jnp.maximum(batch.starts - 1, 0)[:, None] // page_tokens
+    return PageStates(
+        read_ids=jnp.minimum(jnp.take_along_axis(table, last, axis=1, mode="clip")[:, 0], num_pages - 1),
+        write_ids=jnp.where(pages * page_tokens < stops[:, None], ids, num_pages),
+        ends=jnp.minimum((pages + 1) * page_tokens, stops[:, None]),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from models.decoder import DecoderConfig
+from models.deepseek_v4 import DeepseekV4Config
 from models.deepseek_v32 import DeepseekV32Config
 from models.experts import Routing
 from models.gemma3 import Gemma3Config
@@ -47,6 +48,14 @@ def _deepseek_v32() -> DecoderConfig:
     return DeepseekV32Config(**sizes, **attention, **index, **experts, num_layers=4)
 
 
+def _deepseek_v4() -> DecoderConfig:
+    """Pages must be multiples of 16 tokens."""
+    attention: dict[str, Any] = {"attention": ("window", "csa", "hca", "csa"), "hca_rate": 16, "num_hashed": 1}
+    ranks: dict[str, Any] = {"query_rank": 64, "rotated": 16, "groups": 2, "group_rank": 32}
+    index: dict[str, Any] = {"index_heads": 4, "index_size": 32, "index_top_k": 16}
+    return DeepseekV4Config(**{**SIZES, "num_kv_heads": 1}, **EXPERTS, **attention, **ranks, **index, num_layers=4)
+
+
 TINY: dict[str, DecoderConfig] = {
     "tiny-moe": Qwen3Config(**SIZES, **EXPERTS, num_layers=4),
     "tiny-llama": LlamaConfig(**SIZES, num_layers=4),
@@ -55,4 +64,5 @@ TINY: dict[str, DecoderConfig] = {
     "tiny-nemotron-h": _nemotron_h(),
     "tiny-qwen3-next": _qwen3_next(),
     "tiny-deepseek-v32": _deepseek_v32(),
+    "tiny-deepseek-v4": _deepseek_v4(),
 }

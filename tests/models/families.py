@@ -1,6 +1,7 @@
 """A tiny model with random weights of every family here.
 
-Windows of more than two pages (wide) and of less than one; states at the ends of pages, or of every second (coarse).
+Windows of more than two pages (wide) and of less than one (narrow); states at the ends of pages, or of every second
+(coarse).
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from models.decoder import DecoderConfig
+from models.deepseek_v4 import DeepseekV4Config
 from models.deepseek_v32 import DeepseekV32Config
 from models.experts import Routing
 from models.gemma3 import Gemma3Config
@@ -42,6 +44,16 @@ def gpt_oss(window: int) -> DecoderConfig:
     return GptOssConfig(**sizes, num_layers=4, rope_theta=1e4, window=window, yarn=yarn)
 
 
+def deepseek_v4(window: int) -> DecoderConfig:
+    """Entries of two tokens, and of a page; with a narrow window, a layer that looks its experts up."""
+    attention = {"csa_rate": 2, "hca_rate": PAGE_TOKENS, "window": window, "query_rank": 16, "rotated": 4}
+    index = {"index_heads": 16, "index_size": 8, "index_top_k": 6, "groups": 2, "group_rank": 8}
+    experts = {"num_experts": 4, "experts_per_token": 2, "routed_scale": 1.5, "limit": 1.5}
+    kinds = {"attention": ("hca", "csa"), "num_hashed": 1} if window == NARROW else {"attention": ("csa", "hca", "csa")}
+    sizes = {**SIZES, "num_kv_heads": 1, "num_layers": len(kinds["attention"]), "mix_rounds": 3}
+    return DeepseekV4Config(**sizes, **attention, **index, **experts, **kinds, rope_theta=1e4)
+
+
 def deepseek_v32(is_packed: bool) -> DecoderConfig:
     """A dense layer and two with experts; a token reads six keys at most. No stage of two has as many layers."""
     sizes = {**SIZES, "num_kv_heads": 1, "head_dim": 12}
@@ -63,7 +75,7 @@ FULL_ONLY: dict[str, DecoderConfig] = {
 }
 WINDOWED = {
     f"{make.__name__}_{width}": make(tokens)
-    for make in (gemma3, gpt_oss)
+    for make in (gemma3, gpt_oss, deepseek_v4)
     for width, tokens in (("wide", WIDE), ("narrow", NARROW))
 }
 

@@ -52,16 +52,17 @@ class Rig:
     params: decoder.Params
     extend: Callable
     model: decoder.DecoderConfig = MODEL
+    page_tokens: int = PAGE_TOKENS
 
     def cache(self, storage: jaxcache.Storage | None = None, **changes: Any) -> jaxcache.Cache:
         """A cache of this model's pages; prefetches are waited for, nothing is too short or too slow for them, and
         every page is a value of storage, so that a hit ends where the prompts part."""
         choices = {
-            "page_tokens": PAGE_TOKENS,
+            "page_tokens": self.page_tokens,
             "device_pages": DEVICE_PAGES,
             "host_pages": HOST_PAGES,
             "prefetch_policy": jaxcache.PrefetchPolicy.WAIT_COMPLETE,
-            "prefetch_min_tokens": PAGE_TOKENS,
+            "prefetch_min_tokens": self.page_tokens,
             "max_transfer_pages": 8,
             "storage_threads": 2,
             "prefetch_if_faster": False,
@@ -77,10 +78,14 @@ class Rig:
         return Server(cache, self.extend, self.params, cache.new_namespace(model="tiny"), SHAPE)
 
 
+def rig_on(mesh: Mesh, model: decoder.DecoderConfig = MODEL, page_tokens: int = PAGE_TOKENS) -> Rig:
+    return _rig(mesh, model, page_tokens)
+
+
 @functools.cache
-def rig_on(mesh: Mesh, model: decoder.DecoderConfig = MODEL) -> Rig:
+def _rig(mesh: Mesh, model: decoder.DecoderConfig, page_tokens: int) -> Rig:
     params = decoder.init_params(model, mesh, SEED, jnp.float32)
-    return Rig(mesh, params, decoder.make_extend(model, mesh, PAGE_TOKENS), model)
+    return Rig(mesh, params, decoder.make_extend(model, mesh, page_tokens), model, page_tokens)
 
 
 def random_tokens(which: int, num_tokens: int) -> np.ndarray:
@@ -260,9 +265,11 @@ class Driver:
 
 
 @functools.cache
-def reference(mesh: Mesh, prompt: tuple[int, ...], model: decoder.DecoderConfig = MODEL) -> Answer:
+def reference(
+    mesh: Mesh, prompt: tuple[int, ...], model: decoder.DecoderConfig = MODEL, page_tokens: int = PAGE_TOKENS
+) -> Answer:
     """The answer to a prompt without caching, in the same program shapes."""
-    rig = rig_on(mesh, model)
+    rig = rig_on(mesh, model, page_tokens)
     with rig.cache(caching=False, host_pages=0) as cache:
         return Driver(rig, cache).ask(prompt)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from jaxcache.pools.page_layout import page_layouts
 from models import decoder
 from models.paged_attention import ExtendBatch
 
-PAGE_TOKENS = 8
+PAGE_TOKENS = 8  # or the next multiple of what a slot holds
 NUM_PAGES = 4096  # so that any pool is larger than what a step computes with
 NUM_SLOTS = 1024  # of recurrent states
 WIDTH = 12  # pages of a row's table
@@ -33,9 +34,10 @@ class Steps:
     extend: Callable
     tokens: np.ndarray
     logits: np.ndarray
+    num_pages: int = NUM_PAGES
 
     def pools(self) -> decoder.Pools:
-        return zero_pools(self.cfg, self.mesh)
+        return zero_pools(self.cfg, self.mesh, self.num_pages)
 
     def tables(self, rng: np.random.Generator) -> Tables:
         return shuffled_tables(self.cfg, rng, len(self.tokens))
@@ -49,13 +51,19 @@ class Steps:
         return np.concatenate(logits, axis=1)
 
 
-def zero_pools(cfg: decoder.DecoderConfig, mesh: Mesh) -> decoder.Pools:
-    layouts = page_layouts(decoder.components(cfg, PAGE_TOKENS, "float32"), mesh)
-    return init_pools(layouts, {name: num_pages(name) for name in layouts}, mesh)
+def zero_pools(cfg: decoder.DecoderConfig, mesh: Mesh, num_pages: int = NUM_PAGES) -> decoder.Pools:
+    layouts = page_layouts(decoder.components(cfg, page_tokens(cfg), "float32"), mesh)
+    return init_pools(layouts, {name: num_entries(name, num_pages) for name in layouts}, mesh)
 
 
-def num_pages(component: str) -> int:
-    return NUM_SLOTS if component == decoder.STATE else NUM_PAGES
+def page_tokens(cfg: decoder.DecoderConfig) -> int:
+    """PAGE_TOKENS where every field allows it."""
+    rates = [kept.tokens_per_slot for fields in decoder.LayerPlan(cfg).kept.values() for kept in fields.values()]
+    return math.lcm(PAGE_TOKENS, *rates)
+
+
+def num_entries(component: str, num_pages: int = NUM_PAGES) -> int:
+    return NUM_SLOTS if component == decoder.STATE else num_pages
 
 
 def make_batch(tokens: np.ndarray, tables: Tables, start: int, stop: int, columns: int) -> ExtendBatch:
@@ -82,7 +90,7 @@ def shuffled_tables(cfg: decoder.DecoderConfig, rng: np.random.Generator, rows: 
     tables = {}
     for name in decoder.LayerPlan(cfg).kept:
         width = WIDTH * PAGE_TOKENS if name == decoder.STATE else WIDTH
-        tables[name] = rng.permutation(num_pages(name))[: rows * width].reshape(rows, width).astype(np.int32)
+        tables[name] = rng.permutation(num_entries(name))[: rows * width].reshape(rows, width).astype(np.int32)
     return tables
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from models.decoder import STATE, WINDOW, components, make_extend
 from models.loading import load_model
-from tests.models.steps import NUM_PAGES, PAGE_TOKENS, TOLERANCE, Steps, addresses, make_batch
+from tests.models.steps import NUM_PAGES, TOLERANCE, Steps, addresses, make_batch, page_tokens
 
 GOLDENS = Path(__file__).parent.parent / "goldens"
 FAMILIES = (
@@ -28,14 +28,16 @@ FAMILIES = (
     "nemotron_h",
     "qwen3_next",
     "deepseek_v32",
+    "deepseek_v4",
 )
 CASES = [(family, mesh) for family in FAMILIES for mesh in ((1, 1, 1), (2, 2, 2))]
 CASES += [("llama_3_heads", (2, 1, 2))]  # three query heads and one kv head, untied embeddings
 
 
 FAR = 50  # times the tolerance is the least that a mutation must make
+COMPRESSED = [case for case in CASES if case[0] == "deepseek_v4"]
 WITH_STATES = [case for case in CASES if case[0] in ("nemotron_h", "qwen3_next")]
-WITH_WINDOWS = [case for case in CASES if case[0] in ("gemma3", "gpt_oss", "gpt_oss_mxfp4")]
+WITH_WINDOWS = [case for case in CASES if case[0] in ("gemma3", "gpt_oss", "gpt_oss_mxfp4", "deepseek_v4")]
 
 
 def named(case: tuple) -> str:
@@ -49,7 +51,9 @@ def steps(request, make_mesh) -> Steps:
     cfg, params = load_model(GOLDENS / family, mesh, jnp.float32)
     reference = np.load(GOLDENS / family / "reference.npz")
     tokens = reference["tokens"].astype(np.int32)
-    return Steps(cfg, mesh, params, make_extend(cfg, mesh, PAGE_TOKENS), tokens, reference["logits"])
+    num_pages = 4 * NUM_PAGES if family == "deepseek_v4" else NUM_PAGES  # its smallest pool has a slot a page
+    extend = make_extend(cfg, mesh, page_tokens(cfg))
+    return Steps(cfg, mesh, params, extend, tokens, reference["logits"], num_pages)
 
 
 def test_chunks_and_decode_match_the_golden(steps, rng):
@@ -87,13 +91,16 @@ def test_padding_writes_nothing(steps, rng):
     tables = steps.tables(rng)
     batch = make_batch(steps.tokens, tables, 0, 5, 16)._replace(num_new=np.array([5, 0], np.int32))
     _, pools = steps.extend(steps.params, steps.pools(), batch)
-    for component in components(steps.cfg, PAGE_TOKENS, "float32"):
+    for component in components(steps.cfg, page_tokens(steps.cfg), "float32"):
         if component.name == STATE:
             continue
+        page = tables[component.name][0, 0]
         for field in component.fields:
-            by_slot = np.moveaxis(np.asarray(pools[component.name][field.name]), 1 + field.axes.index("slots"), 1)
-            written = np.argwhere(np.abs(by_slot).sum(axis=tuple(range(2, by_slot.ndim))) > 0)
-            assert written.tolist() == [[tables[component.name][0, 0], slot] for slot in range(5)], field.name
+            axis = 1 + field.axes.index("slots") if "slots" in field.axes else None
+            pool = np.abs(np.asarray(pools[component.name][field.name]))
+            written = np.argwhere(pool.sum(axis=tuple(i for i in range(1, pool.ndim) if i != axis)) > 0)
+            slots = range(5 // field.tokens_per_slot)
+            assert written.tolist() == ([[page, slot] for slot in slots] if axis else [[page]]), field.name
 
 
 @pytest.mark.mutation
@@ -158,15 +165,35 @@ def test_of_the_window_the_right_pages_are_read(steps, rng):
     tables, logits, pools = steps.tables(rng), [], steps.pools()
     for start in (0, 16, 32):
         _, pools = steps.extend(steps.params, pools, make_batch(steps.tokens, tables, start, start + 16, 16))
-    gone = np.where(np.arange(tables[WINDOW].shape[1]) < 5, NUM_PAGES, tables[WINDOW])
+    newest = 47 // page_tokens(steps.cfg)  # holds tokens 41 to 47, which the first tokens of the chunk read
+    gone = np.where(np.arange(tables[WINDOW].shape[1]) < newest, steps.num_pages, tables[WINDOW])
     stale = tables[WINDOW].copy()
-    stale[:, 5] = tables[WINDOW][:, 4]  # of tokens 40 to 47, which the first tokens of the chunk read
+    stale[:, newest] = tables[WINDOW][:, newest - 1]
     for window in (tables[WINDOW], gone, stale):
         shown = {**tables, WINDOW: window}
         out, pools = steps.extend(steps.params, pools, make_batch(steps.tokens, shown, 48, 64, 16))
         logits.append(np.asarray(out))
     assert np.array_equal(logits[0], logits[1])
     assert np.abs(logits[2] - logits[0]).max() > FAR * TOLERANCE
+
+
+@pytest.mark.mutation
+@pytest.mark.parametrize("steps", COMPRESSED, ids=named, indirect=True)
+@pytest.mark.parametrize("field", ["csa_state", "hca_state"])
+@pytest.mark.parametrize("mutation", ["another request's state", "the state of the page before", "no state"])
+def test_a_wrong_compress_state_shows(steps, rng, field, mutation):
+    """Of groups of 4 and of 16 tokens that have 2 and 10 of them."""
+    tables, pools = steps.tables(rng), steps.pools()
+    for start, stop in ((0, 16), (16, 26)):
+        _, pools = steps.extend(steps.params, pools, make_batch(steps.tokens, tables, start, stop, 16))
+    page, before = tables[WINDOW][:, 1], tables[WINDOW][:, 0]
+    states = np.array(pools[WINDOW][field])
+    assert np.abs(states[page]).sum() > 0
+    wrong = {"another request's state": states[page[::-1]], "the state of the page before": states[before]}
+    states[page] = wrong.get(mutation, 0)
+    pools = {**pools, WINDOW: {**pools[WINDOW], field: jax.device_put(states, pools[WINDOW][field].sharding)}}
+    logits, _ = steps.extend(steps.params, pools, make_batch(steps.tokens, tables, 26, 42, 16))
+    assert np.abs(np.asarray(logits) - steps.logits[:, 26:42]).max() > FAR * TOLERANCE
 
 
 def test_result_depends_on_nothing_but_the_prefix(steps, rng):

@@ -49,6 +49,7 @@ class Request:
 
     temperature: 0: greedy; else sampled, reproducibly from `seed`
     arrival_s:   when it came, on the clock of time.perf_counter, if that is to count
+    kept_at:     where the last recurrent state is that a slot of its lease keeps
     """
 
     prompt: np.ndarray
@@ -59,6 +60,7 @@ class Request:
     arrival_s: float | None = None
     output: list[int] = field(default_factory=list)
     num_computed: int = 0
+    kept_at: int = 0
     hit_tokens: dict[str, int] | None = None  # by tier, at the first admission
     service_start_s: float = 0.0
     first_token_s: float = 0.0
@@ -153,7 +155,7 @@ class Server:
         """Nobody wants what is being served any more; what was computed of it can be found."""
         for request in [*self.running, *self.waiting]:
             if request.lease is not None:
-                self.cache.insert(request.lease, request.num_computed)
+                self._publish(request)
                 self.cache.release(request.lease)
                 request.lease = None
             if request.ticket is not None:
@@ -232,12 +234,20 @@ class Server:
         logits = self._run_model(rows, num_columns)
         complete = [row for row, (request, end) in enumerate(spans) if end == request.num_tokens]
         self._append_tokens([spans[row][0] for row in complete], logits[complete, 0])
-        for request, end in spans:
+        for row, (request, end) in enumerate(spans):
             request.num_computed = end
             is_prompt_computed = end >= len(request.prompt) and len(request.output) == 1
             assert request.lease is not None
-            if is_prompt_computed or end == request.lease.next_stop:  # where a window or a state is to be kept
-                self.cache.insert(request.lease, end, states=[end] if end in request.lease.checkpoints else [])
+            if end in request.lease.checkpoints:
+                request.kept_at = end
+            if is_prompt_computed or (end == request.lease.next_stop and row not in complete):  # a stop of a prefill
+                self._publish(request)
+
+    def _publish(self, request: Request) -> None:
+        """What is computed, and the state that is kept: while decoding, that of the last whole page."""
+        assert request.lease is not None
+        states = [request.kept_at] if request.kept_at in request.lease.checkpoints else []
+        self.cache.insert(request.lease, request.num_computed, states=states)
 
     def _loaded(self, batch: list[Request]) -> list[Request]:
         """Those whose pages are on the device."""
@@ -300,7 +310,7 @@ class Server:
         Raises MemoryError if neither another request nor a transfer in flight holds the room that is missing.
         """
         assert request.lease is not None
-        self.cache.insert(request.lease, request.num_computed)
+        self._publish(request)
         self.cache.release(request.lease)
         request.lease = None
         request.num_retractions += 1
@@ -340,7 +350,7 @@ class Server:
         finished = [request for request in self.running if request.is_finished]
         for request in finished:
             assert request.lease is not None
-            self.cache.insert(request.lease, request.num_computed)
+            self._publish(request)
             self.cache.release(request.lease)
             request.lease = None
             self.running.remove(request)

@@ -232,7 +232,7 @@ def test_pages_that_only_earlier_tables_name_make_room(make_mesh):
     rig = rig_on(make_mesh(), FAMILIES["gemma3_wide"])
     with rig.cache(device_pages=14, host_pages=0) as cache:
         server = rig.server(cache)
-        for prompt in (random_tokens(0, 44), np.concatenate([random_tokens(0, 40), random_tokens(1, 7)])):
+        for prompt in (random_tokens(0, 44), np.concatenate([random_tokens(0, 44)[:36], random_tokens(1, 11)])):
             request = Request(prompt, 2)
             serve(server, [request])
             assert request.num_retractions == 0

@@ -78,7 +78,7 @@ def assert_same(a: decoder.Params, b: decoder.Params) -> None:
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "nemotron_h", "qwen3_next"])
 def test_shards_are_where_the_model_wants_them(make_mesh, family):
     _, whole = load_model(GOLDENS / family, make_mesh(), jnp.float32)
     mesh = make_mesh(2, 2, 2)
@@ -91,17 +91,33 @@ def test_shards_are_where_the_model_wants_them(make_mesh, family):
 def test_axes_are_those_of_the_published_names(make_mesh, tensors):
     _, params = load_model(GOLDENS / "qwen3", make_mesh(), jnp.float32)
     k_proj = tensors[K_PROJ].reshape(2, 16, 64)  # kv_heads, head_dim, hidden
-    np.testing.assert_array_equal(np.asarray(params["layers"]["attention"]["wk"])[0], k_proj.transpose(2, 0, 1))
+    np.testing.assert_array_equal(np.asarray(params["layers"]["full"]["attention"]["wk"])[0], k_proj.transpose(2, 0, 1))
     np.testing.assert_array_equal(np.asarray(params["embed"]), tensors["model.embed_tokens.weight"])
+
+
+def test_parts_of_one_tensor_and_blocks_that_differ(make_mesh):
+    """Of Nemotron-H's five layers two blocks are made: mamba, moe, mamba; attention, mlp."""
+    _, params = load_model(GOLDENS / "nemotron_h", make_mesh(), jnp.float32)
+    tensors = load_file(GOLDENS / "nemotron_h" / "model.safetensors")
+    state = {name: np.asarray(x) for name, x in params["layers"]["state"]["mixer"].items() if name != "out_norm"}
+    rows = tensors["backbone.layers.2.mixer.in_proj.weight"]  # z 128, x 128, b and c 2 x 32, dt 8
+    np.testing.assert_array_equal(state["wx"][1].reshape(64, 128), rows[128:256].T)
+    np.testing.assert_array_equal(state["wbc"][1].reshape(64, 64), rows[256:320].T)
+    np.testing.assert_array_equal(state["wdt"][1], rows[320:].T)
+    kernel = tensors["backbone.layers.0.mixer.conv1d.weight"]
+    np.testing.assert_array_equal(state["bc_kernel"][0].reshape(64, 4), kernel[128:, 0])
+    assert len(state["wx"]) == 4 and not state["wx"][2:].any()
+    full = np.asarray(params["layers"]["full"]["mixer"]["wo"])
+    assert len(full) == 2 and not full[0].any() and full[1].any()
 
 
 def test_repeated_heads_and_padded_layers(make_mesh):
     _, whole = load_model(GOLDENS / "qwen3", make_mesh(), jnp.float32)
     _, params = load_model(GOLDENS / "qwen3", make_mesh(1, 4, 1), jnp.float32)
-    wk = np.asarray(whole["layers"]["attention"]["wk"])
-    np.testing.assert_array_equal(np.asarray(params["layers"]["attention"]["wk"]), np.repeat(wk, 2, axis=2))
+    wk = np.asarray(whole["layers"]["full"]["attention"]["wk"])
+    np.testing.assert_array_equal(np.asarray(params["layers"]["full"]["attention"]["wk"]), np.repeat(wk, 2, axis=2))
     _, params = load_model(GOLDENS / "qwen3", make_mesh(1, 1, 4), jnp.float32)
-    padded = np.asarray(params["layers"]["attention"]["wk"])
+    padded = np.asarray(params["layers"]["full"]["attention"]["wk"])
     np.testing.assert_array_equal(padded[:2], wk)
     assert not padded[2:].any()
 
@@ -235,9 +251,10 @@ def test_mxfp4_is_cut_where_the_mesh_cuts(make_mesh, packed_folder):
     """96 inputs of `down` over tp=4: a shard begins inside a group of 32."""
     _, whole = load_model(packed_folder, make_mesh(), jnp.float32)
     _, params = load_model(packed_folder, make_mesh(1, 4, 2), jnp.float32)
-    down = [np.asarray(loaded["layers"]["mlp"]["down"]) for loaded in (params, whole)]
-    np.testing.assert_array_equal(*down)
-    assert len(np.unique(np.abs(down[1]))) > 8
+    for kind in ("full", "window"):
+        down = [np.asarray(loaded["layers"][kind]["mlp"]["down"]) for loaded in (params, whole)]
+        np.testing.assert_array_equal(*down)
+        assert len(np.unique(np.abs(down[1]))) > 8
 
 
 def test_missing_scales(make_mesh, packed_folder):
@@ -255,7 +272,7 @@ def test_packed_tensors_of_a_wrong_shape(make_mesh, packed_folder):
 
 def test_inputs_that_make_no_whole_groups(make_mesh, packed_folder):
     edit_config(packed_folder, intermediate_size=40)
-    refuse(packed_folder, make_mesh, f"{DOWN}_blocks': 40 inputs are not whole groups of 32")
+    refuse(packed_folder, make_mesh, r"mlp.experts.down_proj_blocks': 40 inputs are not whole groups of 32")
 
 
 @pytest.mark.parametrize("change", [{"quant_method": "gptq"}, {"quant_method": "fp8", "weight_block_size": None}])

@@ -268,17 +268,20 @@ def init_params(cfg: DecoderConfig, mesh: Mesh, seed: int, dtype: DTypeLike) -> 
 
     def draw(target: jax.ShapeDtypeStruct) -> Array:
         param = next(params)
-        values = _pad_param(param.mean + param.std * rng.standard_normal(param.shape, np.float32), target.shape)
-        return jax.make_array_from_callback(target.shape, target.sharding, values.astype(target.dtype).__getitem__)
+        return put_param(param.mean + param.std * rng.standard_normal(param.shape, np.float32), target)
 
     return jax.tree.map(draw, param_targets(cfg, mesh, dtype))
 
 
-def _pad_param(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Axis 0 grows by zeros, any other by repeating each entry."""
-    for axis, n in enumerate(shape[1:], start=1):
+def put_param(values: np.ndarray, target: jax.ShapeDtypeStruct) -> Array:
+    """A parameter of the shape that `abstract_params` says, sharded, cast and padded as one of `param_targets`.
+
+    Axis 0 grows by zeros, any other by repeating each entry.
+    """
+    for axis, n in enumerate(target.shape[1:], start=1):
         values = np.repeat(values, n // values.shape[axis], axis=axis)
-    return np.pad(values, [(0, shape[0] - values.shape[0])] + [(0, 0)] * (values.ndim - 1))
+    values = np.pad(values, [(0, target.shape[0] - values.shape[0])] + [(0, 0)] * (values.ndim - 1))
+    return jax.make_array_from_callback(target.shape, target.sharding, values.astype(target.dtype).__getitem__)
 
 
 def abstract_params(cfg: DecoderConfig) -> Params:

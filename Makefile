@@ -40,7 +40,7 @@ NOTEBOOK ?= chat_with_a_prefix_cache
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-trace chat notebook accuracy test test-all ladder test-gemma lint bench gpu goldens \
+.PHONY: help setup demo demo-trace chat notebook accuracy recall test test-all ladder test-gemma lint bench gpu goldens \
         goldens-real clean
 
 help: ## print this list
@@ -71,6 +71,11 @@ notebook: setup ## run models/notebooks/$(NOTEBOOK) and write its outputs: with 
 accuracy: setup ## questions about a text that is cached, with the same small model: how many are right, and equal from every tier
 	@mkdir -p build
 	$(BIN)/python -m models.accuracy --json build/accuracy.json $(ARGS)
+
+recall: setup ## train the three tiny models of the recall task again, into tests/goldens/recall (3 minutes)
+	for model in full window mamba; do \
+	  $(BIN)/python -m models.train_recall --model $$model --out tests/goldens/recall/$$model.npz || exit 1; \
+	done
 
 test: setup ## the quick tests, on eight CPU devices
 	$(PYTEST) -m "not slow and not gpu and not gemma" $(ARGS)

@@ -290,8 +290,7 @@ def init_params(cfg: DecoderConfig, mesh: Mesh, seed: int, dtype: DTypeLike) -> 
 
     def draw(target: jax.ShapeDtypeStruct) -> Array:
         param = next(params)
-        values = _pad_param(_random_values(param, rng), target.shape)
-        return jax.make_array_from_callback(target.shape, target.sharding, values.astype(target.dtype).__getitem__)
+        return put_param(_random_values(param, rng), target)
 
     return jax.tree.map(draw, param_targets(cfg, mesh, dtype))
 
@@ -302,11 +301,15 @@ def _random_values(param: Any, rng: np.random.Generator) -> np.ndarray:
     return param.mean + param.std * rng.standard_normal(param.shape, np.float32)
 
 
-def _pad_param(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Axis 0 grows by zeros, any other by repeating each entry."""
-    for axis, n in enumerate(shape[1:], start=1):
+def put_param(values: np.ndarray, target: jax.ShapeDtypeStruct) -> Array:
+    """A parameter of the shape that `abstract_params` says, sharded, cast and padded as one of `param_targets`.
+
+    Axis 0 grows by zeros, any other by repeating each entry.
+    """
+    for axis, n in enumerate(target.shape[1:], start=1):
         values = np.repeat(values, n // values.shape[axis], axis=axis)
-    return np.pad(values, [(0, shape[0] - values.shape[0])] + [(0, 0)] * (values.ndim - 1))
+    values = np.pad(values, [(0, target.shape[0] - values.shape[0])] + [(0, 0)] * (values.ndim - 1))
+    return jax.make_array_from_callback(target.shape, target.sharding, values.astype(target.dtype).__getitem__)
 
 
 def abstract_params(cfg: DecoderConfig) -> Params:

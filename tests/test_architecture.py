@@ -62,7 +62,7 @@ LAYERS = {
     "jaxcache": Layer(("jaxcache",), ()),
     "models": Layer(
         ("jaxcache!", "jaxcache.components", *TRYING_OUT, "kernels_pallas", "models"),
-        ("jax", "flax", "numpy", "ml_dtypes", "matplotlib", "rich", *PUBLISHED, *NOTEBOOKS),
+        ("jax", "flax", "numpy", "ml_dtypes", "matplotlib", "optax", "rich", *PUBLISHED, *NOTEBOOKS),
     ),
 }
 

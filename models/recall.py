@@ -13,7 +13,6 @@ page of a window breaks the last token. `python -m models.train_recall` made the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -32,7 +31,7 @@ from models.nemotron_h import MLP, NemotronHConfig
 from models.qwen3 import Qwen3Config
 
 NUM_KEYS, NUM_PAIRS, HOPS, SHOTS, LAG = 32, 23, 4, 3, 8
-BOS, ASK = 2 * NUM_KEYS, 2 * NUM_KEYS + 1  # keys are the tokens below NUM_KEYS
+BOS, ASK = 2 * NUM_KEYS, 2 * NUM_KEYS + 1  # keys are the tokens below NUM_KEYS; those between are not used
 FIRST_PAIR = ASK + 1  # the token of key -> next is FIRST_PAIR + key * NUM_KEYS + next
 VOCAB_SIZE = FIRST_PAIR + NUM_KEYS**2
 ANSWER_TOKENS = HOPS + 1
@@ -58,8 +57,12 @@ class Texts(NamedTuple):
 def draw(rng: np.random.Generator, num_tables: int, num_questions: int) -> Texts:
     """Random tables whose pairs form one cycle, so the hops of a question are different pairs.
 
-    The answer of the first question ends with a token of the table instead of a key, if LAG reaches that far.
+    The answer of a row's first question ends with a token of the table: LAG reaches that far.
+
+    Errors: ValueError if there are more questions than keys to begin at.
     """
+    if num_questions > NUM_PAIRS:
+        raise ValueError(f"{num_questions=} must not exceed {NUM_PAIRS=}: each begins at another key")
     keys = rng.permuted(np.tile(np.arange(NUM_KEYS), (num_tables, 1)), axis=1)[:, :NUM_PAIRS]  # in order of the cycle
     order = rng.permuted(np.tile(np.arange(NUM_PAIRS), (num_tables, 1)), axis=1)  # of the cycle's pairs in the table
     place_of = np.argsort(order, axis=1)
@@ -95,7 +98,7 @@ class Exam:
 
     @classmethod
     def draw(cls, seed: int, num_tables: int, num_questions: int) -> Exam:
-        """No two questions of a table begin at the same key, nor do the solved ones."""
+        """No two questions of a table begin at the same key, the solved ones included."""
         tokens, places = draw(np.random.default_rng(seed), num_tables, SHOTS + num_questions)
         prefixes = tokens[:, :PREFIX_TOKENS]
         questions = tokens[:, PREFIX_TOKENS:].reshape(num_tables, num_questions, QUESTION_TOKENS)
@@ -105,10 +108,6 @@ class Exam:
 
     def prompt(self, table: int, question: int) -> np.ndarray:
         return np.concatenate([self.prefixes[table], self.asked[table, question]])
-
-    def is_right(self, table: int, question: int, answer: Sequence[int]) -> bool:
-        """Exact match: every hop, and the token LAG places back."""
-        return list(answer) == self.answers[table, question].tolist()
 
 
 # ---- the models

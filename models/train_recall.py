@@ -1,4 +1,4 @@
-"""Trains the tiny models of the recall task; about a minute each on two cores.
+"""Trains the tiny models of the recall task: 60 to 110 s of processor time each.
 
     python -m models.train_recall --model full|window|mamba --out FILE [--steps N] [--seed N]
 
@@ -38,7 +38,7 @@ EXAM_TABLES, EXAM_SEED = 256, 999
 
 
 class Setting(NamedTuple):
-    """rate, adam_rate: at their peaks, muon's and adam's. steps: at most"""
+    """rate, adam_rate: at their peaks, muon's for matrices and adam's for the rest. steps: of the schedule"""
 
     rate: float
     adam_rate: float
@@ -214,8 +214,13 @@ def loss_and_share(cfg: DecoderConfig, stored: Params, tokens: Array) -> tuple[A
     return loss, (found.argmax(axis=-1) == wanted).mean()
 
 
-def train(cfg: DecoderConfig, setting: Setting, seed: int, show: Callable[[int, float, float], None]) -> Params:
-    """Trains until enough is right. show: is told steps done, loss and share of right tokens"""
+def train(
+    cfg: DecoderConfig, setting: Setting, seed: int, steps: int, show: Callable[[int, float, float], None]
+) -> Params:
+    """Trains until enough is right, for `steps` of the setting's schedule at most.
+
+    show: is told steps done, loss, and the share of right tokens
+    """
     stored, rng = jax.device_get(initial(cfg, seed)), np.random.default_rng(seed)
     optimise = optimizer(setting)
 
@@ -227,7 +232,7 @@ def train(cfg: DecoderConfig, setting: Setting, seed: int, show: Callable[[int, 
         return optax.apply_updates(stored, updates), state, value, share
 
     state, recent = optimise.init(stored), 0.0
-    for number in range(setting.steps):
+    for number in range(steps):
         stored, state, value, share = step(stored, state, recall.draw(rng, TABLES, QUESTIONS).tokens)
         recent = 0.95 * recent + 0.05 * float(share)
         show(number + 1, float(value), recent)
@@ -254,20 +259,22 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--model", choices=recall.MODELS, required=True)
     parser.add_argument("--out", type=Path, required=True, help="the parameters, *.npz")
-    parser.add_argument("--steps", type=int, help="at most (default: what the model needs)")
+    parser.add_argument("--steps", type=int, help="at most (default: all of the schedule)")
     parser.add_argument("--seed", type=int, default=0, help="of parameters and tables (default: %(default)s)")
     args = parser.parse_args(argv)
     cfg, setting, console = recall.MODELS[args.model], SETTINGS[args.model], Console()
-    setting = setting if args.steps is None else setting._replace(steps=args.steps)
+    steps = setting.steps if args.steps is None else args.steps
+    if not 0 < steps <= setting.steps:
+        parser.error(f"--steps must be 1 to {setting.steps} for {args.model}")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task(args.model, total=setting.steps)
+        task = progress.add_task(args.model, total=steps)
 
         def show(step: int, loss: float, share: float) -> None:
             told = f"{args.model}: loss {loss:.3f}, {share:.1%} of the answers' tokens"
             progress.update(task, completed=step, description=told)
 
-        stored = train(cfg, setting, args.seed, show)
+        stored = train(cfg, setting, args.seed, steps, show)
     try:
         recall.save(stored, args.out)
     except OSError as error:

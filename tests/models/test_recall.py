@@ -14,6 +14,7 @@ whole pages of every prefix come from the tier that the arm is about.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -39,6 +40,7 @@ CACHED_TOKENS = recall.PREFIX_TOKENS // PAGE_TOKENS * PAGE_TOKENS
 CLEAN, WRONG = 0.94, 0.6  # exact match: at least, less than
 ARMS = {"device": "device", "host": "host", "storage": "storage", "restarted": "storage"}  # and their tiers
 MESHES = ((1, 1, 1), (2, 2, 1), (1, 2, 2))
+QUICK = "window"  # a model takes seconds to compile
 
 Prepare = Callable[[Server, int], None]  # before a round, by its number
 
@@ -88,12 +90,19 @@ def test_the_same_seed_draws_the_same_questions():
     assert np.array_equal(first, again) and not np.array_equal(first, other)
 
 
+def test_more_questions_than_keys_are_refused():
+    with pytest.raises(ValueError, match="num_questions=24 must not exceed"):
+        Exam.draw(0, 1, recall.NUM_PAIRS - recall.SHOTS + 1)
+
+
 @pytest.mark.parametrize("model", recall.MODELS)
 def test_the_committed_parameters_are_small(model):
-    assert 100_000 < (COMMITTED / f"{model}.npz").stat().st_size < 260_000
+    assert (COMMITTED / f"{model}.npz").stat().st_size <= 250_000
 
 
-@pytest.mark.parametrize("model", recall.MODELS)
+@pytest.mark.parametrize(
+    "model", [pytest.param(model, marks=() if model == QUICK else pytest.mark.slow) for model in recall.MODELS]
+)
 def test_what_is_trained_is_what_is_served(make_mesh, model):
     """Whole rows, and Mamba2 in its quadratic form, give the logits of pages and states."""
     rig, exam = rig_on(make_mesh(), model), exam_of(is_quick=True)
@@ -129,11 +138,18 @@ def test_an_unknown_model_is_refused(make_mesh):
         recall.load("gru", COMMITTED / "full.npz", make_mesh())
 
 
+def test_a_number_of_steps_beyond_the_schedule_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train_recall.main(["--model", "full", "--out", str(tmp_path / "full.npz"), "--steps", "0"])
+    assert "--steps must be 1 to 500 for full" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_training_again_begins_alike(tmp_path, capsys):
-    """Two steps; the command writes what `load` reads and says what it is worth: nothing yet."""
-    for name in ("first", "second"):
-        assert train_recall.main(["--model", "full", "--out", str(tmp_path / f"{name}.npz"), "--steps", "2"]) == 0
+    """Two steps; the command writes what `load` reads and says what it is worth: nothing yet. (optax mixes dtypes.)"""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        for name in ("first", "second"):
+            assert train_recall.main(["--model", "full", "--out", str(tmp_path / f"{name}.npz"), "--steps", "2"]) == 0
     assert (tmp_path / "first.npz").read_bytes() == (tmp_path / "second.npz").read_bytes()
     assert "exact match 0.000" in capsys.readouterr().out
 
@@ -211,10 +227,9 @@ def check_hits(arm: Arm, tier: str) -> None:
 
 
 def cases() -> Iterator:
-    for model in recall.MODELS:
-        yield pytest.param(model, (1, 1, 1), True, id=f"{model}-quick")
-        for shape in MESHES:
-            yield pytest.param(model, shape, False, id=f"{model}-{shape}", marks=pytest.mark.slow)
+    yield pytest.param(QUICK, MESHES[0], True, id=f"{QUICK}-quick")
+    for model, shape in itertools.product(recall.MODELS, MESHES):
+        yield pytest.param(model, shape, False, id=f"{model}-{shape}", marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(("model", "shape", "is_quick"), list(cases()))
@@ -306,11 +321,17 @@ MUTATIONS = {
 }
 
 
+def mutation_cases() -> Iterator:
+    for model, name in MUTATIONS:
+        if model == QUICK:
+            yield pytest.param(model, name, True, id=f"{model}-{name}-quick")
+        yield pytest.param(model, name, False, id=f"{model}-{name}", marks=pytest.mark.slow)
+
+
 @pytest.mark.mutation
-@pytest.mark.parametrize("is_quick", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["quick", "all"])
-@pytest.mark.parametrize(("model", "name"), MUTATIONS)
+@pytest.mark.parametrize(("model", "name", "is_quick"), list(mutation_cases()))
 def test_few_answers_are_right_with(make_mesh, closing_lines, model, name, is_quick):
-    """And all of them would be without the mutation: the same questions are asked of the same cache before."""
+    """Of the device's; and nearly all of them are without the mutation: the same cache is asked before."""
     exam = exam_of(is_quick)
     with serving(rig_on(make_mesh(), model)) as server:
         compute_prefixes(server, exam)

@@ -73,11 +73,13 @@ def test_the_next_turn_finds_what_full_attention_alone_would(make_mesh, family):
     assert share(family, make_mesh(), 220, 80) >= SHARE
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_what_short_turns_find(make_mesh, family, record_property):
-    found = share(family, make_mesh(), 20, 20)
-    record_property("share_of_full_attention", round(found, 3))
-    assert found >= SHARE
+def test_what_short_turns_find(make_mesh, closing_lines):
+    """Of 40 tokens; the figures are printed at the end of the run."""
+    found = {family: share(family, make_mesh(), 20, 20) for family in FAMILIES}
+    closing_lines.append(
+        f"turns of 40 tokens find, of what full attention alone would: {min(found.values()):.1%} and more"
+    )
+    assert min(found.values()) >= SHARE
 
 
 @pytest.mark.mutation

@@ -78,7 +78,7 @@ recall: setup ## train the three tiny models of the recall task again, into test
 	done
 
 test: setup ## the quick tests, on eight CPU devices
-	$(PYTEST) -m "not slow and not gpu and not gemma" $(ARGS)
+	$(PYTEST) -m "not slow and not one_device and not gpu and not gemma" $(ARGS)
 
 test-all: setup ## all tests but those that need a GPU, and the core's again under another hash seed
 	PYTHONHASHSEED=0 $(PYTEST) -m "not gpu and not gemma" $(ARGS)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import ClassVar
 
 from jaxcache.components.base import Component, Reach
 from jaxcache.core.change_log import PUT, TAKEN, ChangeLog
@@ -21,7 +22,12 @@ from jaxcache.types import PageIds, Tier
 
 
 class Residency(ABC):
-    """The entries of one (component, tier). `index` is its place in the nodes' arrays."""
+    """The entries of one (component, tier). `index` is its place in the nodes' arrays.
+
+    output_leaves_first: whether what lies on generated text leaves before what lies on prompts
+    """
+
+    output_leaves_first: ClassVar[bool] = True
 
     __slots__ = ("allocator", "clock", "component", "index", "log", "num_pinned", "num_resident", "order", "tier")
 
@@ -89,7 +95,7 @@ class Residency(ABC):
         """Shares an entry and its pins between a node and its new prefix of `num_pages` pages."""
 
     def _candidate(self, node: Node) -> None:
-        if node.is_output:
+        if node.is_output and self.output_leaves_first:
             self.order.add_oldest(node)
         else:
             self.order.add(node)
@@ -125,7 +131,7 @@ class Residency(ABC):
 
     def unpin_up(self, node: Node, top: int = 0, is_use: bool = True) -> None:
         """Takes back what `pin_up` did, the deepest node first: it is the first to leave. is_use: it counts as one."""
-        index, order = self.index, self.order
+        index, order, output_leaves_first = self.index, self.order, self.output_leaves_first
         now = next(self.clock)
         if top < 0:
             top = 0  # where the root ends
@@ -136,13 +142,13 @@ class Residency(ABC):
                 assert not left, f"I2: {node=} {self.component.name} {self.tier.name}"
                 pages = node.pages[index]
                 if is_use:
-                    node.last_used = -1 if node.is_output else now
+                    node.last_used = -1 if node.is_output and output_leaves_first else now
                 if pages is not None:
                     self.num_pinned -= len(pages)
                     if not node.resident_children[index]:
                         if not is_use:
                             order.add_back(node)
-                        elif node.is_output:
+                        elif node.is_output and output_leaves_first:
                             order.add_oldest(node)
                         else:
                             order.add(node)
@@ -229,27 +235,7 @@ class FreeResidency(Residency):
 
     __slots__ = ()
 
-    def _candidate(self, node: Node) -> None:
-        self.order.add(node)
-
-    def unpin_up(self, node: Node, top: int = 0, is_use: bool = True) -> None:
-        index, order = self.index, self.order
-        now = next(self.clock)
-        while node.end > top and node.parent is not None:
-            pins = node.pins
-            pins[index] = left = pins[index] - 1
-            if left <= 0:
-                assert not left, f"I2: {node=} {self.component.name} {self.tier.name}"
-                pages = node.pages[index]
-                if is_use:
-                    node.last_used = now
-                if pages is not None:
-                    self.num_pinned -= len(pages)
-                    if is_use:
-                        order.add(node)
-                    else:
-                        order.add_back(node)
-            node = node.parent
+    output_leaves_first: ClassVar[bool] = False
 
     def evictable(self, node: Node) -> bool:
         return node.pages[self.index] is not None and not node.pins[self.index]

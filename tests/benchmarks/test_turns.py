@@ -66,8 +66,7 @@ def take_all_for_shared(patch: pytest.MonkeyPatch) -> None:
 
 
 def generated_text_leaves_first(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(FreeResidency, "_candidate", Residency._candidate)
-    patch.setattr(FreeResidency, "unpin_up", Residency.unpin_up)
+    patch.setattr(FreeResidency, "output_leaves_first", True)
 
 
 def passed_ones_leave_like_others(patch: pytest.MonkeyPatch) -> None:

@@ -186,12 +186,11 @@ def test_a_window_from_which_another_way_goes_on_is_none_that_is_passed():
 
 
 @pytest.mark.mutation
-@pytest.mark.parametrize("method", ["demote", "_candidate"])
-def test_otherwise_turns_lose_their_windows(monkeypatch, method):
-    if method == "demote":
+@pytest.mark.parametrize("changed", ["demote", "output_leaves_first"])
+def test_otherwise_turns_lose_their_windows(monkeypatch, changed):
+    if changed == "demote":
         monkeypatch.setattr(Residency, "demote", lambda self, node: None)
     else:
-        monkeypatch.setattr(FreeResidency, "unpin_up", Residency.unpin_up)
-        monkeypatch.setattr(FreeResidency, "_candidate", Residency._candidate)
+        monkeypatch.setattr(FreeResidency, "output_leaves_first", True)
     with pytest.raises(AssertionError):
         test_windows_that_are_passed_leave_before_others_and_the_ends_of_turns_last()

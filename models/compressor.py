@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 
-from models.layers import norm_weight, weight
+from models.layers import drawn, norm_weight, weight
 from models.paged_attention import MASKED, ExtendBatch, Held, PageStates
 
 BIAS_STD = 0.5  # of random parameters
@@ -121,7 +121,7 @@ class Compressor(nnx.Module):
 
     def __init__(self, d: int, width: int, entry: int, rate: int):
         self.wkv, self.wgate = (weight((d, width), (None, None), d) for _ in range(2))
-        self.bias = nnx.Param(jnp.zeros((rate, width)), out_sharding=(None, None), mean=0.0, std=BIAS_STD)
+        self.bias = drawn((rate, width), (None, None), 0.0, BIAS_STD)
         self.norm = norm_weight(entry)
 
     def project(self, x: Array, positions: Array) -> Gated:

@@ -41,6 +41,7 @@ Pools = dict[str, dict[str, Array]]
 class DecoderConfig(ABC):
     """What every family's configuration has.
 
+    state_grid_tokens: with a recurrent state a request resumes at multiples of so many tokens (and of the page)
     pattern: kinds of a block's layers. Here a kind is named by its component, and keeps keys and values of it.
     """
 
@@ -54,6 +55,7 @@ class DecoderConfig(ABC):
     rope_theta: float
     rms_norm_eps: float = 1e-6
     tie_embeddings: bool = False
+    state_grid_tokens: int = 1
 
     pattern: ClassVar[tuple[str, ...]] = (FULL,)
 
@@ -93,11 +95,6 @@ class DecoderConfig(ABC):
         raise NotImplementedError
 
     @property
-    def state_grid_tokens(self) -> int:
-        """A request resumes at multiples of so many tokens, if the layers have a recurrent state."""
-        return 1
-
-    @property
     def embedding_scale(self) -> float:
         return 1.0
 
@@ -133,6 +130,11 @@ def published_sizes(hf: Mapping[str, Any]) -> dict[str, Any]:
         "head_dim": hf.get("head_dim") or hf["hidden_size"] // heads,
         "rms_norm_eps": hf["rms_norm_eps"],
     }
+
+
+def rope_kind(rope: Mapping[str, Any]) -> str:
+    """Of published parameters of a rotary embedding."""
+    return rope.get("rope_type", rope.get("type", "default"))
 
 
 def refuse_unsupported(family: str, hf: Mapping[str, Any], supported: Mapping[str, bool]) -> None:

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
-from models.decoder import FULL, SLOTS, DecoderConfig, Keeps, Kept, published_sizes, refuse_unsupported
+from models.decoder import FULL, SLOTS, DecoderConfig, Keeps, Kept, published_sizes, refuse_unsupported, rope_kind
 from models.entries import Source, attend_entries, choose_entries, write_entries
 from models.experts import Experts, Routing, SigmoidRouter
 from models.layers import (
@@ -38,6 +38,7 @@ from models.layers import (
     Rope,
     Step,
     View,
+    drawn,
     norm_weight,
     plain_rope,
     project,
@@ -136,7 +137,7 @@ class DeepseekV32Config(DecoderConfig):
         """From a published `config.json`; a ValueError names whatever this file does not compute."""
         rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
         _refuse_unsupported(hf, rope)
-        is_yarn, head_dim = _kind(rope) == "yarn", hf["qk_nope_head_dim"] + hf["qk_rope_head_dim"]
+        is_yarn, head_dim = rope_kind(rope) == "yarn", hf["qk_nope_head_dim"] + hf["qk_rope_head_dim"]
         grown = stretched_scale(float(rope["factor"]), rope.get("mscale_all_dim") or 0.0) if is_yarn else 1.0
         routing = Routing(
             hf["n_routed_experts"],
@@ -167,10 +168,6 @@ class DeepseekV32Config(DecoderConfig):
         )
 
 
-def _kind(rope: Mapping[str, Any]) -> str:
-    return rope.get("rope_type", rope.get("type", "default"))
-
-
 def _refuse_unsupported(hf: Mapping[str, Any], rope: Mapping[str, Any]) -> None:
     num_layers = hf["num_hidden_layers"]
     num_dense = min(hf.get("first_k_dense_replace", 0), num_layers)
@@ -180,7 +177,7 @@ def _refuse_unsupported(hf: Mapping[str, Any], rope: Mapping[str, Any]) -> None:
         "hidden_act": hf.get("hidden_act", "silu") == "silu",
         "attention_bias": not hf.get("attention_bias", False),
         "mlp_bias": not hf.get("mlp_bias", False),
-        "rope_type": _kind(rope) in ("default", "yarn"),
+        "rope_type": rope_kind(rope) in ("default", "yarn"),
         "mlp_layer_types": (hf.get("mlp_layer_types") or kinds) == kinds,
         "layer_types": set(hf.get("layer_types") or ["indexed_attention"]) == {"indexed_attention"},
         "moe_layer_freq": hf.get("moe_layer_freq", 1) == 1,
@@ -247,7 +244,7 @@ class Indexer(nnx.Module):
         self.wq = weight((q, i, j), (None, "tp", None), q)
         self.wk, self.w_heads = weight((d, j), (None, None), d), weight((d, i), (None, "tp"), d)
         self.k_norm = norm_weight(j)
-        self.k_norm_bias = nnx.Param(jnp.zeros(j), out_sharding=(None,), mean=0.0, std=0.1)
+        self.k_norm_bias = drawn((j,), (None,), 0.0, 0.1)
 
     def key(self, h: Array, view: View) -> Array:
         """[B, T, J]"""

@@ -36,12 +36,12 @@ from jax import Array, lax
 
 from jaxcache.components import Component, FieldSpec
 from models.compressor import Compressor, compress, compress_overlapping, halves, joined
-from models.decoder import DecoderConfig, components, published_sizes, refuse_unsupported
+from models.decoder import DecoderConfig, components, published_sizes, refuse_unsupported, rope_kind
 from models.entries import Source, attend_entries, choose_entries, write_entries
 from models.experts import ClippedExperts, HashedRouter, SoftplusRouter
 from models.hyper_connection import HyperConnection, StreamsHead
 from models.layer_plan import FULL, SLOTS, WINDOW, Keeps, Kept
-from models.layers import HeldFields, Rope, Step, View, norm_weight, plain_rope, project, rms_norm, turns, weight
+from models.layers import HeldFields, Rope, Step, View, drawn, norm_weight, plain_rope, project, rms_norm, turns, weight
 from models.paged_attention import Held
 from models.stored import Stored
 from models.yarn import Yarn
@@ -173,7 +173,7 @@ class DeepseekV4Config(DecoderConfig):
             query_rank=hf["q_lora_rank"],
             rotated=hf["qk_rope_head_dim"],
             far_theta=float(far["rope_theta"]),
-            yarn=Yarn.published(hf, {"attention_factor": 1.0, **far}) if _kind(far) == "yarn" else None,
+            yarn=Yarn.published(hf, {"attention_factor": 1.0, **far}) if rope_kind(far) == "yarn" else None,
             groups=hf["o_groups"],
             group_rank=hf["o_lora_rank"],
             index_heads=hf["index_n_heads"],
@@ -232,10 +232,6 @@ def _ropes(hf: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]
     return {"rope_theta": hf["rope_theta"]}, {**rope, "rope_theta": hf["compress_rope_theta"]}
 
 
-def _kind(rope: Mapping[str, Any]) -> str:
-    return rope.get("rope_type", rope.get("type", "default"))
-
-
 def _refuse_unsupported(
     hf: Mapping[str, Any], attention: tuple[str, ...], near: Mapping[str, Any], far: Mapping[str, Any]
 ) -> None:
@@ -245,7 +241,7 @@ def _refuse_unsupported(
         "layer_types": UNKNOWN not in attention or "layer_types" not in hf,
         "compress_ratios": UNKNOWN not in attention or "layer_types" in hf,
         "mlp_layer_types": routers == sorted(routers) and set(routers) <= {"hash_moe", "moe"},
-        "rope_parameters": _kind(near) == "default" and _kind(far) in ("default", "yarn"),
+        "rope_parameters": rope_kind(near) == "default" and rope_kind(far) in ("default", "yarn"),
         "scoring_func": hf.get("scoring_func") == "sqrtsoftplus",
         "topk_method": hf.get("topk_method", "noaux_tc") == "noaux_tc",
         "norm_topk_prob": hf.get("norm_topk_prob", True),
@@ -306,7 +302,7 @@ class Attention(nnx.Module):
         self.wo_a = weight((g, o, h // g, c), ("tp", None, None, None), h // g * c)
         self.wo_b = weight((g, o, d), ("tp", None, None), g * o)
         self.q_norm, self.kv_norm = norm_weight(r), norm_weight(c)
-        self.sinks = nnx.Param(jnp.zeros(h), out_sharding=("tp",), mean=0.0, std=1.0)
+        self.sinks = drawn((h,), ("tp",), 0.0, 1.0)
         self.eps, self.scale = cfg.rms_norm_eps, c**-0.5
 
     def view(self, step: Step) -> View:

@@ -14,9 +14,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
-from models.layers import project, weight
+from models.layers import drawn, project, weight
 
 BIAS_STD = 0.1  # of random parameters
+
+
+def router_logits(h: Array, router: nnx.Param) -> Array:
+    """[B, T, D] by [D, E] -> f32[B, T, E], computed in fp32"""
+    return jnp.einsum("btd,de->bte", h.astype(jnp.float32), router[...].astype(jnp.float32))
 
 
 def top_k_gates(scores: Array, weights: Array, top_k: int) -> Array:
@@ -55,14 +60,13 @@ class SigmoidRouter(nnx.Module):
 
     def __init__(self, d: int, routing: Routing):
         self.weight = weight((d, routing.num_experts), (None, None), d)
-        self.bias = nnx.Param(jnp.zeros(routing.num_experts), out_sharding=(None,), mean=0.0, std=BIAS_STD)
+        self.bias = drawn((routing.num_experts,), (None,), 0.0, BIAS_STD)
         self.routing = routing
 
     def __call__(self, h: Array) -> Array:
         """[B, T, D] -> f32[B, T, E], zero except for the chosen."""
         routing = self.routing
-        logits = jnp.einsum("btd,de->bte", h.astype(jnp.float32), self.weight[...].astype(jnp.float32))
-        scores = jax.nn.sigmoid(logits)
+        scores = jax.nn.sigmoid(router_logits(h, self.weight))
         choice = scores + self.bias[...].astype(jnp.float32)[None, None]
         if routing.groups > 1:
             grouped = choice.reshape(*choice.shape[:-1], routing.groups, -1)
@@ -70,9 +74,7 @@ class SigmoidRouter(nnx.Module):
             is_open = top_k_gates(best_two, jnp.ones_like(best_two), routing.top_groups) > 0
             choice = jnp.where(is_open[..., None], grouped, -jnp.inf).reshape(choice.shape)
         gates = top_k_gates(choice, scores, routing.top_k)
-        if routing.normalise:
-            gates = gates / (gates.sum(axis=-1, keepdims=True) + 1e-20)
-        return gates * routing.scale
+        return _sum_to(gates, routing.scale) if routing.normalise else gates * routing.scale
 
 
 class Experts(nnx.Module):
@@ -103,7 +105,7 @@ class SoftplusRouter(nnx.Module):
 
     def __init__(self, d: int, num_experts: int, top_k: int, scale: float):
         self.weight = weight((d, num_experts), (None, None), d)
-        self.bias = nnx.Param(jnp.zeros(num_experts), out_sharding=(None,), mean=0.0, std=BIAS_STD)
+        self.bias = drawn((num_experts,), (None,), 0.0, BIAS_STD)
         self.top_k, self.scale = top_k, scale
 
     def __call__(self, h: Array, tokens: Array) -> Array:
@@ -129,8 +131,7 @@ class HashedRouter(nnx.Module):
 
 
 def _softplus_scores(h: Array, router: nnx.Param) -> Array:
-    logits = jnp.einsum("btd,de->bte", h.astype(jnp.float32), router[...].astype(jnp.float32))
-    return jnp.sqrt(jax.nn.softplus(logits))
+    return jnp.sqrt(jax.nn.softplus(router_logits(h, router)))
 
 
 def _sum_to(gates: Array, scale: float) -> Array:

@@ -14,13 +14,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
-from models.decoder import FULL, WINDOW, DecoderConfig, published_sizes, refuse_unsupported
+from models.decoder import FULL, WINDOW, DecoderConfig, published_sizes, refuse_unsupported, rope_kind
+from models.experts import BIAS_STD, router_logits
 from models.layers import (
     HeldFields,
     PreNormLayer,
     Projections,
     Rope,
     Step,
+    drawn,
     project,
     rotate,
     weight,
@@ -30,7 +32,6 @@ from models.stored import Stored, stored_decoder
 from models.yarn import Yarn
 
 ALPHA = 1.702  # of the gate's sigmoid
-BIAS_STD = 0.1  # of random parameters
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,8 @@ class GptOssConfig(DecoderConfig):
             num_experts=hf.get("num_local_experts", hf.get("num_experts")),
             experts_per_token=hf.get("num_experts_per_tok", hf.get("experts_per_token")),
             activation_limit=float(hf.get("swiglu_limit", 7.0)),
-            yarn=Yarn.published(hf, rope) if _kind(rope) == "yarn" else None,
+            yarn=Yarn.published(hf, rope) if rope_kind(rope) == "yarn" else None,
         )
-
-
-def _kind(rope: Mapping[str, Any]) -> str:
-    return rope.get("rope_type", rope.get("type", "default"))
 
 
 def _refuse_unsupported(hf: Mapping[str, Any], rope: Mapping[str, Any]) -> None:
@@ -90,14 +87,14 @@ def _refuse_unsupported(hf: Mapping[str, Any], rope: Mapping[str, Any]) -> None:
         "hidden_act": hf.get("hidden_act", "silu") == "silu",
         "attention_bias": hf.get("attention_bias", True),
         "layer_types": hf.get("layer_types", kinds) == kinds,
-        "rope_type": _kind(rope) in ("default", "yarn"),
+        "rope_type": rope_kind(rope) in ("default", "yarn"),
         "quantization_config": packed is None or packed.get("quant_method") == "mxfp4",
     }
     refuse_unsupported("gpt-oss", hf, supported)
 
 
 def _bias(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
-    return nnx.Param(jnp.zeros(shape), out_sharding=axes, mean=0.0, std=BIAS_STD)
+    return drawn(shape, axes, 0.0, BIAS_STD)
 
 
 class Attention(Projections):
@@ -141,7 +138,7 @@ class Experts(nnx.Module):
 
     def _gates(self, h: Array) -> Array:
         """f32[B, T, E], zero except for the top k; ties go to the lowest expert."""
-        logits = jnp.einsum("btd,de->bte", h.astype(jnp.float32), self.router[...].astype(jnp.float32))
+        logits = router_logits(h, self.router)
         top, experts = lax.top_k(logits + self.router_bias[...].astype(jnp.float32)[None, None], self.top_k)
         hot = jax.nn.one_hot(experts, logits.shape[-1], dtype=jnp.float32)
         return (hot * jax.nn.softmax(top, axis=-1)[..., None]).sum(axis=-2)

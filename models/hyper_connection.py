@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
-from models.layers import weight
+from models.layers import drawn, weight
 
 
 class Connection(NamedTuple):
@@ -37,8 +37,8 @@ class _Scores(nnx.Module):
 
     def __init__(self, n: int, d: int, num_outputs: int, num_scales: int, norm_eps: float):
         self.fn = weight((num_outputs, n, d), (None, None, None), n * d)
-        self.base = nnx.Param(jnp.zeros(num_outputs), out_sharding=(None,), mean=0.0, std=0.5)
-        self.scale = nnx.Param(jnp.zeros(num_scales), out_sharding=(None,), mean=1.0, std=0.1)
+        self.base = drawn((num_outputs,), (None,), 0.0, 0.5)
+        self.scale = drawn((num_scales,), (None,), 1.0, 0.1)
         self.norm_eps = norm_eps
 
     def project(self, streams: Array) -> Array:

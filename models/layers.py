@@ -72,13 +72,17 @@ def rotate(x: Array, view: View) -> Array:
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
+def drawn(shape: tuple[int, ...], axes: tuple[str | None, ...], mean: float, std: float) -> nnx.Param:
+    """A parameter of zeros, which says what normal distribution `init_params` draws it from."""
+    return nnx.Param(jnp.zeros(shape), out_sharding=axes, mean=mean, std=std)
+
+
 def weight(shape: tuple[int, ...], axes: tuple[str | None, ...], fan_in: int) -> nnx.Param:
-    """Zeros, with what `init_params` draws: a normal distribution of variance 1 / fan_in."""
-    return nnx.Param(jnp.zeros(shape), out_sharding=axes, mean=0.0, std=fan_in**-0.5)
+    return drawn(shape, axes, 0.0, fan_in**-0.5)
 
 
 def norm_weight(width: int) -> nnx.Param:
-    return nnx.Param(jnp.zeros(width), out_sharding=(None,), mean=1.0, std=0.1)
+    return drawn((width,), (None,), 1.0, 0.1)
 
 
 def rms_norm(x: Array, weight: nnx.Param, eps: float) -> Array:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from models.decoder import DecoderConfig, published_sizes, refuse_unsupported
+from models.decoder import DecoderConfig, published_sizes, refuse_unsupported, rope_kind
 from models.layers import GatedMlp, HeldFields, PreNormLayer, Projections, Step, project, rotate
 from models.paged_attention import attend, write
 from models.stored import Stored, stored_decoder, stored_mlp
@@ -46,7 +46,7 @@ def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
         "hidden_act": hf.get("hidden_act", "silu") == "silu",
         "attention_bias": not hf.get("attention_bias", False),
         "mlp_bias": not hf.get("mlp_bias", False),
-        "rope_type": rope.get("rope_type", rope.get("type", "default")) == "default",
+        "rope_type": rope_kind(rope) == "default",
     }
     refuse_unsupported("Llama", hf, supported)
 

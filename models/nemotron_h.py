@@ -23,7 +23,7 @@ from jax import Array, lax
 from models.decoder import DecoderConfig, published_sizes, refuse_unsupported
 from models.experts import Experts, Routing, SigmoidRouter
 from models.layer_plan import FULL, STATE, Keeps, Kept
-from models.layers import HeldFields, Projections, Step, norm_weight, project, rms_norm, weight
+from models.layers import HeldFields, Projections, Step, drawn, norm_weight, project, rms_norm, weight
 from models.paged_attention import attend, write
 from models.recurrence import convolve, read_states, run_tokens, write_states
 from models.stored import Stored
@@ -43,7 +43,6 @@ class NemotronHConfig(DecoderConfig):
     groups: int = 1
     state_size: int = 1
     kernel: int = 4
-    grid_tokens: int = 1
     min_step: float = 0.001
     expert_size: int = 0
     shared_size: int = 0
@@ -74,10 +73,6 @@ class NemotronHConfig(DecoderConfig):
             "memory": Kept((self.heads, self.head_size, self.state_size), ("heads", None, None), "float32"),
         }
         return {FULL: {FULL: {"kv": self.keys_and_values}}, STATE: {STATE: state}}.get(kind, {})
-
-    @property
-    def state_grid_tokens(self) -> int:
-        return self.grid_tokens
 
     @property
     def split_over_tp(self) -> dict[str, int]:
@@ -177,11 +172,11 @@ class Mamba2(nnx.Module):
         self.wz, self.wx = (weight((d, m, p), (None, "tp", None), d) for _ in range(2))
         self.wbc = weight((d, 2, q, n), (None, None, "tp", None), d)
         self.wdt = weight((d, m), (None, "tp"), d)
-        self.x_kernel, self.x_bias = weight((m, p, w), ("tp", None, None), w), _drawn((m, p), ("tp", None), 0, 0.3)
+        self.x_kernel, self.x_bias = weight((m, p, w), ("tp", None, None), w), drawn((m, p), ("tp", None), 0.0, 0.3)
         self.bc_kernel = weight((2, q, n, w), (None, "tp", None, None), w)
-        self.bc_bias = _drawn((2, q, n), (None, "tp", None), 0, 0.3)
-        self.log_decay, self.step_bias = _drawn((m,), ("tp",), 0.5, 0.3), _drawn((m,), ("tp",), -1, 0.5)
-        self.skip, self.out_norm = _drawn((m,), ("tp",), 1, 0.3), _drawn((m, p), ("tp", None), 1, 0.1)
+        self.bc_bias = drawn((2, q, n), (None, "tp", None), 0.0, 0.3)
+        self.log_decay, self.step_bias = drawn((m,), ("tp",), 0.5, 0.3), drawn((m,), ("tp",), -1.0, 0.5)
+        self.skip, self.out_norm = drawn((m,), ("tp",), 1.0, 0.3), drawn((m, p), ("tp", None), 1.0, 0.1)
         self.wo = weight((m, p, d), ("tp", None, None), m * p)
         self.cfg = cfg
 
@@ -216,10 +211,6 @@ class Mamba2(nnx.Module):
         mean = squares / (self.cfg.heads * p // self.cfg.groups)
         scale = lax.rsqrt(mean + self.cfg.rms_norm_eps)
         return y * jnp.repeat(scale, m // num_local, axis=2)[..., None]
-
-
-def _drawn(shape: tuple[int, ...], axes: tuple[str | None, ...], mean: float, std: float) -> nnx.Param:
-    return nnx.Param(jnp.zeros(shape), out_sharding=axes, mean=float(mean), std=std)
 
 
 def _remember(memory: Array, token: tuple[Array, ...]) -> tuple[Array, Array]:

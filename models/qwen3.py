@@ -14,10 +14,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
-from jax import Array, lax
+from jax import Array
 
-from models.decoder import DecoderConfig, published_sizes, refuse_unsupported
+from models.decoder import DecoderConfig, published_sizes, refuse_unsupported, rope_kind
+from models.experts import Experts, router_logits, top_k_gates
 from models.layers import (
     GatedMlp,
     HeldFields,
@@ -75,7 +75,7 @@ def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
         "hidden_act": hf.get("hidden_act", "silu") == "silu",
         "attention_bias": not hf.get("attention_bias", False),
         "use_sliding_window": not hf.get("use_sliding_window", False),
-        "rope_type": rope.get("rope_type", rope.get("type", "default")) == "default",
+        "rope_type": rope_kind(rope) == "default",
         "mlp_only_layers": not hf.get("mlp_only_layers"),
         "decoder_sparse_step": hf.get("decoder_sparse_step", 1) == 1,
     }
@@ -101,30 +101,18 @@ class Attention(Projections):
         return project("bthc,hcd->btd", out, self.wo), {"kv": kv}
 
 
-class SparseMlp(nnx.Module):
-    """Top-k of E SwiGLU experts, each expert's F over tp. Every expert is computed, and weighted by its gate or 0."""
+class SparseMlp(Experts):
+    """Top-k of E SwiGLU experts, by a softmax over all."""
 
     def __init__(self, cfg: Qwen3Config):
-        d, e, f = cfg.hidden_size, cfg.num_experts, cfg.mlp_size
-        self.router = weight((d, e), (None, None), d)
-        self.gate = weight((d, e, f), (None, None, "tp"), d)
-        self.up = weight((d, e, f), (None, None, "tp"), d)
-        self.down = weight((e, f, d), (None, "tp", None), f)
+        super().__init__(cfg.hidden_size, cfg.mlp_size, cfg.num_experts, jax.nn.silu)
+        self.router = weight((cfg.hidden_size, cfg.num_experts), (None, None), cfg.hidden_size)
         self.top_k, self.norm_topk_prob = cfg.experts_per_token, cfg.norm_topk_prob
 
     def __call__(self, h: Array) -> Array:
-        gates = self._gates(h).astype(h.dtype)
-        act = jax.nn.silu(jnp.einsum("btd,def->btef", h, self.gate[...]))
-        act = act * jnp.einsum("btd,def->btef", h, self.up[...]) * gates[..., None]
-        return project("btef,efd->btd", act, self.down)
-
-    def _gates(self, h: Array) -> Array:
-        """f32[B, T, E], zero except for the top k; ties go to the lowest expert."""
-        logits = jnp.einsum("btd,de->bte", h.astype(jnp.float32), self.router[...].astype(jnp.float32))
-        top, experts = lax.top_k(jax.nn.softmax(logits, axis=-1), self.top_k)
-        if self.norm_topk_prob:
-            top = top / top.sum(axis=-1, keepdims=True)
-        return (jax.nn.one_hot(experts, logits.shape[-1], dtype=jnp.float32) * top[..., None]).sum(axis=-2)
+        shares = jax.nn.softmax(router_logits(h, self.router), axis=-1)
+        gates = top_k_gates(shares, shares, self.top_k)
+        return super().__call__(h, gates / gates.sum(axis=-1, keepdims=True) if self.norm_topk_prob else gates)
 
 
 def checkpoint(cfg: Qwen3Config) -> dict[str, Stored]:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from models.decoder import published_sizes, refuse_unsupported
+from models.decoder import published_sizes, refuse_unsupported, rope_kind
 from models.layer_plan import FULL, STATE, Keeps, Kept
 from models.layers import (
     GatedMlp,
@@ -28,6 +28,7 @@ from models.layers import (
     PreNormLayer,
     Rope,
     Step,
+    drawn,
     norm_weight,
     plain_rope,
     project,
@@ -54,7 +55,6 @@ class Qwen3NextConfig(Qwen3Config):
     key_dim: int = 1
     value_dim: int = 1
     kernel: int = 4
-    grid_tokens: int = 1
 
     pattern: ClassVar[tuple[str, ...]] = (*(STATE,) * (PERIOD - 1), FULL)
 
@@ -81,10 +81,6 @@ class Qwen3NextConfig(Qwen3Config):
 
     def rope(self, component: str) -> Rope:
         return plain_rope(self.rope_theta, self.rotary_dim)
-
-    @property
-    def state_grid_tokens(self) -> int:
-        return self.grid_tokens
 
     @property
     def split_over_tp(self) -> dict[str, int]:
@@ -124,7 +120,7 @@ def _refuse_unsupported(hf: Mapping[str, Any], num_layers: int) -> None:
         "attention_bias": not hf.get("attention_bias", False),
         "layer_types": hf.get("layer_types", kinds) == kinds,
         "full_attention_interval": hf.get("full_attention_interval", PERIOD) == PERIOD,
-        "rope_type": rope.get("rope_type", rope.get("type", "default")) == "default",
+        "rope_type": rope_kind(rope) == "default",
         "mlp_only_layers": not hf.get("mlp_only_layers"),
         "decoder_sparse_step": hf.get("decoder_sparse_step", 1) == 1,
     }
@@ -164,8 +160,8 @@ class DeltaNet(nnx.Module):
         self.ba = weight((d, g, 2, r), (None, "tp", None, None), d)
         self.q_kernel, self.k_kernel = (weight((g, c, w), ("tp", None, None), w) for _ in range(2))
         self.v_kernel = weight((g, r, e, w), ("tp", None, None, None), w)
-        self.log_decay = nnx.Param(jnp.zeros((g, r)), out_sharding=("tp", None), mean=0.5, std=0.3)
-        self.step_bias = nnx.Param(jnp.zeros((g, r)), out_sharding=("tp", None), mean=-1.0, std=0.5)
+        self.log_decay = drawn((g, r), ("tp", None), 0.5, 0.3)
+        self.step_bias = drawn((g, r), ("tp", None), -1.0, 0.5)
         self.out_norm = norm_weight(e)
         self.wo = weight((g, r, e, d), ("tp", None, None, None), g * r * e)
         self.cfg = cfg

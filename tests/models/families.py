@@ -82,7 +82,7 @@ WINDOWED = {
 
 def nemotron_h(grid_tokens: int) -> DecoderConfig:
     """Every kind of layer, in two blocks that differ."""
-    state = {"heads": 4, "head_size": 8, "groups": 2, "state_size": 8, "grid_tokens": grid_tokens}
+    state = {"heads": 4, "head_size": 8, "groups": 2, "state_size": 8, "state_grid_tokens": grid_tokens}
     experts = {"expert_size": 16, "shared_size": 8, "routing": Routing(num_experts=4, top_k=2, groups=2, scale=1.5)}
     kinds = ("full", "state", "moe", "state", "full", "mlp")
     return NemotronHConfig(**SIZES, **state, **experts, num_layers=6, kinds=kinds, rope_theta=1.0)
@@ -90,7 +90,7 @@ def nemotron_h(grid_tokens: int) -> DecoderConfig:
 
 def qwen3_next(grid_tokens: int) -> DecoderConfig:
     """The second block has no layer that reads everything."""
-    net = {"key_heads": 2, "value_heads": 4, "key_dim": 8, "value_dim": 8, "grid_tokens": grid_tokens}
+    net = {"key_heads": 2, "value_heads": 4, "key_dim": 8, "value_dim": 8, "state_grid_tokens": grid_tokens}
     experts = {"num_experts": 4, "experts_per_token": 2, "shared_mlp_size": 8, "rotary_dim": 4}
     return Qwen3NextConfig(**SIZES, **net, **experts, num_layers=6, rope_theta=1e4)
 

@@ -191,8 +191,6 @@ class Cache:
         Raises RuntimeError while a plan is unapplied, or for a lease whose first_step has not come; ValueError for one
         that was released or is another cache's: its pages may be somebody else's by now.
         """
-        if not isinstance(leases, (list, tuple)):
-            raise TypeError(f"leases must be a list, not {type(leases).__name__}")
         max_pages = count("max_pages", max_pages, 1)
         return tables_of(self.core, self._tables, leases, max_pages)
 

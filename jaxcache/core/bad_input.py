@@ -100,6 +100,8 @@ def check_may_run(core: PrefixCache, lease: Lease) -> None:
 
 def check_runnable(core: PrefixCache, leases: Collection[Lease | None]) -> None:
     """A model step may read the pages of all of them; RuntimeError, as `Lease.page_tables` raises it, if not yet."""
+    if not isinstance(leases, (list, tuple)):
+        raise RefusedType(f"leases must be a list, not {type(leases).__name__}")
     live, step = core.leases, core.step_number
     if not set(map(type, leases)) <= {Lease, NoneType}:
         for lease in leases:

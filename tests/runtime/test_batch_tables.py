@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxcache.runtime import batch_tables
-from jaxcache.runtime.batch_tables import BatchTables
+from jaxcache.runtime.batch_tables import BatchTables, state_slots_of
 from tests.core.helpers import FULL, Server, prompt, state, window
 
 ABSENT = {"full": 64, "window": 64, "state": 16}
@@ -84,3 +84,59 @@ def test_a_lease_that_is_too_long_leaves_nothing_behind(server):
         builder.build([lease], 4)
     np.testing.assert_array_equal(builder.build([None], 4)["full"], expected([None], 4)["full"])
     np.testing.assert_array_equal(builder.build([lease], 5)["full"], expected([lease], 5)["full"])
+
+
+# ---- slots of recurrent states
+
+NOWHERE = ABSENT["state"]
+
+
+def slots_of(server: Server, leases, ends) -> list[list[int]]:
+    """Of each row: read, write, keep."""
+    server.plane.apply()
+    slots = state_slots_of(server.core, leases, ends)
+    assert slots is not None
+    assert all(array.dtype == np.int32 and not array.flags.writeable for array in slots)
+    return np.stack(slots, axis=1).tolist()
+
+
+def test_a_request_reads_what_the_tree_has_then_what_it_wrote(server):
+    """A3: the tree's state is read at first, and never written."""
+    first = server.admit(prompt(10))
+    assert slots_of(server, [None, first], [0, 8]) == [
+        [NOWHERE] * 3,
+        [NOWHERE, first.write_slot, first.checkpoints[8]],
+    ]
+    server.compute(first, 10)
+    server.insert(first, 10)
+    server.release(first)
+    again = server.admit(prompt(14))
+    assert again.num_cached_tokens == 8 and again.read_slot not in (None, again.write_slot)
+    assert slots_of(server, [again], [11]) == [[again.read_slot, again.write_slot, NOWHERE]]
+    server.compute(again, 11)
+    assert server.core.grow(again, 11, 3)
+    assert slots_of(server, [again], [12]) == [[again.write_slot, again.write_slot, again.checkpoints[12]]]
+    server.release(again)
+
+
+def test_without_recurrent_states_there_are_no_slots():
+    server = Server(FULL, window(6))
+    lease = server.admit(prompt(10))
+    assert state_slots_of(server.core, [lease], [8]) is None
+
+
+def test_rows_that_cannot_be_computed_are_refused(server):
+    lease = server.admit(prompt(10))
+    server.plane.apply()
+    for leases, ends, error, message in (
+        ([lease], [8, 9], RuntimeError, "1 leases and 2 ends"),
+        ([lease], [0], RuntimeError, "end=0 of row 0 is not in its room"),
+        ([None, lease], [0, 11], RuntimeError, "end=11 of row 1 is not in its room"),
+        (iter([lease]), [8], TypeError, "leases must be a list"),
+        ([7], [8], TypeError, "a Lease"),
+    ):
+        with pytest.raises(error, match=message):
+            state_slots_of(server.core, leases, ends)
+    server.release(lease)
+    with pytest.raises(ValueError, match="released"):
+        state_slots_of(server.core, [lease], [8])

@@ -16,11 +16,12 @@ from jaxcache.core.tree_record import findable_nodes
 from jaxcache.types import Tier
 from models.decoder import DecoderConfig
 from tests.core.consumer import Consumer, in_tree
-from tests.models.families import WINDOWED
+from tests.models.families import LATENTS, WINDOWED, WITH_STATES
 from tests.models.serving import DEVICE_PAGES, PAGE_TOKENS, Driver, check_equal, reference, rig_on
 from tests.snapshots import PROMPTS, Saved, check_same, matches_of, pages_of, restored, save, served
 
 MESHES = [(2, 2, 2), (1, 4, 1), (1, 1, 1)]
+OTHERS = LATENTS | WINDOWED | WITH_STATES  # models with more than pages of keys and values
 
 
 @pytest.fixture(scope="module")
@@ -128,11 +129,11 @@ def test_retired_namespaces_stay_unreachable(one, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", WINDOWED.values(), ids=WINDOWED)
-def test_hit_equals_miss_of_windows_after_restore(make_mesh, tmp_path, model: DecoderConfig):
+@pytest.mark.parametrize("model", OTHERS.values(), ids=OTHERS)
+def test_hit_equals_miss_of_every_kind_after_restore(make_mesh, tmp_path, model: DecoderConfig):
     driver = served(rig_on(make_mesh(2, 2, 2), model))
     with driver.cache:
-        saved = save(driver, tmp_path / "windows")
+        saved = save(driver, tmp_path / "others")
     driver = restored(rig_on(make_mesh(1, 2, 1), model), saved.folder)
     with driver.cache:
         check_same(driver, saved)

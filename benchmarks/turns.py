@@ -22,12 +22,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from jaxcache.command_options import STDOUT, prepare_json, write_json
 from jaxcache.components import FullAttention, RecurrentState, SlidingWindow
 from jaxcache.components.base import Component
 from jaxcache.config import CacheConfig
 from jaxcache.core.lease import Lease
 from jaxcache.core.prefix_cache import PrefixCache
-from jaxcache.testing.report_file import STDOUT, prepare_json, write_json
 
 TURNS = {"short": (20, 80), "middle": (250, 350), "long": (1700, 2300)}  # tokens of the user and of the answer together
 PAGES = (16, 64, 256)

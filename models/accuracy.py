@@ -30,7 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import jaxcache
-from jaxcache.testing.report_file import prepare_json, write_json
+from jaxcache.command_options import prepare_json, write_json
 from models.command import ERRORS, open_model, show_error
 from models.conversation import PAGE_TOKENS, LocalModel
 from models.questions import ANSWER_TOKENS, GUESSED, THRESHOLD, QuestionSet, load

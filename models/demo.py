@@ -24,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 import jaxcache
-from jaxcache.testing.report_file import prepare_json, write_json
+from jaxcache.command_options import prepare_json, write_json
 from models.command import ERRORS, open_model, show_error
 from models.conversation import Conversation, LocalModel
 from models.serve import TIERS, BatchShape, Request, hits_by_tier

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import jax
 
-from jaxcache.testing import processes
-from jaxcache.testing.mesh_shape import mesh_shape
-from jaxcache.testing.processes import ProcessesFailed
+from jaxcache import launch
+from jaxcache.command_options import mesh_shape
+from jaxcache.launch import ProcessesFailed
 
 __all__ = ["ProcessesFailed", "check_options", "failed", "join", "make_mesh", "start", "three_numbers"]
 
@@ -27,14 +27,14 @@ def start(argv: Sequence[str], num_processes: int, mesh_size: int, storage: Path
     """Serves over local processes until all have ended; ProcessesFailed, naming whom, if not all ended well."""
     if num_processes < 1 or mesh_size % num_processes:
         raise ValueError(f"--processes {num_processes} must divide the {mesh_size} devices of --mesh")
-    platform = processes.local_platform()
-    if platform == "gpu" and processes.num_gpus() < mesh_size:
+    platform = launch.local_platform()
+    if platform == "gpu" and launch.num_gpus() < mesh_size:
         raise ValueError(
-            f"--mesh needs {mesh_size} GPUs, this host has {processes.num_gpus()}; JAX_PLATFORMS=cpu tries it"
+            f"--mesh needs {mesh_size} GPUs, this host has {launch.num_gpus()}; JAX_PLATFORMS=cpu tries it"
         )
     with tempfile.TemporaryDirectory(prefix="jaxcache-demo-") as folder:
         own = ["--processes", "1", "--storage", str(storage or folder)]  # of equal options the last one counts
-        fleet = processes.Processes(
+        fleet = launch.Processes(
             ["-m", "models.serve", *argv, *own],
             num_processes,
             mesh_size // num_processes,
@@ -60,17 +60,17 @@ def check_options(processes: int, coordinator: str | None, num_processes: int | 
 
 def join(coordinator: str | None, num_processes: int | None, process_id: int | None, mesh_size: int) -> int:
     """Becomes a part of the fleet, if there is one. Returns the number of this process."""
-    if processes.is_started():
-        return processes.join()
+    if launch.is_started():
+        return launch.join()
     if coordinator is None:
-        processes.share_cpu_devices(mesh_size, 1)
+        launch.share_cpu_devices(mesh_size, 1)
         return 0
     address = None if coordinator == "auto" else coordinator
     if address is not None and process_id == 0:
         _check_port(os.environ.get("JAX_COORDINATOR_BIND_ADDRESS") or address.rpartition(":")[2])
     options = {"--coordinator HOST:PORT": address, "--num-processes": num_processes, "--process-id": process_id}
     try:
-        return processes.join(address, num_processes, process_id, mesh_size)
+        return launch.join(address, num_processes, process_id, mesh_size)
     except ValueError as error:
         missing = ", ".join(option for option, value in options.items() if value is None)
         if not missing:
@@ -92,7 +92,7 @@ def _check_port(address: str) -> None:
 def failed() -> int:
     """The exit code; a process of a fleet ends here, at once, because the others wait for it."""
     if jax.distributed.is_initialized() and jax.process_count() > 1:
-        processes.leave(1)
+        launch.leave(1)
     return 1
 
 

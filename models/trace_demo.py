@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import jaxcache
-from jaxcache.testing.report_file import prepare_json, write_json
+from jaxcache.command_options import prepare_json, write_json
 from jaxcache.testing.traces import read_trace
 from models import fleet
 from models.command import ERRORS, show_error

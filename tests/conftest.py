@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
-from jaxcache.testing import processes
+from jaxcache import launch
 
 NUM_DEVICES = 8
 MESH_AXES = ("cp", "tp", "pp")
@@ -46,7 +46,7 @@ PLATFORM = pytest.StashKey[str]()
 def _platform(devices: str) -> str:
     if devices != "auto":
         return devices
-    return "gpu" if processes.local_platform() == "gpu" and processes.num_gpus() >= NUM_DEVICES else "cpu"
+    return "gpu" if launch.local_platform() == "gpu" and launch.num_gpus() >= NUM_DEVICES else "cpu"
 
 
 def _configure_hypothesis(config: pytest.Config, seed: int | None):

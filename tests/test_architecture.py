@@ -26,7 +26,7 @@ class Layer:
 
 
 FOUNDATION = ("jaxcache.types", "jaxcache.components", "jaxcache.storage")
-TRYING_OUT = tuple(f"jaxcache.testing.{name}" for name in ("mesh_shape", "processes", "report_file", "traces"))
+TRYING_OUT = ("jaxcache.command_options", "jaxcache.launch", "jaxcache.testing.traces")
 PUBLISHED = ("safetensors", "gguf", "tokenizers", "jinja2")
 NOTEBOOKS = ("jupytext", "nbclient", "nbformat")
 MIDDLE = (
@@ -55,6 +55,8 @@ LAYERS = {
     ),
     "jaxcache.runtime": Layer(MIDDLE, ("jax", "numpy", "xxhash", "prometheus_client", "orbax")),
     "jaxcache.cache": Layer(MIDDLE, ("jax", "numpy")),
+    "jaxcache.command_options": Layer((), ()),
+    "jaxcache.launch": Layer((), ("jax",)),
     "jaxcache.testing": Layer(("jaxcache",), ("jax", "numpy", "xxhash", "hypothesis")),
     "jaxcache.bench": Layer(("jaxcache",), ("jax", "numpy")),
     "jaxcache.cli": Layer(("jaxcache", "kernels_pallas"), ("jax", "numpy", "xxhash", "rich", "matplotlib")),

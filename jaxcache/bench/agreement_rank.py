@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxcache import launch
 from jaxcache.bench.measure import WALL
 from jaxcache.config import CacheConfig
 from jaxcache.runtime.agreement import Agreement
 from jaxcache.runtime.reduction import CollectiveReduction
-from jaxcache.testing import processes
 from jaxcache.types import Outcome
 
 AXES = ("cp", "tp", "pp")
@@ -112,7 +112,7 @@ def microseconds(call: Callable[[], jax.Array]) -> float:
 
 
 if __name__ == "__main__":
-    index = processes.join()
+    index = launch.join()
     measured = main(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))
     if index == 0:
         print("\n" + json.dumps(measured))  # what others have printed may not end its line

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from jaxcache.bench.figure import Figure, Goal, figure
-from jaxcache.testing.processes import Processes
+from jaxcache.launch import Processes
 
 TITLE = "The agreement, process 0"
 READ_GOAL = Goal("value", "<=", 100)

@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jaxcache.testing.processes import ProcessesFailed
-from jaxcache.testing.report_file import STDOUT, prepare_json, write_json
+from jaxcache.command_options import STDOUT, prepare_json, write_json
+from jaxcache.launch import ProcessesFailed
 
 HELP = "measure every operation beside its floor of the same run, and say which goals are met (core: 5 minutes)"
 SUITES = ("core", "agreement")

@@ -21,8 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from jaxcache.testing.mesh_shape import mesh_shape
-from jaxcache.testing.report_file import STDOUT, prepare_json, write_json
+from jaxcache.command_options import STDOUT, mesh_shape, prepare_json, write_json
 
 HELP = "say what this machine offers the cache, and why something asked for is missing"
 MESH_AXES = ("cp", "tp", "pp")

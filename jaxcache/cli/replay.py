@@ -14,7 +14,7 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxcache.testing.report_file import STDOUT, prepare_file, prepare_json, write_json
+from jaxcache.command_options import STDOUT, prepare_file, prepare_json, write_json
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxcache.cli.doctor import mesh_option
 from jaxcache.cli.replay import natural, positive
-from jaxcache.testing.report_file import STDOUT, prepare_json, write_json
+from jaxcache.command_options import STDOUT, prepare_json, write_json
 
 if TYPE_CHECKING:
     from jaxcache.testing.schedule import Operation

@@ -24,9 +24,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxcache
 from jaxcache import cache as face
+from jaxcache.launch import join
 from jaxcache.pools import host_pool
 from jaxcache.pools.device_pool import DevicePools
-from jaxcache.testing.processes import join
 
 KV = jaxcache.FieldSpec("kv", (2, 2, 4, 1, 8), "float32", ("layers", None, "slots", "heads", None))
 CONFIG = jaxcache.CacheConfig(page_tokens=4, device_pages=64, host_pages=32, agreement_timeout_s=5.0)

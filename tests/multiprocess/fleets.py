@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from jaxcache.testing.processes import Processes
+from jaxcache.launch import Processes
 from tests.multiprocess.rank import Job
 
 ROOT = Path(__file__).parents[2]

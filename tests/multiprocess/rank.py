@@ -22,9 +22,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
 
 import jaxcache
+from jaxcache.launch import join
 from jaxcache.runtime.job_graph import JobGraph
 from jaxcache.storage import file
-from jaxcache.testing.processes import join
 from tests import strict_jax
 from tests.models.serving import Driver, Rig, conversations, rig_on, serve
 from tests.models.turns import TIERS, check_turns, uncached_turns

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxcache.testing.processes import Exit, Processes
+from jaxcache.launch import Exit, Processes
 
 pytestmark = pytest.mark.multiprocess
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxcache.testing import processes
+from jaxcache import launch
 from models import trace_demo
 from tests.multiprocess.fleets import TIMEOUT_S
 
@@ -106,7 +106,7 @@ def test_options_of_a_fleet_without_its_coordinator_are_refused(capsys, option):
 @pytest.fixture
 def joins_here(monkeypatch):
     """This process may try to join a fleet: its streams stay, and jax believes that it has not begun."""
-    monkeypatch.setattr(processes, "_keep_stdout", lambda: None)
+    monkeypatch.setattr(launch, "_keep_stdout", lambda: None)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setattr("jax._src.xla_bridge.backends_are_initialized", lambda: False)
 

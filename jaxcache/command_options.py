@@ -1,4 +1,7 @@
-"""What commands write: places are checked before the work begins, so that nothing measured is lost for want of one."""
+"""Options that commands have in common: `--mesh cp,tp,pp`, and `--json FILE`, where a report goes.
+
+Places are checked before the work begins, so that nothing measured is lost for want of one.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,15 @@ from pathlib import Path
 from typing import Any
 
 STDOUT = "-"
+
+
+def mesh_shape(text: str) -> tuple[int, int, int]:
+    """ "2,2,1" as numbers; ValueError for anything else."""
+    numbers = text.split(",")
+    if len(numbers) != 3 or not all(n.strip().isdecimal() and int(n) for n in numbers):
+        raise ValueError(f"must be three positive numbers cp,tp,pp, not {text!r}")
+    cp, tp, pp = map(int, numbers)
+    return cp, tp, pp
 
 
 def prepare_file(option: str, path: Path) -> None:

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from jaxcache.testing.processes import Processes, ProcessesFailed, leave, share_cpu_devices
+from jaxcache.launch import Processes, ProcessesFailed, leave, share_cpu_devices
 
 SLEEP = "import time; time.sleep(60)"
 FOREVER_S = 60.0
@@ -118,7 +118,7 @@ def test_cpu_devices_are_shared_unless_somebody_has_said_how_many(monkeypatch):
 
 
 def test_with_gpus_no_cpu_devices_are_made(monkeypatch):
-    monkeypatch.setattr("jaxcache.testing.processes.local_platform", lambda: "gpu")
+    monkeypatch.setattr("jaxcache.launch.local_platform", lambda: "gpu")
     monkeypatch.setenv("XLA_FLAGS", "")
     share_cpu_devices(8, 2)
     assert not os.environ["XLA_FLAGS"]
@@ -148,7 +148,7 @@ def test_a_process_whose_output_nobody_reads_leaves_all_the_same(monkeypatch):
 
 JOINED = """
 import jax, numpy as np, sys
-from jaxcache.testing.processes import join
+from jaxcache.launch import join
 index = join()
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 mesh = Mesh(np.array(jax.devices()), ("x",))
@@ -160,7 +160,7 @@ print(index, jax.process_count(), len(jax.local_devices()), int(total))
 FAILS = JOINED + "if index == 1: raise RuntimeError('only here')\nimport time; time.sleep(60)"
 PARENT = """
 import sys
-from jaxcache.testing.processes import Processes
+from jaxcache.launch import Processes
 processes = Processes(["-c", sys.argv[1]], 2)
 print(*processes.pids, flush=True)
 """
@@ -185,7 +185,7 @@ def test_a_process_that_fails_does_not_wait_for_the_others():
 
 @pytest.mark.multiprocess
 def test_the_fleet_ends_with_whoever_started_it():
-    waits = "from jaxcache.testing.processes import join\nimport time\njoin()\ntime.sleep(60)"
+    waits = "from jaxcache.launch import join\nimport time\njoin()\ntime.sleep(60)"
     with Processes(["-c", PARENT, waits], 1) as parent:
         while not parent.stdout(0):
             time.sleep(0.01)

@@ -11,8 +11,8 @@ import pytest
 from jaxcache.bench import core_suite
 from jaxcache.bench.workload import TRACE
 from jaxcache.cli import doctor, main
+from jaxcache.command_options import prepare_file, prepare_json, write_json
 from jaxcache.testing.replay_study import Study
-from jaxcache.testing.report_file import prepare_file, prepare_json, write_json
 
 CANNOT = {("bench", "core"): 2, ("doctor",): 1, ("replay", str(TRACE), "--requests", "60"): 1}  # exit codes
 each_command = pytest.mark.parametrize(("command", "code"), CANNOT.items(), ids=[command[0] for command in CANNOT])

@@ -26,7 +26,7 @@ from rich.table import Table
 
 import jaxcache
 from jaxcache.command_options import prepare_json, write_json
-from jaxcache.testing.traces import read_trace
+from jaxcache.replay.traces import read_trace
 from models import fleet
 from models.command import ERRORS, show_error
 from models.decoder import components, init_params, make_extend

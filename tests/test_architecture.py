@@ -26,7 +26,7 @@ class Layer:
 
 
 FOUNDATION = ("jaxcache.types", "jaxcache.components", "jaxcache.storage")
-TRYING_OUT = ("jaxcache.command_options", "jaxcache.launch", "jaxcache.testing.traces")
+TRYING_OUT = ("jaxcache.command_options", "jaxcache.launch", "jaxcache.replay.traces")
 PUBLISHED = ("safetensors", "gguf", "tokenizers", "jinja2")
 NOTEBOOKS = ("jupytext", "nbclient", "nbformat")
 MIDDLE = (
@@ -57,6 +57,9 @@ LAYERS = {
     "jaxcache.cache": Layer(MIDDLE, ("jax", "numpy")),
     "jaxcache.command_options": Layer((), ()),
     "jaxcache.launch": Layer((), ("jax",)),
+    "jaxcache.replay": Layer(
+        (*FOUNDATION, "jaxcache.config", "jaxcache.core", "jaxcache.runtime.events", "jaxcache.replay"), ("numpy",)
+    ),
     "jaxcache.testing": Layer(("jaxcache",), ("jax", "numpy", "xxhash", "hypothesis")),
     "jaxcache.bench": Layer(("jaxcache",), ("jax", "numpy")),
     "jaxcache.cli": Layer(("jaxcache", "kernels_pallas"), ("jax", "numpy", "xxhash", "rich", "matplotlib")),
@@ -217,7 +220,7 @@ def test_imports_without_jax(package):
         ("jaxcache.runtime.controller", "from jaxcache.cache import Cache"),
         ("jaxcache.runtime.controller", "import argparse"),
         ("jaxcache.runtime.metrics", "from rich.table import Table"),
-        ("jaxcache.testing.replay_study", "from matplotlib.figure import Figure"),
+        ("jaxcache.replay.study", "from matplotlib.figure import Figure"),
         ("jaxcache.testing.simulation", "import models.serve"),
         ("jaxcache.cli.doctor", "from models import serve"),
         ("kernels_pallas.gather_pages", "from jaxcache.types import Span"),

@@ -12,7 +12,7 @@ from jaxcache.bench import core_suite
 from jaxcache.bench.workload import TRACE
 from jaxcache.cli import doctor, main
 from jaxcache.command_options import prepare_file, prepare_json, write_json
-from jaxcache.testing.replay_study import Study
+from jaxcache.replay.study import Study
 
 CANNOT = {("bench", "core"): 2, ("doctor",): 1, ("replay", str(TRACE), "--requests", "60"): 1}  # exit codes
 each_command = pytest.mark.parametrize(("command", "code"), CANNOT.items(), ids=[command[0] for command in CANNOT])
@@ -26,7 +26,7 @@ def no_work(monkeypatch):
     monkeypatch.setattr(core_suite, "groups", fail)
     monkeypatch.setattr(doctor, "versions", fail)
     monkeypatch.setattr(Study, "reports", fail)
-    monkeypatch.setattr("jaxcache.testing.traces.read_trace", fail)
+    monkeypatch.setattr("jaxcache.replay.traces.read_trace", fail)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from jaxcache.bench.pauses import pauses
 from jaxcache.bench.replays import memory, replay_groups
 from jaxcache.bench.steps import steps
 from jaxcache.bench.workload import Workload
-from jaxcache.testing.traces import read_trace
+from jaxcache.replay.traces import read_trace
 
 TITLE = "The core"
 WORKLOAD = Workload()

@@ -20,7 +20,7 @@ from jaxcache.bench.measure import CPU, take_turns
 from jaxcache.bench.reference_tree import ReferenceTree
 from jaxcache.bench.workload import Workload, short
 from jaxcache.config import TenantShare
-from jaxcache.testing.replay import WINDOW_TOKENS
+from jaxcache.replay.replay import WINDOW_TOKENS
 
 ONE_GOAL = Goal("value", "<=", 10)
 SHARE_GOAL = Goal("value", "<=", 15)

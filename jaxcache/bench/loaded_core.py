@@ -12,7 +12,7 @@ from jaxcache.core.page_hash import Namespace
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.core.radix_tree import Node
 from jaxcache.core.sequence import Sequence
-from jaxcache.testing.replay import KINDS
+from jaxcache.replay.replay import KINDS
 from jaxcache.types import Wait
 
 FULL = ("full",)

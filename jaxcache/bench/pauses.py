@@ -11,8 +11,8 @@ from jaxcache.bench.figure import Figure, Goal, figure
 from jaxcache.bench.loaded_core import EVERY_KIND, LoadedCore, random_tokens
 from jaxcache.bench.replays import turns_of_prompts
 from jaxcache.bench.workload import Workload
+from jaxcache.replay.traces import read_trace
 from jaxcache.runtime.garbage import GarbageControl
-from jaxcache.testing.traces import read_trace
 
 PAUSE_GOAL = Goal("value", "<=", 5)
 

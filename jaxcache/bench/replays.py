@@ -18,8 +18,8 @@ from jaxcache.bench.loaded_core import EVERY_KIND
 from jaxcache.bench.measure import undisturbed
 from jaxcache.bench.reference_tree import ReferenceTree
 from jaxcache.bench.workload import Workload, short
-from jaxcache.testing.replay import VOCAB_SIZE, Replay, Setting, bytes_per_cached_token
-from jaxcache.testing.traces import TraceRequest, read_trace
+from jaxcache.replay.replay import VOCAB_SIZE, Replay, Setting, bytes_per_cached_token
+from jaxcache.replay.traces import TraceRequest, read_trace
 
 BYTES_GOAL = Goal("value", "<=", 9)
 TOKEN_BYTES = PAGE_ID_BYTES = 4

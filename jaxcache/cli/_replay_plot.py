@@ -14,8 +14,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
 
-from jaxcache.testing.replay import Setting
-from jaxcache.testing.replay_study import BASELINE, Curves, Occupancy
+from jaxcache.replay.replay import Setting
+from jaxcache.replay.study import BASELINE, Curves, Occupancy
 
 INCHES = (13, 6.2)
 DPI = 120

@@ -1,6 +1,6 @@
 """python -m jaxcache replay TRACE...: what the cache would find in a trace, how fast, and how far from the optimum.
 
-Traces are JSONL in the Mooncake schema (see jaxcache/testing/traces.py), plain or gzipped. No model runs and no page is
+Traces are JSONL in the Mooncake schema (see jaxcache/replay/traces.py), plain or gzipped. No model runs and no page is
 moved: the real core decides everything, and the table says what it found on each tier.
 """
 
@@ -19,7 +19,7 @@ from jaxcache.command_options import STDOUT, prepare_file, prepare_json, write_j
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from jaxcache.testing.replay_study import Curves, Occupancy
+    from jaxcache.replay.study import Curves, Occupancy
 
 HELP = "replay traces of requests through the core: hits by tier, speed, and regret against the offline optimum"
 ROWS = {
@@ -114,7 +114,7 @@ def prepare_plot(path: Path) -> None:
 def make_settings(args: argparse.Namespace) -> list[Any]:
     """One for every policy. ValueError for what does not exist or does not fit together."""
     from jaxcache.core.eviction import POLICIES
-    from jaxcache.testing.replay import KINDS, Setting
+    from jaxcache.replay.replay import KINDS, Setting
 
     policies = list(POLICIES) if args.all_policies else args.policy or ["lru"]
     components = tuple(args.components.split(","))
@@ -148,7 +148,7 @@ def read_all(args: argparse.Namespace) -> list[Any]:
 
 def read(path: Path, args: argparse.Namespace, skipped: list[str] | None) -> list[Any]:
     """One trace. What is no text, or no gzip to its end, is a ValueError that names the file."""
-    from jaxcache.testing.traces import read_trace
+    from jaxcache.replay.traces import read_trace
 
     try:
         return read_trace(path, args.requests, skipped=skipped)
@@ -163,7 +163,7 @@ def measure(
     from rich.console import Console
     from rich.progress import Progress
 
-    from jaxcache.testing.replay_study import Study, around
+    from jaxcache.replay.study import Study, around
 
     varied = around(settings) if args.plot else []
     console = Console(stderr=True)

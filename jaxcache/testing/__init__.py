@@ -1,1 +1,1 @@
-"""For tests of serving loops: ranks in virtual time that check every page they read; traces."""
+"""For tests of serving loops: ranks in virtual time that check every page they read."""

@@ -1,6 +1,6 @@
 """The policy that learns: hardly ever worse than lru, and better where there is something to learn.
 
-Workloads are made here (jaxcache/testing/workloads.py); capacities are shares of what a workload uses again and again.
+Workloads are made here (jaxcache/replay/workloads.py); capacities are shares of what a workload uses again and again.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from jaxcache.bench.workload import TRACE
-from jaxcache.testing import workloads
-from jaxcache.testing.optimum import offline
-from jaxcache.testing.replay import Replay, Setting
-from jaxcache.testing.traces import TraceRequest, read_trace
+from jaxcache.replay import workloads
+from jaxcache.replay.optimum import offline
+from jaxcache.replay.replay import Replay, Setting
+from jaxcache.replay.traces import TraceRequest, read_trace
 
 TOLERATED = 0.005  # of the prompt tokens
 NUM_HOT = 40

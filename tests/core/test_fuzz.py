@@ -105,8 +105,8 @@ def test_same_seed_gives_the_same_digest():
 DIGESTS = """
 import numpy as np
 from jaxcache.core.eviction import POLICIES
-from jaxcache.testing import workloads
-from jaxcache.testing.replay import Replay, Setting
+from jaxcache.replay import workloads
+from jaxcache.replay.replay import Replay, Setting
 from tests.core.driver import drive
 
 for policy in POLICIES:

@@ -13,8 +13,8 @@ from jaxcache.core.eviction.adaptive import Adaptive
 from jaxcache.core.eviction.queues import Queued, S3Fifo, WTinyLfu
 from jaxcache.core.invariants import all_nodes
 from jaxcache.core.radix_tree import Node
-from jaxcache.testing import workloads
-from jaxcache.testing.replay import Replay, Setting
+from jaxcache.replay import workloads
+from jaxcache.replay.replay import Replay, Setting
 from tests.core.helpers import FULL, PAGE, Server, prompt, state
 
 LETTERS = "ABCDEFGH"

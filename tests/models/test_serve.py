@@ -12,7 +12,7 @@ import pytest
 
 import jaxcache
 from jaxcache.components import FieldSpec, RecurrentState
-from jaxcache.testing.traces import read_trace
+from jaxcache.replay.traces import read_trace
 from models import trace_demo
 from models.serve import Request, Server, sample
 from tests.models.families import FAMILIES

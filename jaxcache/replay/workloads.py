@@ -10,7 +10,7 @@ from itertools import count, islice
 
 import numpy as np
 
-from jaxcache.testing.traces import TraceRequest
+from jaxcache.replay.traces import TraceRequest
 
 Rng = np.random.Generator
 Documents = Iterator[int]  # their numbers, without end

@@ -10,7 +10,7 @@ import heapq
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from jaxcache.testing.traces import TraceRequest
+from jaxcache.replay.traces import TraceRequest
 
 NEVER = 1 << 60
 

@@ -20,8 +20,8 @@ from jaxcache.config import CacheConfig
 from jaxcache.core.lease import Lease
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.core.residency import Residency
+from jaxcache.replay.traces import TraceRequest
 from jaxcache.runtime.events import EventStream
-from jaxcache.testing.traces import TraceRequest
 from jaxcache.types import Move, Outcome, PrefetchPolicy, Transfer, TransferKind, Wait
 
 VOCAB_SIZE = 50_000

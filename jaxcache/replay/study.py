@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from jaxcache.testing.optimum import offline
-from jaxcache.testing.replay import Replay, Setting
-from jaxcache.testing.traces import TraceRequest
+from jaxcache.replay.optimum import offline
+from jaxcache.replay.replay import Replay, Setting
+from jaxcache.replay.traces import TraceRequest
 
 OCTAVES = (-3, -2, -1, 0, 1, 2)  # around the capacity that was asked for
 SAMPLES = 200  # of an occupancy

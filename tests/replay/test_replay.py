@@ -8,8 +8,8 @@ from itertools import count
 import pytest
 
 from jaxcache.bench.workload import TRACE
-from jaxcache.testing.replay import Replay, Setting
-from jaxcache.testing.traces import TraceRequest, read_trace
+from jaxcache.replay.replay import Replay, Setting
+from jaxcache.replay.traces import TraceRequest, read_trace
 
 
 def lru_by_pages(requests: list[TraceRequest], page_tokens: int, num_pages: int) -> int:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from jaxcache.testing.traces import read_trace
+from jaxcache.replay.traces import read_trace
 
 
 def write(path, rows) -> None:

@@ -61,7 +61,6 @@ LAYERS = {
         (*FOUNDATION, "jaxcache.config", "jaxcache.core", "jaxcache.runtime.events", "jaxcache.replay"), ("numpy",)
     ),
     "jaxcache.testing": Layer(("jaxcache",), ("jax", "numpy", "xxhash", "hypothesis")),
-    "jaxcache.bench": Layer(("jaxcache",), ("jax", "numpy")),
     "jaxcache.cli": Layer(("jaxcache", "kernels_pallas"), ("jax", "numpy", "xxhash", "rich", "matplotlib")),
     "jaxcache.__main__": Layer(("jaxcache.cli",), ()),
     "jaxcache": Layer(("jaxcache",), ()),

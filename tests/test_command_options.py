@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxcache.bench import core_suite
-from jaxcache.bench.workload import TRACE
+from benchmarks.core import suite as core_suite
+from benchmarks.core.workload import TRACE
 from jaxcache.cli import doctor, main
 from jaxcache.command_options import prepare_file, prepare_json, write_json
 from jaxcache.replay.study import Study

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from jaxcache.bench.workload import TRACE
+from benchmarks.core.workload import TRACE
 from jaxcache.cli import main
 
 KEYS = {

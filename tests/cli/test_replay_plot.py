@@ -14,7 +14,7 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from jaxcache.bench.workload import TRACE
+from benchmarks.core.workload import TRACE
 from jaxcache.cli import _replay_plot, main
 from jaxcache.core.eviction import POLICIES
 from jaxcache.replay.replay import Setting

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from jaxcache.bench.workload import TRACE
+from benchmarks.core.workload import TRACE
 from jaxcache.cli import main
 from jaxcache.cli.replay import show
 from jaxcache.core.eviction import POLICIES

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from jaxcache.bench.workload import TRACE
+from benchmarks.core.workload import TRACE
 from jaxcache.replay import workloads
 from jaxcache.replay.optimum import offline
 from jaxcache.replay.replay import Replay, Setting

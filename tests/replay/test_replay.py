@@ -7,7 +7,7 @@ from itertools import count
 
 import pytest
 
-from jaxcache.bench.workload import TRACE
+from benchmarks.core.workload import TRACE
 from jaxcache.replay.replay import Replay, Setting
 from jaxcache.replay.traces import TraceRequest, read_trace
 

@@ -7,10 +7,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from jaxcache.bench.figure import Figure, Goal, figure
-from jaxcache.bench.loaded_core import EVERY_KIND, LoadedCore, random_tokens
-from jaxcache.bench.replays import turns_of_prompts
-from jaxcache.bench.workload import Workload
+from benchmarks.core.loaded_core import EVERY_KIND, LoadedCore, random_tokens
+from benchmarks.core.replays import turns_of_prompts
+from benchmarks.core.workload import Workload
+from benchmarks.figure import Figure, Goal, figure
 from jaxcache.replay.traces import read_trace
 from jaxcache.runtime.garbage import GarbageControl
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from jaxcache.bench.evictions import evict_one, evict_one_beside_namespaces, evict_share
-from jaxcache.bench.figure import Figure
-from jaxcache.bench.matches import match, rematch
-from jaxcache.bench.measure import undisturbed
-from jaxcache.bench.operations import insert, split
-from jaxcache.bench.paths import path
-from jaxcache.bench.pauses import pauses
-from jaxcache.bench.replays import memory, replay_groups
-from jaxcache.bench.steps import steps
-from jaxcache.bench.workload import Workload
+from benchmarks.core.evictions import evict_one, evict_one_beside_namespaces, evict_share
+from benchmarks.core.matches import match, rematch
+from benchmarks.core.operations import insert, split
+from benchmarks.core.paths import path
+from benchmarks.core.pauses import pauses
+from benchmarks.core.replays import memory, replay_groups
+from benchmarks.core.steps import steps
+from benchmarks.core.workload import Workload
+from benchmarks.figure import Figure
+from benchmarks.measure import undisturbed
 from jaxcache.replay.traces import read_trace
 
 TITLE = "The core"

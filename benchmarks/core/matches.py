@@ -8,10 +8,10 @@ from __future__ import annotations
 from copy import copy
 from functools import partial
 
-from jaxcache.bench.figure import Figure, Goal, figure
-from jaxcache.bench.loaded_core import LoadedCore, growing, random_tokens
-from jaxcache.bench.measure import Turns, call_us, samples, take_turns
-from jaxcache.bench.workload import Workload, short
+from benchmarks.core.loaded_core import LoadedCore, growing, random_tokens
+from benchmarks.core.workload import Workload, short
+from benchmarks.figure import Figure, Goal, figure
+from benchmarks.measure import Turns, call_us, samples, take_turns
 
 ONE_NODE_GOAL = Goal("ratio", "<=", 1.3)
 MANY_NODES_GOAL = Goal("ratio", "<=", 3)

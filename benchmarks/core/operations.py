@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from jaxcache.bench.figure import Figure, Goal, figure
-from jaxcache.bench.loaded_core import EVERY_KIND, FULL, LoadedCore, random_tokens
-from jaxcache.bench.measure import take_turns
-from jaxcache.bench.reference_tree import ReferenceTree
-from jaxcache.bench.workload import Workload, short
+from benchmarks.core.loaded_core import EVERY_KIND, FULL, LoadedCore, random_tokens
+from benchmarks.core.reference_tree import ReferenceTree
+from benchmarks.core.workload import Workload, short
+from benchmarks.figure import Figure, Goal, figure
+from benchmarks.measure import take_turns
 from jaxcache.core.lease import Lease
 from jaxcache.core.radix_tree import Node
 from jaxcache.core.sequence import Sequence

@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import pytest
 
-from jaxcache.bench import core_suite, figure
-from jaxcache.bench.figure import Goal
-from jaxcache.bench.workload import Workload, short
+from benchmarks import figure
+from benchmarks.core import suite as core_suite
+from benchmarks.core.workload import Workload, short
+from benchmarks.figure import Goal
 from jaxcache.cli import main
 
 TINY = Workload(
@@ -123,7 +124,7 @@ def test_a_trace_of_ones_own(capsys, tmp_path):
 
 @pytest.mark.parametrize(("num_bytes", "code", "met"), [(9.0, 0, True), (0.1, 1, False)])
 def test_a_missed_goal_is_marked_and_is_the_exit_code(monkeypatch, capsys, num_bytes, code, met):
-    monkeypatch.setattr("jaxcache.bench.replays.BYTES_GOAL", Goal("value", "<=", num_bytes))
+    monkeypatch.setattr("benchmarks.core.replays.BYTES_GOAL", Goal("value", "<=", num_bytes))
     assert main(["bench", "core", "--only", "bytes", "--json", "-"]) == code
     captured = capsys.readouterr()
     report = json.loads(captured.out)

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from benchmarks.measure import WALL
 from jaxcache import launch
-from jaxcache.bench.measure import WALL
 from jaxcache.config import CacheConfig
 from jaxcache.runtime.agreement import Agreement
 from jaxcache.runtime.reduction import CollectiveReduction

@@ -13,11 +13,11 @@ from functools import partial
 
 import numpy as np
 
-from jaxcache.bench.figure import Figure, Goal, figure
-from jaxcache.bench.loaded_core import EVERY_KIND
-from jaxcache.bench.measure import undisturbed
-from jaxcache.bench.reference_tree import ReferenceTree
-from jaxcache.bench.workload import Workload, short
+from benchmarks.core.loaded_core import EVERY_KIND
+from benchmarks.core.reference_tree import ReferenceTree
+from benchmarks.core.workload import Workload, short
+from benchmarks.figure import Figure, Goal, figure
+from benchmarks.measure import undisturbed
 from jaxcache.replay.replay import VOCAB_SIZE, Replay, Setting, bytes_per_cached_token
 from jaxcache.replay.traces import TraceRequest, read_trace
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from jaxcache.bench import agreement_suite
+from benchmarks.agreement import suite as agreement_suite
 from jaxcache.cli import main
 
 pytestmark = pytest.mark.multiprocess

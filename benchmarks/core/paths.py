@@ -9,11 +9,11 @@ from functools import partial
 
 import numpy as np
 
-from jaxcache.bench.figure import Figure, Goal, figure
-from jaxcache.bench.loaded_core import LoadedCore, growing, random_tokens
-from jaxcache.bench.measure import Action, take_turns
-from jaxcache.bench.reference_tree import ReferenceTree
-from jaxcache.bench.workload import Workload
+from benchmarks.core.loaded_core import LoadedCore, growing, random_tokens
+from benchmarks.core.reference_tree import ReferenceTree
+from benchmarks.core.workload import Workload
+from benchmarks.figure import Figure, Goal, figure
+from benchmarks.measure import Action, take_turns
 from jaxcache.core.lease import Lease
 from jaxcache.types import Wait
 

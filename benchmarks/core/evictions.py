@@ -14,11 +14,11 @@ from functools import partial
 
 import numpy as np
 
-from jaxcache.bench.figure import Figure, Goal, figure
-from jaxcache.bench.loaded_core import EVERY_KIND, FULL, LoadedCore, random_tokens
-from jaxcache.bench.measure import CPU, take_turns
-from jaxcache.bench.reference_tree import ReferenceTree
-from jaxcache.bench.workload import Workload, short
+from benchmarks.core.loaded_core import EVERY_KIND, FULL, LoadedCore, random_tokens
+from benchmarks.core.reference_tree import ReferenceTree
+from benchmarks.core.workload import Workload, short
+from benchmarks.figure import Figure, Goal, figure
+from benchmarks.measure import CPU, take_turns
 from jaxcache.config import TenantShare
 from jaxcache.replay.replay import WINDOW_TOKENS
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-TRACE = Path(__file__).parents[2] / "benchmarks" / "traces" / "conversation.jsonl.gz"
+TRACE = Path(__file__).parents[1] / "traces" / "conversation.jsonl.gz"
 
 
 @dataclass(frozen=True)

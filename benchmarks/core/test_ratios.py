@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from jaxcache.bench.core_suite import WORKLOAD, groups
-from jaxcache.bench.figure import Figure
+from benchmarks.core.suite import WORKLOAD, groups
+from benchmarks.figure import Figure
 
 SMALLER = replace(
     WORKLOAD, victims=20_000, conversations=500, capacities=(2_000_000,), replay_requests=2000, warmup_steps=150

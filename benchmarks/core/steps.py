@@ -17,11 +17,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from jaxcache.bench.figure import Figure, Goal, figure
-from jaxcache.bench.loaded_core import EVERY_KIND, FULL, LoadedCore, random_tokens, written
-from jaxcache.bench.measure import CPU, clock_cost_us
-from jaxcache.bench.reference_tree import ReferenceTree
-from jaxcache.bench.workload import Workload
+from benchmarks.core.loaded_core import EVERY_KIND, FULL, LoadedCore, random_tokens, written
+from benchmarks.core.reference_tree import ReferenceTree
+from benchmarks.core.workload import Workload
+from benchmarks.figure import Figure, Goal, figure
+from benchmarks.measure import CPU, clock_cost_us
 from jaxcache.core.lease import Lease
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.core.sequence import Sequence

@@ -16,7 +16,7 @@ import json
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from jaxcache.bench.figure import Figure, Goal, figure
+from benchmarks.figure import Figure, Goal, figure
 from jaxcache.launch import Processes
 
 TITLE = "The agreement, process 0"
@@ -38,7 +38,7 @@ def groups(only: Sequence[str] | None = None) -> dict[str, Measure]:
 
 
 def fleet(num_processes: int, num_devices: int) -> list[Figure]:
-    program = ["-m", "jaxcache.bench.agreement_rank", str(NUM_STEPS), str(WARMUP_STEPS), str(MODEL_MS)]
+    program = ["-m", "benchmarks.agreement.rank", str(NUM_STEPS), str(WARMUP_STEPS), str(MODEL_MS)]
     with Processes(program, num_processes, num_devices) as processes:
         printed = processes.check(TIMEOUT_S)[0].stdout
     measured = json.loads(printed.splitlines()[-1])  # libraries print, too

@@ -56,8 +56,8 @@ def measure(args: argparse.Namespace) -> list[Any]:
     from rich.console import Console
     from rich.progress import Progress
 
-    from jaxcache.bench.figure import figure
-    from jaxcache.bench.measure import interpreter_us
+    from benchmarks.figure import figure
+    from benchmarks.measure import interpreter_us
 
     groups = groups_of(args)
     console = Console(stderr=True)
@@ -75,7 +75,8 @@ def measure(args: argparse.Namespace) -> list[Any]:
 def groups_of(args: argparse.Namespace) -> dict[str, Any]:
     from dataclasses import replace
 
-    from jaxcache.bench import agreement_suite, core_suite
+    from benchmarks.agreement import suite as agreement_suite
+    from benchmarks.core import suite as core_suite
 
     if args.suite == "agreement":
         if args.trace is not None:
@@ -86,7 +87,8 @@ def groups_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def title(suite: str) -> str:
-    from jaxcache.bench import agreement_suite, core_suite
+    from benchmarks.agreement import suite as agreement_suite
+    from benchmarks.core import suite as core_suite
 
     return {"core": core_suite, "agreement": agreement_suite}[suite].TITLE
 

@@ -1,10 +1,15 @@
-"""Runs the benchmarks of every host: python -m benchmarks [--json FILE]. Exit code 1 if a figure misses its goal.
+"""The benchmarks: python -m benchmarks NAME [options]; NAME --help says which.
 
-Others by name: python -m benchmarks overhead | turns | gpu [options]; --help lists them. `python -m benchmarks results`
-makes the page about what was measured on GPUs.
+    core         every operation of the core beside its floor and its goal
+    agreement    the exchange of a step, in one process and in several
+    host_copies  backup and load-back on this host beside memcpy of the same bytes, as JSON
+    overhead     what keeping pages costs a loop, at 0 to 75 % hits
+    turns        what windows and states lose where turns end
+    gpu          the data plane on the first device
+    results      the page about what was measured on GPUs, made of benchmarks/results/*.json
 
-First the core's and the agreement's (python -m jaxcache bench core, bench agreement), then host copies; each in a
-process of its own, untouched by the memory and threads of the one before.
+Without a name: core, agreement and host_copies, each in a process of its own, untouched by the memory and threads of
+the one before. Exit code 1 if a figure misses its goal.
 """
 
 from __future__ import annotations
@@ -22,7 +27,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-OTHERS = {"overhead": "overhead", "turns": "turns", "gpu": "gpu", "results": "results_page"}
+MODULES = {  # of benchmarks, each with a `main`
+    "core": "core.suite",
+    "agreement": "agreement.suite",
+    "host_copies": "host_copies",
+    "overhead": "overhead",
+    "turns": "turns",
+    "gpu": "gpu",
+    "results": "results_page",
+}
 GOALS = {
     "host_copies_ratio": (2.0, "backup + load-back / memcpy of the same bytes, 64 KiB a page and rank"),
     "host_copies_list_of_64_parts_of_128kib": (1.3, "pools that are lists of 64 arrays / one array, 8 MiB a page"),
@@ -33,14 +46,14 @@ def suite(name: str, shown: Any) -> tuple[dict[str, Any], bool]:
     """(report, whether all goals are met); its table goes to `shown`."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "suite.json")
-        done = subprocess.run([sys.executable, "-m", "jaxcache", "bench", name, "--json", str(file)], stdout=shown)
+        done = subprocess.run([sys.executable, "-m", "benchmarks", name, "--json", str(file)], stdout=shown)
         if done.returncode not in (0, 1):
             raise SystemExit(done.returncode)
         return json.loads(file.read_text()), not done.returncode
 
 
 def host_copies(console: Console) -> tuple[dict[str, float], bool]:
-    done = subprocess.run([sys.executable, "-m", "benchmarks.host_copies"], stdout=subprocess.PIPE, check=True)
+    done = subprocess.run([sys.executable, "-m", "benchmarks", "host_copies"], stdout=subprocess.PIPE, check=True)
     figures = json.loads(done.stdout)
     table = Table("figure", "measured", "goal", "met", title="Host copies")
     for name, value in figures.items():
@@ -52,9 +65,14 @@ def host_copies(console: Console) -> tuple[dict[str, float], bool]:
 
 
 def main(argv: list[str]) -> int:
-    if argv[:1] and argv[0] in OTHERS:
-        return importlib.import_module(f"benchmarks.{OTHERS[argv[0]]}").main(argv[1:])
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    if argv[:1] and argv[0] in MODULES:
+        return importlib.import_module(f"benchmarks.{MODULES[argv[0]]}").main(argv[1:])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        usage="python -m benchmarks [-h] [--json FILE] | NAME [options]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--json", metavar="FILE", help="write the figures there; - is standard output")
     args = parser.parse_args(argv)
     os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")  # for hosts without GPUs

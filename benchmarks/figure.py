@@ -1,5 +1,7 @@
 """What a benchmark has found: a median, its noise, the floor of the same run, and whether the goal is met.
 
+Times alone do not compare: a figure stands beside a floor that was measured in the same run.
+
 ratio = value / floor, turn by turn; noise = distance between the quartiles
 """
 

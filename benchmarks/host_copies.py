@@ -1,4 +1,4 @@
-"""Times backup and load-back against numpy's memcpy of the same bytes, in one run: python -m benchmarks.host_copies.
+"""Times backup and load-back against numpy's memcpy of the same bytes, in one run: python -m benchmarks host_copies.
 
 backup     scattered pages into host rows, until they are there
 load-back  host rows into scattered pages, until the pools are computed
@@ -11,6 +11,7 @@ devices. On CPUs each direction is one copy; what is left is Python's work for e
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 from dataclasses import replace
@@ -114,5 +115,8 @@ def run() -> dict[str, float]:
     return figures | {"host_copies_ratio": figures[f"host_copies_{GOAL_KIB}kib_ratio"]}
 
 
-if __name__ == "__main__":
+def main(argv: list[str]) -> int:
+    description = "time backup and load-back on this host beside memcpy of the same bytes, and print them as JSON"
+    argparse.ArgumentParser(prog="python -m benchmarks host_copies", description=description).parse_args(argv)
     print(json.dumps(run(), indent=2))
+    return 0

@@ -115,7 +115,9 @@ class Workload:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks overhead", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks overhead", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("--model", choices=MODELS, default="real-ratio")
     parser.add_argument("--mesh", default="1,1,1", help="cp,tp,pp (default: %(default)s)")
     parser.add_argument("--requests", type=int, default=32)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("jaxcache", "kernels_pallas", "models")
+PACKAGES = ("jaxcache", "kernels_pallas", "models", "benchmarks")
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 50
 
@@ -68,6 +68,7 @@ LAYERS = {
         ("jaxcache!", "jaxcache.components", *TRYING_OUT, "kernels_pallas", "models"),
         ("jax", "flax", "numpy", "ml_dtypes", "matplotlib", "optax", "rich", *PUBLISHED, *NOTEBOOKS),
     ),
+    "benchmarks": Layer(PACKAGES, ("jax", "numpy", "matplotlib", "pytest", "rich")),
 }
 
 UNDECIDED = frozenset(
@@ -222,6 +223,9 @@ def test_imports_without_jax(package):
         ("jaxcache.replay.study", "from matplotlib.figure import Figure"),
         ("jaxcache.testing.simulation", "import models.serve"),
         ("jaxcache.cli.doctor", "from models import serve"),
+        ("jaxcache.cli.replay", "from benchmarks.core.workload import TRACE"),
+        ("models.serve", "import benchmarks.turns"),
+        ("benchmarks.turns", "import flax"),
         ("kernels_pallas.gather_pages", "from jaxcache.types import Span"),
         ("models.qwen3", "from jaxcache.core.matching import match"),
         ("models.qwen3", "import jaxcache.runtime.controller"),
@@ -240,6 +244,8 @@ def test_import_rules_bite(name, source):
         ("jaxcache.core.matching", "from .radix_tree import Node\nfrom jaxcache.types import Span"),
         ("jaxcache.pools.device_pool", "import jax.numpy as jnp\nfrom kernels_pallas.gather_pages import gather_pages"),
         ("jaxcache.cli.doctor", "import argparse\nfrom rich.table import Table\nfrom jaxcache.storage import file"),
+        ("benchmarks.core.steps", "import jaxcache.core.lease, models.serve, benchmarks.figure, rich.table"),
+        ("models.fleet", "from jaxcache import launch\nfrom jaxcache.replay.traces import read_trace"),
         ("models.qwen3", "import jaxcache\nfrom jaxcache import Cache\nfrom flax import nnx\nimport argparse"),
     ],
 )

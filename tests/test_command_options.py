@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.core import suite as core_suite
+from benchmarks.__main__ import main as benchmark
+from benchmarks.core import suite
 from benchmarks.core.workload import TRACE
 from jaxcache.cli import doctor, main
 from jaxcache.command_options import prepare_file, prepare_json, write_json
 from jaxcache.replay.study import Study
 
-CANNOT = {("bench", "core"): 2, ("doctor",): 1, ("replay", str(TRACE), "--requests", "60"): 1}  # exit codes
+CANNOT = {("core",): 2, ("doctor",): 1, ("replay", str(TRACE), "--requests", "60"): 1}  # exit codes
 each_command = pytest.mark.parametrize(("command", "code"), CANNOT.items(), ids=[command[0] for command in CANNOT])
 
 
@@ -23,7 +24,7 @@ def no_work(monkeypatch):
     def fail(*args):
         raise AssertionError("the work has begun")
 
-    monkeypatch.setattr(core_suite, "groups", fail)
+    monkeypatch.setattr(suite, "groups", fail)
     monkeypatch.setattr(doctor, "versions", fail)
     monkeypatch.setattr(Study, "reports", fail)
     monkeypatch.setattr("jaxcache.replay.traces.read_trace", fail)
@@ -49,7 +50,8 @@ def places(tmp_path) -> dict[str, tuple[str, str]]:
 @pytest.mark.parametrize("why", ["a folder", "in a file", "below a file", "too long", "nothing"])
 def test_a_place_that_cannot_be_written_is_said_before_the_work(capsys, places, command, code, why):
     place, message = places[why]
-    assert main([*command, "--json", place]) == code
+    run = benchmark if command == ("core",) else main
+    assert run([*command, "--json", place]) == code
     captured = capsys.readouterr()
     assert captured.err.startswith(f"{command[0]}: --json: ")
     assert message in captured.err

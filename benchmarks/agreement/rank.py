@@ -1,4 +1,4 @@
-"""One process of the fleet that bench/agreement_suite.py measures; process 0 prints what it measured as JSON."""
+"""One process of the fleet that agreement/suite.py measures; process 0 prints what it measured as JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The suite of the agreement: what one exchange costs the serving thread, in one process and in several.
+"""The suite of the agreement, python -m benchmarks agreement: what one exchange costs the serving thread.
 
     issue   pack what this rank saw, dispatch the program       before the model step
     read    take the answer, with caches that are cold          after it, one step later
@@ -13,10 +13,12 @@ fewer.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 from benchmarks.figure import Figure, Goal, figure
+from benchmarks.suite_command import Measure, run, suite_parser
 from jaxcache.launch import Processes
 
 TITLE = "The agreement, process 0"
@@ -25,7 +27,8 @@ FLEETS = ((1, 8), (2, 1), (2, 4), (4, 2))  # processes, devices of each
 NUM_STEPS, WARMUP_STEPS = 450, 30
 MODEL_MS = 5.0  # at least
 TIMEOUT_S = 300.0
-Measure = Callable[[], list[Figure]]
+HELP = "measure the exchange of a step, in one process and in several, and say which goals are met"
+ROOT = Path(__file__).parents[2]
 
 
 def groups(only: Sequence[str] | None = None) -> dict[str, Measure]:
@@ -39,7 +42,7 @@ def groups(only: Sequence[str] | None = None) -> dict[str, Measure]:
 
 def fleet(num_processes: int, num_devices: int) -> list[Figure]:
     program = ["-m", "benchmarks.agreement.rank", str(NUM_STEPS), str(WARMUP_STEPS), str(MODEL_MS)]
-    with Processes(program, num_processes, num_devices) as processes:
+    with Processes(program, num_processes, num_devices, cwd=ROOT) as processes:
         printed = processes.check(TIMEOUT_S)[0].stdout
     measured = json.loads(printed.splitlines()[-1])  # libraries print, too
     name = f"{num_processes}x{num_devices}"
@@ -53,3 +56,8 @@ def fleet(num_processes: int, num_devices: int) -> list[Figure]:
         figure(f"agreement_round_{name}", f"{where}: issue and read at once", measured["round_us"]),
         figure(f"agreement_here_{name}", f"{where}: the same where one process has the mesh", measured["local_us"]),
     ]
+
+
+def main(argv: list[str]) -> int:
+    args = suite_parser("agreement", HELP).parse_args(argv)
+    return run("agreement", TITLE, lambda: groups(args.only), args.json)

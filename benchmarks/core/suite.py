@@ -1,9 +1,15 @@
-"""The suite of the core: groups of figures that are measured together, by name, in the order of the table."""
+"""The suite of the core, python -m benchmarks core: match, split, insert, evict ... and replays.
+
+A floor is what the operation cannot beat, measured in the same run: one comparison of the same bytes, or the smallest
+tree that does the same lookups without any feature.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from benchmarks.core.evictions import evict_one, evict_one_beside_namespaces, evict_share
 from benchmarks.core.matches import match, rematch
@@ -13,18 +19,18 @@ from benchmarks.core.pauses import pauses
 from benchmarks.core.replays import memory, replay_groups
 from benchmarks.core.steps import steps
 from benchmarks.core.workload import Workload
-from benchmarks.figure import Figure
 from benchmarks.measure import undisturbed
+from benchmarks.suite_command import Measure, run, suite_parser
 from jaxcache.replay.traces import read_trace
 
 TITLE = "The core"
 WORKLOAD = Workload()
 NEED_TRACE = ("replay", "bytes", "pause")
-Measure = Callable[[], list[Figure]]
+HELP = "measure every operation of the core beside its floor of the same run, and say which goals are met (5 minutes)"
 
 
 def groups(workload: Workload, only: Sequence[str] | None = None) -> dict[str, Measure]:
-    """All groups, or those whose names begin with one of `only`.
+    """All groups in the order of the table, or those whose names begin with one of `only`.
 
     ValueError for a name that none begins with, and for a trace that is needed and cannot be read.
     """
@@ -52,3 +58,11 @@ def groups(workload: Workload, only: Sequence[str] | None = None) -> dict[str, M
         except OSError as error:
             raise ValueError(f"{workload.trace}: {error.strerror}: name a trace with --trace") from error
     return {group: partial(undisturbed, partial(measure, workload)) for group, measure in chosen.items()}
+
+
+def main(argv: list[str]) -> int:
+    parser = suite_parser("core", HELP)
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="JSONL or JSONL.gz to replay, not the bundled one")
+    args = parser.parse_args(argv)
+    workload = WORKLOAD if args.trace is None else replace(WORKLOAD, trace=args.trace)
+    return run("core", TITLE, lambda: groups(workload, args.only), args.json)

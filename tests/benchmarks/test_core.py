@@ -1,18 +1,17 @@
-"""`python -m jaxcache bench`: which figures, as JSON and as a table, and exit codes. Sizes are tiny: no time counts."""
+"""`python -m benchmarks core`: which figures, as JSON and as a table; exit codes. Sizes are tiny: no time counts."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from dataclasses import replace
 
 import pytest
 
 from benchmarks import figure
-from benchmarks.core import suite as core_suite
+from benchmarks.__main__ import main
+from benchmarks.core import suite
 from benchmarks.core.workload import Workload, short
 from benchmarks.figure import Goal
-from jaxcache.cli import main
 
 TINY = Workload(
     page_tokens=(16, 64),
@@ -76,11 +75,11 @@ WITHOUT_GOAL = {
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    monkeypatch.setattr(core_suite, "WORKLOAD", TINY)
+    monkeypatch.setattr(suite, "WORKLOAD", TINY)
 
 
 def test_every_figure_as_json(capsys):
-    code = main(["bench", "core", "--json", "-"])
+    code = main(["core", "--json", "-"])
     report = json.loads(capsys.readouterr().out)
     figures = report["figures"]
     assert set(figures) == NAMES
@@ -100,7 +99,7 @@ def test_every_figure_as_json(capsys):
 
 def test_only_some_as_a_table_and_in_a_file(capsys, tmp_path):
     file = tmp_path / "new" / "bench.json"
-    main(["bench", "core", "--only", "rematch", "path", "--json", str(file)])
+    main(["core", "--only", "rematch", "path", "--json", str(file)])
     out = capsys.readouterr().out
     assert "match again while the tree is the same" in out
     assert "lock + unlock 8 nodes / stripped tree" in out
@@ -117,7 +116,7 @@ def test_only_some_as_a_table_and_in_a_file(capsys, tmp_path):
 def test_a_trace_of_ones_own(capsys, tmp_path):
     trace = tmp_path / "trace.jsonl"
     trace.write_text('{"input_length": 512, "output_length": 1, "hash_ids": [1]}\n' * 3)
-    main(["bench", "core", "--only", "replay_page64", "--trace", str(trace), "--json", "-"])
+    main(["core", "--only", "replay_page64", "--trace", str(trace), "--json", "-"])
     figures = json.loads(capsys.readouterr().out)["figures"]
     assert figures["replay_full_page64_200000"]["hit_rate"] == pytest.approx(2 * 448 / (3 * 512))
 
@@ -125,26 +124,21 @@ def test_a_trace_of_ones_own(capsys, tmp_path):
 @pytest.mark.parametrize(("num_bytes", "code", "met"), [(9.0, 0, True), (0.1, 1, False)])
 def test_a_missed_goal_is_marked_and_is_the_exit_code(monkeypatch, capsys, num_bytes, code, met):
     monkeypatch.setattr("benchmarks.core.replays.BYTES_GOAL", Goal("value", "<=", num_bytes))
-    assert main(["bench", "core", "--only", "bytes", "--json", "-"]) == code
+    assert main(["core", "--only", "bytes", "--json", "-"]) == code
     captured = capsys.readouterr()
     report = json.loads(captured.out)
     assert report["figures"]["bytes_per_token"]["met"] is met
     assert ("bytes_per_token" in report["missed"]) is not met
     assert ("bytes_per_token: value <= 0.1 is missed" in captured.err) is not met
-    main(["bench", "core", "--only", "bytes"])
+    main(["core", "--only", "bytes"])
     assert ("NO" in capsys.readouterr().out) is not met
 
 
-def test_what_cannot_be_measured_is_said(monkeypatch, capsys, tmp_path):
-    assert main(["bench", "core", "--only", "moon"]) == 2
+def test_what_cannot_be_measured_is_said(capsys, tmp_path):
+    assert main(["core", "--only", "moon"]) == 2
     assert "'moon' is the beginning of none of match" in capsys.readouterr().err
-    assert main(["bench", "core", "--trace", str(tmp_path / "none.jsonl")]) == 2
+    assert main(["core", "--trace", str(tmp_path / "none.jsonl")]) == 2
     assert "none.jsonl: No such file or directory: name a trace with --trace" in capsys.readouterr().err
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert main(["bench", "core"]) == 2
-    assert "jaxcache[cli]" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="2"):
-        main(["bench", "moon"])
 
 
 def test_a_ratio_is_of_the_same_turn():

@@ -60,7 +60,9 @@ LAYERS = {
     "jaxcache.replay": Layer(
         (*FOUNDATION, "jaxcache.config", "jaxcache.core", "jaxcache.runtime.events", "jaxcache.replay"), ("numpy",)
     ),
-    "jaxcache.testing": Layer(("jaxcache",), ("jax", "numpy", "xxhash", "hypothesis")),
+    "jaxcache.testing": Layer(
+        (*FOUNDATION, "jaxcache.config", "jaxcache.core", "jaxcache.runtime", "jaxcache.testing"), ("numpy",)
+    ),
     "jaxcache.cli": Layer(("jaxcache", "kernels_pallas"), ("jax", "numpy", "xxhash", "rich", "matplotlib")),
     "jaxcache.__main__": Layer(("jaxcache.cli",), ()),
     "jaxcache": Layer(("jaxcache",), ()),
@@ -191,7 +193,7 @@ def test_house_rules(rule):
     assert not [line for name, source in SOURCES.items() for line in rule(name, source)]
 
 
-@pytest.mark.parametrize("package", ["jaxcache", "jaxcache.core"])
+@pytest.mark.parametrize("package", ["jaxcache", "jaxcache.core", "jaxcache.launch", "jaxcache.replay.study"])
 def test_imports_without_jax(package):
     code = f"import sys, {package}; print(sorted({{'jax', 'jaxlib', 'flax', 'matplotlib'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -221,6 +223,8 @@ def test_imports_without_jax(package):
         ("jaxcache.runtime.controller", "import argparse"),
         ("jaxcache.runtime.metrics", "from rich.table import Table"),
         ("jaxcache.replay.study", "from matplotlib.figure import Figure"),
+        ("jaxcache.replay.replay", "from jaxcache.testing.scenario import Scenario"),
+        ("jaxcache.testing.simulation", "from jaxcache import Cache"),
         ("jaxcache.testing.simulation", "import models.serve"),
         ("jaxcache.cli.doctor", "from models import serve"),
         ("jaxcache.cli.replay", "from benchmarks.core.workload import TRACE"),

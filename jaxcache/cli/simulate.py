@@ -19,8 +19,7 @@ from jaxcache.cli.replay import natural, positive
 from jaxcache.command_options import STDOUT, prepare_json, write_json
 
 if TYPE_CHECKING:
-    from jaxcache.testing.schedule import Operation
-    from jaxcache.testing.simulation import Report, Settings
+    from jaxcache.testing.simulation import Operation, Report, Settings
     from jaxcache.testing.simulation_failure import Failure
 
 HELP = "serve at random on all ranks of a mesh at once, under faults of storage, and check everything (2 minutes)"
@@ -95,7 +94,7 @@ def make_settings(args: argparse.Namespace) -> Settings:
 
 def chosen(settings: Settings, only: str | None) -> list[Operation]:
     """The operations of the schedule with these numbers. ValueError for a number that it does not have."""
-    from jaxcache.testing.schedule import schedule
+    from jaxcache.testing.simulation import schedule
 
     operations = schedule(settings.seed, settings.num_steps)
     if only is None:

@@ -19,9 +19,8 @@ from jaxcache.core.lease import Lease
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.runtime.backup_merging import merged
 from jaxcache.runtime.host_page_order import HostPageOrder
-from jaxcache.testing.delays import Delays
-from jaxcache.testing.model_step import ModelStep
-from jaxcache.testing.page_content import GARBAGE, RANK
+from jaxcache.testing.chance import Delays
+from jaxcache.testing.page_content import GARBAGE, RANK, ModelStep
 from jaxcache.testing.simulated_io import Pages, SimulatedIO, check_no_storage
 from jaxcache.testing.simulated_storage import SimulatedStorage
 from jaxcache.testing.storage_faults import StorageFaults

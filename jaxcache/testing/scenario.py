@@ -19,14 +19,13 @@ from jaxcache.core.page_hash import Namespace
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.core.sequence import Sequence
 from jaxcache.runtime.lanes import Lanes
-from jaxcache.testing.delays import Delays
-from jaxcache.testing.exchange import Exchange
+from jaxcache.testing.chance import Delays
 from jaxcache.testing.fake_plane import FakePlane
-from jaxcache.testing.model_step import model_step
+from jaxcache.testing.page_content import model_step
 from jaxcache.testing.request import Request
 from jaxcache.testing.simulated_storage import SimulatedStorage
 from jaxcache.testing.storage_faults import StorageFaults
-from jaxcache.testing.virtual_rank import VirtualRank
+from jaxcache.testing.virtual_rank import Exchange, VirtualRank
 
 TENANTS = ("a", "b", "c")  # whose namespaces these are, where tenants have limits
 REMEMBERED = 40

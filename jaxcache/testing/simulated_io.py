@@ -18,7 +18,7 @@ from jaxcache.runtime.circuit_breaker import CircuitBreaker
 from jaxcache.runtime.host_page_order import HostPageOrder
 from jaxcache.runtime.storage_connection import MAX_FAILURES
 from jaxcache.runtime.storage_operation import Status
-from jaxcache.testing.delays import Delays
+from jaxcache.testing.chance import Delays
 from jaxcache.testing.page_content import GARBAGE, RANK, page_content
 from jaxcache.testing.simulated_storage import SimulatedStorage, checked, corrupted
 from jaxcache.testing.storage_faults import StorageFaults

@@ -16,23 +16,37 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxcache.components import FullAttention, RecurrentState, SlidingWindow
 from jaxcache.components.base import Component
 from jaxcache.config import CacheConfig
 from jaxcache.core import invariants
-from jaxcache.testing.delays import Delays
-from jaxcache.testing.mixing import mix
+from jaxcache.testing.chance import Delays, mix
 from jaxcache.testing.request import Request
 from jaxcache.testing.scenario import Scenario
-from jaxcache.testing.schedule import Operation, schedule
 from jaxcache.testing.storage_faults import FAULTS, PAGE_FAULTS, StorageFaults
 from jaxcache.types import PrefetchPolicy, RanksDiverged, TransferFault, TransferKind, WritePolicy
 
 KINDS = ("full", "window", "state")
 POLICIES = ("lru", "lfu", "slru", "priority")
 THROUGH, SELECTIVE = WritePolicy.WRITE_THROUGH, WritePolicy.WRITE_THROUGH_SELECTIVE
+RATES = {  # kinds of operations -> how many of 1,000 steps have one
+    "arrive": 245,
+    "arrive_twice": 6,
+    "give_up": 4,
+    "abort": 8,
+    "retract": 8,
+    "cancel": 12,
+    "reset": 2,
+    "forget_device": 2,
+    "detach": 2,
+    "attach": 40,
+    "retire": 2,
+    "change_policy": 6,
+    "clear_storage": 2,
+}
+PER_STEPS = 1000
 MAX_PAGES = 8  # of one request
 MAX_WAITING = 12
 MAX_RUNNING = 5
@@ -41,6 +55,30 @@ FAILURES = (
     AssertionError, RanksDiverged, TransferFault, RuntimeError, ValueError, TypeError, LookupError, AttributeError,
     ArithmeticError, struct.error,
 )  # fmt: skip
+
+
+class Operation(NamedTuple):
+    """Number `index` of the whole schedule: in `step`, what `kind` says, with all its chances from `seed`."""
+
+    index: int
+    step: int
+    kind: str
+    seed: int
+
+
+def schedule(seed: int, num_steps: int) -> list[Operation]:
+    """What happens to the loop from outside, in order, written down before it runs.
+
+    Each operation has a seed of its own, so that a run with some of them left out is the same where the rest is the
+    same. A schedule of fewer steps is the beginning of one of more.
+    """
+    operations: list[Operation] = []
+    for step in range(num_steps):
+        for number, (kind, rate) in enumerate(RATES.items()):
+            chance = mix(seed, step, number)
+            if chance % PER_STEPS < rate:
+                operations.append(Operation(len(operations), step, kind, chance // PER_STEPS))
+    return operations
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,11 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
-from jaxcache.testing.delta_debugging import ddmin
-from jaxcache.testing.schedule import Operation, schedule
-from jaxcache.testing.simulation import FAILURES, Report, Settings, Simulation
+from jaxcache.testing.simulation import FAILURES, Operation, Report, Settings, Simulation, schedule
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -96,3 +97,32 @@ def reduced(failure: Failure, seconds: float) -> Failure:
         return replace(failure, repeats=False)
     ddmin(failure.operations, fails, lambda: time.monotonic() < end)
     return smallest
+
+
+def ddmin(
+    elements: Sequence[T], fails: Callable[[list[T]], bool], may_try: Callable[[], bool] = lambda: True
+) -> list[T]:
+    """Zeller's ddmin: a part of `elements`, in order, that fails; unless `may_try` ended the search, each is needed.
+
+    |---- chunk ----|---- chunk ----|---- chunk ----|     leave one out; if what is left still fails, go on with that,
+                                                          else try smaller chunks, down to single elements
+
+    fails: whether a part fails; all elements together do. Nothing at all is tried first
+    """
+    rest, num_chunks = list(elements), 2
+    if rest and may_try() and fails([]):
+        return []
+    while len(rest) >= 2:
+        chunk = -(-len(rest) // num_chunks)
+        for start in range(0, len(rest), chunk):
+            if not may_try():
+                return rest
+            smaller = rest[:start] + rest[start + chunk :]
+            if fails(smaller):
+                rest, num_chunks = smaller, max(num_chunks - 1, 2)
+                break
+        else:
+            if chunk == 1:
+                break
+            num_chunks = min(2 * num_chunks, len(rest))
+    return rest

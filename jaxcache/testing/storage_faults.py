@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection
 
-from jaxcache.testing.mixing import mix, number_of
+from jaxcache.testing.chance import mix, number_of
 from jaxcache.types import Transfer
 
 PAGE_FAULTS = ("lost", "corrupt", "torn")

@@ -1,19 +1,20 @@
 """One rank of the simulation: the real core, a fake data plane, a clock of its own, and the step of the controller.
 
-step    what was agreed in the step before -> commit -> poll the plane -> what this rank says now
+step      what was agreed in the step before -> commit -> poll the plane -> what this rank says now
+exchange  what all ranks say -> what each of them gets in the next step
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from jaxcache.core.prefix_cache import PrefixCache
-from jaxcache.runtime import carried
+from jaxcache.runtime import carried, reduction
 from jaxcache.runtime.lanes import Agreed, Lanes, Said
+from jaxcache.testing.chance import mix
 from jaxcache.testing.fake_plane import FakePlane
-from jaxcache.testing.mixing import mix
 from jaxcache.types import CLOCK_MODULUS, Outcome
 
 
@@ -68,3 +69,26 @@ class VirtualRank:
                 here = self.plane.io.live[id].status()
                 assert here.done or not outcome.done, f"R4: rank {self.plane.rank}: {id} is not done, but taken for it"
                 assert here.quiet or not outcome.quiet, f"L6: rank {self.plane.rank}: {id} is not quiet"
+
+
+class Exchange:
+    """Between the ranks of a mesh: the reduction of the product, one row per rank.
+
+    mesh_shape: {"cp": n, "tp": n, "pp": n}; ranks are counted in the order of the mesh
+    """
+
+    def __init__(self, mesh_shape: dict[str, int], num_unanimous: int):
+        self.mesh_shape, self.num_unanimous = mesh_shape, num_unanimous
+
+    def reduce(self, rows: Sequence[bytes | None]) -> np.ndarray | None:
+        """What every rank gets for what each has said: int32[num_ranks, num_lanes]. None if nobody says anything.
+
+        rows: the lanes of each rank, packed
+        Some saying nothing is an AssertionError: the others would wait for ever.
+        """
+        silent = [rank for rank, row in enumerate(rows) if row is None]
+        assert len(silent) in (0, len(rows)), f"X7: ranks {silent} take no part in the exchange, the others wait"
+        if silent:
+            return None
+        stacked = np.frombuffer(b"".join(row for row in rows if row is not None), np.int32).reshape(len(rows), -1)
+        return np.broadcast_to(reduction.reduce_rows(stacked, self.mesh_shape, self.num_unanimous), stacked.shape)

@@ -9,7 +9,7 @@ import pytest
 
 from jaxcache.cli import main
 from jaxcache.testing.scenario import Scenario
-from jaxcache.testing.schedule import schedule
+from jaxcache.testing.simulation import schedule
 from jaxcache.testing.storage_faults import FAULTS
 
 SHORT = ("simulate", "--mesh", "2,1,2", "--steps", "150", "--seed", "3")

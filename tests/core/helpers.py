@@ -14,12 +14,11 @@ from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.core.sequence import Sequence
 from jaxcache.core.ticket import Ticket
 from jaxcache.runtime.lanes import Lanes
-from jaxcache.testing.delays import Delays
-from jaxcache.testing.exchange import Exchange
+from jaxcache.testing.chance import Delays
 from jaxcache.testing.fake_plane import FakePlane
-from jaxcache.testing.model_step import model_step
+from jaxcache.testing.page_content import model_step
 from jaxcache.testing.simulated_storage import SimulatedStorage
-from jaxcache.testing.virtual_rank import VirtualRank
+from jaxcache.testing.virtual_rank import Exchange, VirtualRank
 from jaxcache.types import Match, Transfer, TransferKind, Wait
 
 PAGE = 4

@@ -7,7 +7,7 @@ import pytest
 
 from jaxcache.core.lease import Lease
 from jaxcache.core.radix_tree import Node
-from jaxcache.testing.model_step import model_step
+from jaxcache.testing.page_content import model_step
 from jaxcache.types import Match, WritePolicy
 from tests.core.helpers import FULL, NEXT, Server, prompt, state, window
 

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from jaxcache.testing.delta_debugging import ddmin
+from jaxcache.testing.simulation_failure import ddmin
 
 
 @pytest.mark.parametrize(

@@ -17,14 +17,12 @@ from jaxcache.components.base import Component, FieldSpec, Reach
 from jaxcache.runtime.host_page_order import HostPageOrder
 from jaxcache.runtime.reduction import collective
 from jaxcache.testing import scenario, simulation
-from jaxcache.testing.delays import Delays
-from jaxcache.testing.exchange import Exchange
+from jaxcache.testing.chance import Delays
 from jaxcache.testing.scenario import Scenario
-from jaxcache.testing.schedule import schedule
-from jaxcache.testing.simulation import Report, Settings, Simulation
+from jaxcache.testing.simulation import Report, Settings, Simulation, schedule
 from jaxcache.testing.simulation_failure import Failure, attempt, simulate
 from jaxcache.testing.storage_faults import FAULTS, fault_kinds
-from jaxcache.testing.virtual_rank import VirtualRank
+from jaxcache.testing.virtual_rank import Exchange, VirtualRank
 from jaxcache.types import PrefetchPolicy
 
 ROOT = Path(__file__).parent.parent.parent

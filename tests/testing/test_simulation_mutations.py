@@ -21,10 +21,8 @@ from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.runtime import carried
 from jaxcache.runtime.lanes import DONE, LANE_BYTES, Lanes
 from jaxcache.testing import scenario, simulation
-from jaxcache.testing.exchange import Exchange
-from jaxcache.testing.schedule import RATES
-from jaxcache.testing.simulation import Settings, Simulation
-from jaxcache.testing.virtual_rank import VirtualRank
+from jaxcache.testing.simulation import RATES, Settings, Simulation
+from jaxcache.testing.virtual_rank import Exchange, VirtualRank
 from jaxcache.types import DECLINED, NO_PAGES, Outcome, PrefetchPolicy, WritePolicy
 
 MESH = (2, 2, 2)

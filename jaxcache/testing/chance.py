@@ -1,16 +1,34 @@
-"""How long everything takes in virtual time, in microseconds: drawn by `mix` between two bounds, for each rank anew."""
+"""Chance without a stream: a number that depends on nothing but what it is asked for; and how long everything takes.
+
+So a run that is repeated with some of its input left out meets the same faults and delays where the rest is the same.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jaxcache.testing.mixing import mix
+MASK = (1 << 64) - 1
+
+
+def mix(*values: int) -> int:
+    """48 bits that look random: the same on every machine, under every hash seed."""
+    h = 0x9E3779B97F4A7C15
+    for value in values:
+        h = ((h ^ value) * 0xBF58476D1CE4E5B9) & MASK
+        h ^= h >> 31
+    return ((h * 0x94D049BB133111EB) & MASK) >> 16
+
+
+def number_of(key: bytes) -> int:
+    """Of a page key, for `mix`."""
+    return int.from_bytes(key[:8], "little")
 
 
 @dataclass(frozen=True)
 class Delays:
-    """Bounds of each, [low, high): one model step, one copy between device and host, one page of storage, one question.
+    """How long everything takes in virtual time, in microseconds: drawn between two bounds, for each rank anew.
 
+    Bounds are [low, high): of one model step, one copy between device and host, one page of storage, one question.
     deadline_us: of a storage transfer
     rest_us:     how long the breaker stays open
     piece_pages: pages of storage that are moved as one; num_threads: pieces of one transfer at a time

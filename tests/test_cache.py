@@ -311,6 +311,7 @@ def test_forgetting_the_device_while_a_load_back_is_on_its_way(driver):
 
 
 def test_explain_names_the_tiers_and_the_first_missing_page(one):
+    """S4."""
     with one.cache() as cache:
         driver = Driver(one, cache)
         driver.ask(PROMPT, num_decode=1)

@@ -48,6 +48,7 @@ def test_a_snapshot_has_pages_on_either_tier_and_on_both(saved):
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
 def test_same_matches_and_bytes(make_mesh, saved, shape):
+    """S2."""
     driver = restored(rig_on(make_mesh(*shape)), saved.folder)
     with driver.cache as cache:
         check_same(driver, saved)

@@ -1,4 +1,4 @@
-"""The invariants of DESIGN section 9, recomputed from scratch. Slow; for tests, simulations and suspicion.
+"""The invariants of docs/BEHAVIOURS.md, recomputed from scratch. Slow; for tests, simulations and suspicion.
 
 I5, I8, I9 and I12 are about sequences of calls: the state machine and the simulation check them.
 """

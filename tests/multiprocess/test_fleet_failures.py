@@ -57,6 +57,7 @@ def assert_names_step(exit: Exit, model: bool) -> None:
 @pytest.mark.parametrize("model", [False, True], ids=["agreement", "model"])
 @pytest.mark.parametrize("end", [Processes.kill, Processes.stop])
 def test_a_process_that_dies_or_stops_is_reported_by_all_others(end, model):
+    """R8: within the bound."""
     exits, seconds = fail(3, 2, model, end)
     what = "a computation" if model else "the agreement"
     assert seconds < TIMEOUT_S
@@ -133,7 +134,7 @@ def test_a_tree_that_was_damaged_in_one_process_ends_all_within_two_steps(hangs)
 
 
 def test_other_content_in_one_process_ends_all_within_two_steps():
-    """A prompt, a generated token, a namespace, a retirement: nothing else differs, not even a length."""
+    """R8: a prompt, a generated token, a namespace, a retirement: nothing else differs, not even a length."""
     names = {
         "prompt": "(admit: other content checksum)",
         "generated": "(extend: other checksum of the new tokens)",

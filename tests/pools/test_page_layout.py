@@ -49,6 +49,7 @@ def test_few_slots_are_repeated_over_cp(make_mesh):
     ],
 )
 def test_what_does_not_divide_names_both_numbers(make_mesh, shape, spec, message):
+    """K3."""
     with pytest.raises(ValueError, match=message):
         layout_of(make_mesh(*shape), spec)
 

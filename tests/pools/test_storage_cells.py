@@ -127,6 +127,7 @@ def test_names_say_which_part_it_is(make_mesh):
 
 
 def test_names_differ_where_bytes_differ(make_mesh):
+    """X9."""
     layout = layout_of(make_mesh(2, 2, 2), None, (KV, INDEX))
     cells = [cell for at in itertools.product(range(2), repeat=3) for cell in storage_cells(layout, at)]
     assert len({cell.name for cell in cells}) == 8

@@ -161,6 +161,8 @@ def test_one_process_keeps_its_config(make_mesh):
 
 
 def test_the_smallest_capacities_are_used_before_anything_is_allocated(make_mesh, monkeypatch):
+    """R7."""
+
     def change(row):
         row[DIGEST_LANES] = 48
 

@@ -110,7 +110,7 @@ def test_r1_what_any_one_rank_lacks_all_lack(make_mesh, shape):
 @pytest.mark.parametrize("shape", MESHES)
 @pytest.mark.parametrize("what", ["how far", "may stop", "quiet after an abort", "a store has drained"])
 def test_r2_there_is_one_path_for_all_that_is_agreed(make_mesh, shape, what):
-    """A rank that lags, wherever it is, holds up the transition on all; then all take it in the same step."""
+    """R2: a rank that lags, wherever it is, holds up the transition on all; then all take it in the same step."""
     mesh = make_mesh(*shape)
     for rank in {0, mesh.size // 2, mesh.size - 1}:
         ranks = Ranks(mesh)
@@ -166,7 +166,7 @@ TRANSITIONS = {"how far": how_far, "may stop": may_stop, "quiet after an abort":
 
 @pytest.mark.parametrize("shape", [shape for shape in MESHES if shape[2] > 1])
 def test_r3_stages_follow_the_clock_of_stage_0(make_mesh, shape):
-    """Whatever theirs say: the deadline of a prefetch comes in the same step on all, on L3 and so on L2."""
+    """Whatever theirs say: the deadline of a prefetch comes in one step on all, in storage and so in host memory."""
     mesh = make_mesh(*shape)
     config = {"prefetch_timeout_s": 0.1, "prefetch_timeout_s_per_1k_tokens": 0.0}
     ranks = Ranks(mesh, prefetch_policy=PrefetchPolicy.TIMEOUT, **config)

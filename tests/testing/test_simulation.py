@@ -162,7 +162,7 @@ def without_storage(patch: pytest.MonkeyPatch) -> None:
 
 
 def test_waiting_is_not_a_decision(monkeypatch):
-    """DESIGN 1.3: copies between device and host may end in any order, at any time, on every rank for itself."""
+    """Copies between device and host may end in any order, at any time, on each rank for itself: docs/decisions/02."""
     without_storage(monkeypatch)
     bounds = ((0, 1), (100, 30_000), (1_000, 1_000_000))
     num_waits = [0] * len(bounds)

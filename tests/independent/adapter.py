@@ -27,7 +27,7 @@ class Rank:
 
     def __init__(self, components: tuple[Component, ...], config: CacheConfig, rng: Random):
         self.core = PrefixCache(components, config)
-        self.components = components
+        self.components = components = self.core.components
         self.num_components = len(components)
         self.names = {component.name: c for c, component in enumerate(components)}
         self.has_host = self.core.tiers.has_host

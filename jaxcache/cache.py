@@ -21,6 +21,7 @@ from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.core.sequence import Sequence as TokenSequence
 from jaxcache.core.serving import RefusedCall, RefusedType, changes
 from jaxcache.core.ticket import Ticket
+from jaxcache.core.tiers import validate, with_spine
 from jaxcache.pools.device_pool import DevicePools, init_pools
 from jaxcache.pools.pools_check import PoolsCheck
 from jaxcache.runtime.agreement import Agreement
@@ -62,6 +63,8 @@ class Cache:
         if storage is not None:
             _check_storage(storage)
         self.mesh = mesh
+        validate(components, config)
+        components, config = with_spine(tuple(components), config)
         config, self.layouts, fleet = agree_on_start(components, mesh, config, storage)
         self.config = config
         with all_or_none(mesh, fleet):

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 import jaxcache
-from jaxcache.components import FieldSpec, FullAttention, RecurrentState, SlidingWindow
+from jaxcache.components import Component, FieldSpec, FullAttention, RecurrentState, SlidingWindow
 from jaxcache.core import invariants
 from jaxcache.types import Tier
 from tests.snapshots import order_of, pages_of
@@ -47,9 +47,11 @@ HOST_SIZES = {"full": 120, "window": 120, "state": 60}
 class Loop:
     """Serves prompts without a model: each of its pages gets random bits, and a state is made at every checkpoint."""
 
-    def __init__(self, mesh: Mesh, folder: Path | None = None, **changes: Any):
+    components: tuple[Component, ...] = COMPONENTS
+
+    def __init__(self, mesh: Mesh, folder: Path | None = None, storage: jaxcache.Storage | None = None, **changes: Any):
         config = {"page_tokens": PAGE, "device_pages": SIZES, "host_pages": HOST_SIZES, "max_transfer_pages": 8}
-        self.cache = jaxcache.Cache(COMPONENTS, mesh, jaxcache.CacheConfig(**{**config, **changes}))
+        self.cache = jaxcache.Cache(self.components, mesh, jaxcache.CacheConfig(**{**config, **changes}), storage)
         self.pools = self.cache.init_pools() if folder is None else self.cache.restore(folder)
         self.namespace = self.cache.new_namespace(model="none", tenant_salt="secret")
         self.rng = np.random.default_rng(7)

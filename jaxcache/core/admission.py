@@ -16,7 +16,7 @@ from jaxcache.core.lease import Lease, read_only
 from jaxcache.core.matching import Prefix
 from jaxcache.core.missing import Cause
 from jaxcache.core.planner import Counters, Planner
-from jaxcache.core.radix_tree import Node
+from jaxcache.core.radix_tree import FULL, Node
 from jaxcache.core.sequence import Sequence
 from jaxcache.core.tiers import Hold, Tiers
 from jaxcache.types import Move, TransferKind
@@ -88,7 +88,7 @@ class Admission:
         lows: list[int] = []
         for c, device in enumerate(tiers.device):
             is_point = c == tiers.point
-            low = 0 if c == tiers.full else num_tokens - 1 if is_point else tiers.required_start(c, num_tokens)
+            low = 0 if c == FULL else num_tokens - 1 if is_point else tiers.required_start(c, num_tokens)
             wanted = 1 if is_point else own_pages
             missing = []
             start = 0

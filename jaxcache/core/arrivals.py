@@ -13,7 +13,7 @@ from jaxcache.core import matching
 from jaxcache.core.backups import Backups
 from jaxcache.core.planner import Counters
 from jaxcache.core.prefetch import Prefetch
-from jaxcache.core.radix_tree import Node
+from jaxcache.core.radix_tree import FULL, Node
 from jaxcache.core.sequence import Sequence
 from jaxcache.core.tiers import Tiers
 from jaxcache.types import Span
@@ -30,9 +30,8 @@ class Arrivals:
     def accept(self, prefetch: Prefetch, reason: str) -> None:
         """Takes what has come as far as it is of use. reason: why the rest of the agreed tokens is missing."""
         tiers = self.tiers
-        assert tiers.full is not None
         base = min(prefetch.start, prefetch.agreed_end)
-        come = prefetch.progress.get(tiers.components[tiers.full].name, 0)
+        come = prefetch.progress.get(tiers.components[FULL].name, 0)
         end = min(prefetch.agreed_end, prefetch.start + come * tiers.page_tokens)
         self.resolve(prefetch, reason, prefetch.agreed_end - max(end, base) if prefetch.agreed_end > base else 0)
         if end <= base and not (end == prefetch.agreed_end and self._has_whole(prefetch)):
@@ -94,7 +93,6 @@ class Arrivals:
     def _place(self, sequence: Sequence, base: int) -> Node | None:
         """The node that ends at `base`, with every full page up to there in host memory; None if that cannot be had."""
         tiers = self.tiers
-        assert tiers.full is not None
         if sequence.namespace.retired:
             return None
         path = tiers.tree.walk(sequence, base)
@@ -105,7 +103,7 @@ class Arrivals:
         if base < path[-1][0].end:
             tiers.split(path[-1][0], base)
             path = tiers.tree.walk(sequence, base)
-        index = tiers.host[tiers.full].index
+        index = tiers.host[FULL].index
         if any(node.pages[index] is None for node, _ in path):
             self.backups.back_up([node for node, _ in path])
             path = tiers.tree.walk(sequence, base)
@@ -116,10 +114,9 @@ class Arrivals:
         """Hangs the fetched full pages below `node`; pages that the tree has meanwhile are duplicates."""
         tiers = self.tiers
         tree = tiers.tree
-        assert tiers.full is not None
-        host = tiers.host[tiers.full]
+        host = tiers.host[FULL]
         data, page = prefetch.sequence.data, tiers.page_tokens
-        fetched = prefetch.pages[tiers.full]
+        fetched = prefetch.pages[FULL]
         duplicate = np.ones(len(fetched), bool)
         at = node.end
         while at < end:
@@ -141,7 +138,7 @@ class Arrivals:
             else:
                 self.resolve(prefetch, "already_present", child.end - at)
             at, node = child.end, child
-        prefetch.pages[tiers.full] = fetched[duplicate]
+        prefetch.pages[FULL] = fetched[duplicate]
         return node
 
     def _accept_partial(self, prefetch: Prefetch, c: int, node: Node) -> None:
@@ -166,5 +163,4 @@ class Arrivals:
         prefetch.pages[c] = fetched[duplicate]
 
     def _holdable(self, node: Node) -> bool:
-        full = self.tiers.full
-        return full is None or node.pages[self.tiers.host[full].index] is not None
+        return node.pages[self.tiers.host[FULL].index] is not None

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from jaxcache.core.backbone import Backbone
 from jaxcache.core.planner import Counters, Planner
-from jaxcache.core.radix_tree import Node
+from jaxcache.core.radix_tree import FULL, Node
 from jaxcache.core.stores import Stores, joined
 from jaxcache.core.tiers import Tiers
 from jaxcache.types import Move, PageIds, TransferKind, WritePolicy
@@ -84,18 +84,16 @@ class Backups:
         """
         tiers = self.tiers
         num = len(tiers.components)
-        full_host = None if tiers.full is None else tiers.host[tiers.full]
+        full_host = tiers.host[FULL]
         copies = []
-        if full_host is not None:
-            full_host.pin_up(nodes[-1])
+        full_host.pin_up(nodes[-1])
         for node in nodes:
             pages = node.pages
-            for c in tiers.top_first:
+            for c in range(len(tiers.components)):
                 wanted = pages[c] is not None and pages[c + num] is None
                 if wanted and node.ready_step <= tiers.step and self._host_full_is_there(node, c):
                     copies += self._copy(node, c)
-        if full_host is not None:
-            full_host.unpin_up(nodes[-1])
+        full_host.unpin_up(nodes[-1])
         self._plan(copies)
 
     def spill(self, c: int, victim: Node) -> None:
@@ -104,7 +102,7 @@ class Backups:
         if victim.pages[self.tiers.host[c].index] is None:
             copies = self._copy(victim, c)
             self._plan(copies)
-        if copies or c != self.tiers.full or victim.pages[self.tiers.host[c].index] is not None:
+        if copies or c != FULL or victim.pages[self.tiers.host[c].index] is not None:
             self.tiers.drop(self.tiers.device[c], victim)
         else:
             self.drop_subtree(victim)
@@ -128,11 +126,9 @@ class Backups:
     def _host_full_is_there(self, node: Node, c: int) -> bool:
         """Prefix closure of host memory: the parent's full pages for full attention, the node's own for the rest."""
         tiers = self.tiers
-        if tiers.full is None:
-            return True
-        above = node.parent if c == tiers.full else node
+        above = node.parent if c == FULL else node
         assert above is not None
-        return above.parent is None or above.pages[tiers.host[tiers.full].index] is not None
+        return above.parent is None or above.pages[tiers.host[FULL].index] is not None
 
     def _copy(self, node: Node, c: int) -> list[Copy]:
         """Puts one entry into host memory."""
@@ -159,7 +155,7 @@ class Backups:
             return
         moves = []
         num_pages = 0
-        for c in tiers.top_first:
+        for c in range(len(tiers.components)):
             mine = [copy for copy in copies if copy.c == c]
             if mine:
                 targets = joined([copy.host_pages for copy in mine])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from jaxcache.core.radix_tree import Node
+from jaxcache.core.radix_tree import FULL, Node
 from jaxcache.core.residency import Residency
 from jaxcache.core.tiers import Hold
 from jaxcache.types import PageIds, Tier, TransferKind
@@ -63,7 +63,7 @@ class Clearing:
         stack = [child for root in tiers.tree.all_roots() for child in root.children.values()]
         while stack:
             node = stack.pop()
-            if tiers.full is None or _in_host(tiers.host[tiers.full], node, lost):
+            if _in_host(tiers.host[FULL], node, lost):
                 kept[node.id] = node
                 stack += node.children.values()
         self._keep(kept, lost)
@@ -144,8 +144,7 @@ class Clearing:
                         pages[residency.tier].append((residency, page_ids))
                     else:
                         residency.allocator.free(page_ids)
-            holds_nothing = not node.children and all(entry is None for entry in node.pages)
-            if node.id not in kept or (tiers.full is None and holds_nothing):
+            if node.id not in kept:
                 tiers.tree.remove(node)
         for holds in holders:
             # What stays is in host memory from the root down, and needs nothing on the device above it.

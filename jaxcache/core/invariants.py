@@ -10,7 +10,7 @@ import numpy as np
 from jaxcache.components.base import Reach
 from jaxcache.core.limits_check import check_retentions, check_tenants
 from jaxcache.core.prefix_cache import PrefixCache
-from jaxcache.core.radix_tree import Node
+from jaxcache.core.radix_tree import FULL, Node
 from jaxcache.core.residency import Residency
 from jaxcache.types import WritePolicy
 
@@ -49,18 +49,13 @@ def _check_node(core: PrefixCache, node: Node) -> None:
     assert node.first_page == bytes(node.edge[:page_bytes]), f"I4: {node=} first page"
     assert parent.children.get(node.first_page) is node, f"I4: {node=} is not its parent's child"
     assert node.start == parent.end, f"I4: {node=} does not follow {parent=}"
-    full = tiers.full
-    if full is None:
-        holds = node.children or node.ends_here or any(pages is not None for pages in node.pages)
-        assert holds, f"I7: {node=} holds nothing"
-        return
-    assert tiers.resident(full, node), f"I7: {node=} has no full pages anywhere"
+    assert tiers.resident(FULL, node), f"I7: {node=} has no full pages anywhere"
     if parent.parent is not None:
-        device, host = tiers.device[full].index, tiers.host[full].index
+        device, host = tiers.device[FULL].index, tiers.host[FULL].index
         assert node.pages[device] is None or parent.pages[device] is not None, f"I6: device closure at {node=}"
         closed = tiers.config.write_policy is WritePolicy.WRITE_BACK or parent.pages[host] is not None
         assert node.pages[host] is None or closed, f"I6: host closure at {node=}"
-    for residency in (tiers.device[full], tiers.host[full]):
+    for residency in (tiers.device[FULL], tiers.host[FULL]):
         below = sum(child.pins[residency.index] for child in node.children.values())
         assert node.pins[residency.index] >= below, f"I2: {node=} has fewer pins than its children"
 

@@ -151,8 +151,9 @@ class Lease:
             self._quiet_end = -1  # nothing can be computed yet: every call is looked at
             return
         page = tiers.page_tokens
-        table = self._tables[tiers.spine]
-        room = num_computed + page if table is None else len(table) * page
+        table = self._tables[0]
+        assert table is not None
+        room = len(table) * page
         self._quiet_end = min(room, (num_computed // page + 1) * page - 1) if tiers.partial else room
 
     def __repr__(self) -> str:

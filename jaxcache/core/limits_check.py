@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxcache.config import pages_of_share
 from jaxcache.core.lease import Lease
 from jaxcache.core.prefix_cache import PrefixCache
-from jaxcache.core.radix_tree import Node
+from jaxcache.core.radix_tree import FULL, Node
 from jaxcache.types import Tier
 
 
@@ -16,14 +16,13 @@ def check_retentions(core: PrefixCache, nodes: list[Node]) -> None:
     needed: dict[int, int] = {}
     for held in retentions.live.values():
         node = held.node
-        while tiers.full is not None and node.parent is not None:
+        while node.parent is not None:
             needed[node.id] = needed.get(node.id, 0) + 1
-            assert node.pins[tiers.full], f"I14: {node=} is retained and not pinned"
+            assert node.pins[FULL], f"I14: {node=} is retained and not pinned"
             node = node.parent
     sums = [sum(held.num_pages[c] for held in retentions.live.values()) for c in range(len(tiers.components))]
-    if tiers.full is not None:
-        kept = [node for node in nodes if node.id in needed]
-        sums[tiers.full] = sum(len(node.edge) // tiers.tree.page_bytes for node in kept)
+    kept = [node for node in nodes if node.id in needed]
+    sums[FULL] = sum(len(node.edge) // tiers.tree.page_bytes for node in kept)
     assert all(node.retained == needed.get(node.id, 0) for node in nodes), "I14: retained"
     assert sums == retentions.num_pages, f"I14: {sums=} {retentions.num_pages=}"
     for num_pages, device in zip(sums, tiers.device, strict=True):

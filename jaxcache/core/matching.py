@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from jaxcache.core.radix_tree import Node
+from jaxcache.core.radix_tree import FULL, Node
 from jaxcache.core.sequence import Sequence
-from jaxcache.core.tiers import Tiers
+from jaxcache.core.tiers import SPINE, Tiers
 from jaxcache.types import Match
 
 
@@ -100,23 +100,20 @@ def make_prefix(tiers: Tiers, num_tokens: int, path: list[tuple[Node, int]], fou
 
 
 def _device_tokens(tiers: Tiers, num_tokens: int, path: list[tuple[Node, int]]) -> int:
-    """Leading tokens of a prefix that need no load-back (without full attention: all or nothing)."""
+    """Leading tokens of a prefix whose full attention is on the device. With a spine, which is, all or none."""
     if not tiers.has_host:
         return num_tokens
-    if tiers.full is None:
-        return 0 if _any_missing_on_device(tiers, num_tokens, path) else num_tokens
+    if tiers.components[FULL] is SPINE:
+        return num_tokens if all(_is_on_device(tiers, c, num_tokens, path) for c in tiers.partial) else 0
     device = 0
     for node, end in path:
-        if node.pages[tiers.full] is None:
+        if node.pages[FULL] is None:
             break
         device = end
     return device
 
 
-def _any_missing_on_device(tiers: Tiers, num_tokens: int, path: list[tuple[Node, int]]) -> bool:
-    """Whether anything that resuming at `num_tokens` needs is only in host memory."""
-    for c in range(len(tiers.components)):
-        low = num_tokens - 1 if c == tiers.point else tiers.required_start(c, num_tokens)
-        if any(end > low and node.pages[c] is None for node, end in path):
-            return True
-    return False
+def _is_on_device(tiers: Tiers, c: int, num_tokens: int, path: list[tuple[Node, int]]) -> bool:
+    """Whether a window or state that resuming at `num_tokens` needs is."""
+    low = num_tokens - 1 if c == tiers.point else tiers.required_start(c, num_tokens)
+    return all(end <= low or node.pages[c] is not None for node, end in path)

@@ -20,6 +20,7 @@ from jaxcache.core.backups import Backups
 from jaxcache.core.page_hash import Namespace
 from jaxcache.core.planner import Counters, Planner
 from jaxcache.core.prefetch import Prefetch, PrefetchState
+from jaxcache.core.radix_tree import FULL
 from jaxcache.core.sequence import Sequence
 from jaxcache.core.stores import Stores
 from jaxcache.core.ticket import Ticket
@@ -47,9 +48,6 @@ class Prefetches:
         """A ticket, or None (and a counter) where asking cannot pay."""
         tiers = self.tiers
         page = tiers.page_tokens
-        if tiers.full is None:
-            self.counters["prefetch_unsupported"] += 1
-            return None
         for host in tiers.host:
             host.serve(sequence.root)
         prefix = matching.longest_prefix(tiers, sequence, None)
@@ -62,7 +60,7 @@ class Prefetches:
             if self._serves(shared, sequence, start, wanted_end, worthwhile):
                 self.counters["joined_prefetches"] += 1
                 return self._ticket(sequence, shared)
-        end = min(wanted_end, self._last_end(start + self._share(tiers.full) * page))
+        end = min(wanted_end, self._last_end(start + self._share(FULL) * page))
         pages = self._reserve(sequence, start, end) if end - prefix.num_tokens >= worthwhile else None
         if pages is None:
             self.counters["prefetch_no_room"] += 1
@@ -107,7 +105,7 @@ class Prefetches:
         """How many pages of component c it takes to resume at `end` (full attention: from `start` on)."""
         if c == self.tiers.point:
             return 1
-        low = start if c == self.tiers.full else self.tiers.required_start(c, end)
+        low = start if c == FULL else self.tiers.required_start(c, end)
         return max(0, end - low) // self.tiers.page_tokens
 
     def _reserve(self, sequence: Sequence, start: int, end: int) -> list[PageIds] | None:
@@ -115,8 +113,7 @@ class Prefetches:
         tiers = self.tiers
         counts = [self._num_pages(c, start, end) for c in range(len(tiers.components))]
         path = tiers.tree.walk(sequence, sequence.num_tokens - 1)
-        full = tiers.host[tiers.full] if tiers.full is not None else None
-        holds = tiers.hold(full, path[-1][0], 0) if path and full is not None else []
+        holds = tiers.hold(tiers.host[FULL], path[-1][0], 0) if path else []
         fits = all(count <= self._share(c) for c, count in enumerate(counts))
         pages = []
         tiers.lease_id = 0  # nobody has been admitted for whom room is made here
@@ -140,16 +137,16 @@ class Prefetches:
         keys = prefetch.sequence.page_keys(prefetch.end // page)
         first_end = self._ends(prefetch.matched_end, prefetch.end)[0]
         moves = []
-        for c in tiers.top_first:
+        for c in range(len(tiers.components)):
             if c == tiers.point:
                 ends = self._ends(prefetch.matched_end, prefetch.end)
             else:
-                low = prefetch.start if c == tiers.full else tiers.required_start(c, first_end)
+                low = prefetch.start if c == FULL else tiers.required_start(c, first_end)
                 ends = list(range(low + page, prefetch.end + 1, page))
             page_keys = tuple(keys[end // page - 1] for end in ends)
             later = self._later_keys(prefetch, c, prefetch.end)
             move = Move(tiers.components[c].name, page_keys=page_keys, page_ends=tuple(ends), later_keys=later)
-            moves.append(move._replace(in_order=c == tiers.full))
+            moves.append(move._replace(in_order=c == FULL))
         return tuple(moves)
 
     def _later_keys(self, prefetch: Prefetch, c: int, end: int) -> tuple[bytes, ...]:
@@ -166,9 +163,8 @@ class Prefetches:
             move.component: {end for end, found in zip(move.page_ends, exists[move.component], strict=True) if found}
             for move in self._questions(prefetch)
         }
-        assert tiers.full is not None
         covered = prefetch.start
-        while covered + tiers.page_tokens in there[tiers.components[tiers.full].name]:
+        while covered + tiers.page_tokens in there[tiers.components[FULL].name]:
             covered += tiers.page_tokens
         for end in reversed(self._ends(prefetch.matched_end, min(prefetch.bound, covered))):
             if all(self._servable(c, end, there[tiers.components[c].name]) for c in tiers.partial):
@@ -243,7 +239,7 @@ class Prefetches:
         end = prefetch.agreed_end
         keys = prefetch.sequence.page_keys(end // page)
         moves = []
-        for c in tiers.top_first:
+        for c in range(len(tiers.components)):
             count = self._num_pages(c, prefetch.start, end)
             tiers.host[c].allocator.free(prefetch.pages[c][count:])
             prefetch.pages[c] = prefetch.pages[c][:count]

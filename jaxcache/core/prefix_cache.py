@@ -38,7 +38,7 @@ from jaxcache.core.sequence import Sequence, extend_all
 from jaxcache.core.serving import RefusedType, RefusedValue, Serving, changes
 from jaxcache.core.stores import Stores
 from jaxcache.core.ticket import Ticket
-from jaxcache.core.tiers import Tiers
+from jaxcache.core.tiers import Tiers, validate, with_spine
 from jaxcache.types import Match, Outcome, Plan, PrefetchPolicy, Tier, Wait
 
 ZERO, ONE = 0, 1  # compared by identity: any other object takes the longer way
@@ -48,9 +48,9 @@ class PrefixCache:
     """Generic over any tuple of components. counters: what `stats` reports, from zero."""
 
     def __init__(self, components: tuple[Component, ...], config: CacheConfig):
-        self.components = tuple(components)
-        self.config = config
-        self.tiers = Tiers(self.components, config)
+        validate(components, config)
+        self.components, self.config = with_spine(tuple(components), config)
+        self.tiers = Tiers(self.components, self.config)
         self.counters: Counters = defaultdict(int)
         self.planner = Planner()
         self.stores = Stores(self.tiers, self.planner, self.counters)

@@ -12,7 +12,7 @@ import numpy as np
 from jaxcache.core.lease import Lease, read_only
 from jaxcache.core.missing import Cause
 from jaxcache.core.planner import Counters, Planner
-from jaxcache.core.radix_tree import Node
+from jaxcache.core.radix_tree import FULL, Node
 from jaxcache.core.residency import Residency
 from jaxcache.core.tiers import Tiers
 from jaxcache.types import PageIds
@@ -28,7 +28,7 @@ class Publishing:
         self.output_first = tiers.config.evict_output_first
         self.stable_tables = tiers.config.stable_tables
         # Of generated text only pages of full attention count as unused (`Node.last_used`), whatever else is there.
-        self.full_last = (*tiers.partial, *(() if tiers.full is None else (tiers.full,)))
+        self.full_last = (*tiers.partial, FULL)
 
     def report(self, lease: Lease, num_computed: int) -> None:
         """The caller has computed up to here."""
@@ -103,8 +103,7 @@ class Publishing:
                 child = self._child(lease, node, at, end, lives)
                 if child is None:
                     break
-                if tiers.full is not None:
-                    self._publish_full(lease, child, at, fresh)
+                self._publish_full(lease, child, at, fresh)
                 for c, live in lives:
                     self._publish_window(lease, child, c, at, live, fresh)
                 at, node = child.end, child
@@ -173,8 +172,7 @@ class Publishing:
     def _publish_full(self, lease: Lease, child: Node, at: int, fresh: dict[int, PageIds]) -> None:
         """Gives the tree our pages, or, where it has its own, frees ours as duplicates; and pins."""
         tiers = self.tiers
-        c = tiers.full
-        assert c is not None
+        c = FULL
         device, table = tiers.device[c], lease._tables[c]
         assert table is not None
         page = tiers.page_tokens
@@ -318,15 +316,12 @@ class Publishing:
                 device.allocator.free(table[first:])
             device.unpin_up(lease._node, lease._pin_tops[c])
         lease._node.ends_here -= 1
-        if tiers.full is None:
-            tiers.prune(lease._node)
-        elif tiers.has_host:
+        if tiers.has_host:
             self._touch_host(lease._node)
 
     def _touch_host(self, node: Node) -> None:
         """What a request used on the device counts as used in host memory too: its deepest entry there."""
-        assert self.tiers.full is not None
-        host = self.tiers.host[self.tiers.full]
+        host = self.tiers.host[FULL]
         while node.parent is not None and node.pages[host.index] is None:
             node = node.parent
         host.touch(node)

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxcache.core.lease import Lease
 from jaxcache.core.matching import Prefix
-from jaxcache.core.radix_tree import Node
+from jaxcache.core.radix_tree import FULL, Node
 from jaxcache.core.residency import Residency
 from jaxcache.core.sequence import Sequence
 from jaxcache.core.tenants import Tenants
@@ -64,7 +64,7 @@ class Quotas:
             return 1 + len(lease.checkpoints)
         own = table[lease._published // self.tiers.page_tokens :]
         absent = self.tiers.device[c].allocator.num_pages
-        num_own = len(own) if c == self.tiers.full else int(np.count_nonzero(own != absent))
+        num_own = len(own) if c == FULL else int(np.count_nonzero(own != absent))
         return num_own + sum(len(page_ids) for owner, page_ids in lease._duplicates or () if owner == c)
 
     # ---- admission
@@ -98,7 +98,7 @@ class Quotas:
         page = tiers.page_tokens
         num_tokens = prefix.num_tokens
         wanted = 1 if c == tiers.point else -(-(num_tokens + num_new_tokens) // page) - num_tokens // page
-        low = 0 if c == tiers.full else num_tokens - 1 if c == tiers.point else tiers.required_start(c, num_tokens)
+        low = 0 if c == FULL else num_tokens - 1 if c == tiers.point else tiers.required_start(c, num_tokens)
         start = 0
         for node, end in prefix.path:
             if end > low and (node.pages[c] is None or not node.pins[c]):

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from jaxcache.core.sequence import Sequence
 
 
+FULL = 0  # the index of full attention among the components: it is the tree itself
+
+
 class Node:
     """A run of pages. start = parent.end, end: positions in tokens.
 

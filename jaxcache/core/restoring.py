@@ -20,7 +20,7 @@ from jaxcache.components.base import Reach
 from jaxcache.core.eviction.order import EvictionOrder
 from jaxcache.core.page_hash import namespace_digest
 from jaxcache.core.prefix_cache import PrefixCache
-from jaxcache.core.radix_tree import Node
+from jaxcache.core.radix_tree import FULL, Node
 from jaxcache.core.residency import Residency
 from jaxcache.core.serving import RefusedCall, RefusedValue, changes
 from jaxcache.core.tree_record import NOWHERE, Origins, TreeRecord, record_of
@@ -95,15 +95,13 @@ class Restoring:
                 kept[i] = stays[-1 - parent]
             above = None if parent < 0 else first[parent]
             for c, host in enumerate(tiers.host):
-                is_closed = c != tiers.full or above is None or tiers.writes_back or above[c + num] != NOWHERE
+                is_closed = c != FULL or above is None or tiers.writes_back or above[c + num] != NOWHERE
                 if first[i, c + num] != NOWHERE and not (host.allocator.num_pages and is_closed):
                     first[i, c] = first[i, c + num]
                     first[i, c + num] = NOWHERE
-            full = tiers.full
-            if full is not None:
-                if above is not None and above[full] == NOWHERE:
-                    first[i, full] = NOWHERE
-                kept[i] &= first[i, full] != NOWHERE or first[i, full + num] != NOWHERE
+            if above is not None and above[FULL] == NOWHERE:
+                first[i, FULL] = NOWHERE
+            kept[i] &= first[i, FULL] != NOWHERE or first[i, num] != NOWHERE
         orders = [order[first[order, r] != NOWHERE] for r, order in enumerate(record.orders)]
         return replace(record, first_page=first, orders=tuple(orders)).subset(kept, stays)
 

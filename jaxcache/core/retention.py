@@ -16,7 +16,7 @@ from jaxcache.config import pages_of_share
 from jaxcache.core.lease import Lease
 from jaxcache.core.page_hash import Namespace
 from jaxcache.core.planner import Counters
-from jaxcache.core.radix_tree import Node
+from jaxcache.core.radix_tree import FULL, Node
 from jaxcache.core.tiers import Hold, Tiers
 
 
@@ -72,8 +72,7 @@ class Retentions:
             if not self._fits(node, costs, earlier):
                 self.counters["retentions_refused"] += 1
                 return
-            if self.tiers.full is not None:
-                costs[self.tiers.full] = 0  # counted by node
+            costs[FULL] = 0  # counted by node
             retention = Retention(node, lease.sequence.namespace, {}, [], costs)
             self._keep(retention)
         retention.untils[lease.id] = until
@@ -120,11 +119,10 @@ class Retentions:
         tiers = self.tiers
         page = tiers.page_tokens
         costs = [1 if c == tiers.point else (node.end - self._top(c, node)) // page for c in range(len(tiers.device))]
-        if tiers.full is not None:
-            end = node.end
-            while node.parent is not None and not node.retained:
-                node = node.parent
-            costs[tiers.full] = (end - node.end) // page
+        end = node.end
+        while node.parent is not None and not node.retained:
+            node = node.parent
+        costs[FULL] = (end - node.end) // page
         return costs
 
     def _fits(self, node: Node, costs: list[int], earlier: Retention | None) -> bool:
@@ -144,19 +142,18 @@ class Retentions:
         self.counters["retentions"] += 1
         self._count(retention, 1)
         for c, device in enumerate(tiers.device):
-            retention.holds += tiers.hold(device, node, 0 if c == tiers.full else self._top(c, node))
+            retention.holds += tiers.hold(device, node, 0 if c == FULL else self._top(c, node))
         self.live[node.id] = retention
 
     def _count(self, retention: Retention, change: int) -> None:
         """One retention more, or less: of windows and states all pages, of full attention those that only it needs."""
         tiers, node = self.tiers, retention.node
         changes = [change * num_pages for num_pages in retention.num_pages]
-        if tiers.full is not None:
-            while node.parent is not None:
-                if node.retained == (change < 0):  # none before, or none after
-                    changes[tiers.full] += change * (len(node.edge) // tiers.tree.page_bytes)
-                node.retained += change
-                node = node.parent
+        while node.parent is not None:
+            if node.retained == (change < 0):  # none before, or none after
+                changes[FULL] += change * (len(node.edge) // tiers.tree.page_bytes)
+            node.retained += change
+            node = node.parent
         for c, device in enumerate(tiers.device):
             self.num_pages[c] += changes[c]
             if tiers.tenants is not None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxcache.components.base import Reach
 from jaxcache.core.planner import Counters, Planner
-from jaxcache.core.radix_tree import Node
+from jaxcache.core.radix_tree import FULL, Node
 from jaxcache.core.tiers import Hold, Tiers
 from jaxcache.types import Move, Outcome, PageIds, TransferKind
 
@@ -100,7 +100,7 @@ class Stores:
         while num_live < self.tiers.config.max_stores and self.is_waiting:
             found = self._found(self.queue.popleft()) if self.queue else self._visit()
             nodes = [node for node in found if self._may_be_held(node)]
-            runs = {c: found for c in self.tiers.top_first if (found := self._runs(c, nodes))}
+            runs = {c: found for c in range(len(self.tiers.components)) if (found := self._runs(c, nodes))}
             if not runs:
                 num_empty += 1
                 if num_empty == MAX_EMPTY:
@@ -178,15 +178,14 @@ class Stores:
 
     def _may_be_held(self, node: Node) -> bool:
         """Holding an entry relies on the node's full pages in the same tier."""
-        full = self.tiers.full
-        return full is None or node.pages[self.tiers.host[full].index] is not None
+        return node.pages[self.tiers.host[FULL].index] is not None
 
     def _hold(self, nodes: list[Node], runs: dict[int, list[Run]]) -> list[Hold]:
         """Pins the entries that are there: a node that holds nothing may leave, and pins above it would be lost."""
         tiers = self.tiers
         holds = []
         for node in nodes:
-            for c in tiers.top_first:
+            for c in range(len(tiers.components)):
                 host = tiers.host[c]
                 if node.pages[host.index] is not None:
                     holds += tiers.hold(host, node, node.end - 1 if c == tiers.point else node.start)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
+from collections.abc import Mapping
+from dataclasses import replace
 from math import lcm
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -19,12 +21,12 @@ from jaxcache.core.change_log import ChangeLog
 from jaxcache.core.decisions import checksum
 from jaxcache.core.eviction import policy
 from jaxcache.core.eviction.order import Place
-from jaxcache.core.radix_tree import Node, RadixTree
+from jaxcache.core.radix_tree import FULL, Node, RadixTree
 from jaxcache.core.residency import RESIDENCIES, Residency
 from jaxcache.core.reuse_profile import ReuseProfile
 from jaxcache.core.tenant_residency import TENANT_RESIDENCIES
 from jaxcache.core.tenants import Groups, Tenants
-from jaxcache.types import NO_PAGES, PageIds, Tier, WritePolicy
+from jaxcache.types import NO_PAGES, PageIds, Span, Tier, WritePolicy
 
 if TYPE_CHECKING:
     from jaxcache.core.missing import Cause
@@ -33,6 +35,20 @@ if TYPE_CHECKING:
 MAX_EVICTIONS_REMEMBERED = 4096
 MAX_UNMADE_REMEMBERED = 4096
 UNWATCHED = -1  # without pools nothing is known of model steps
+
+
+class Spine(Component):
+    """Full attention of a model that has none: pages without arrays, which only say what tokens are known."""
+
+    reach: ClassVar[Reach] = Reach.PREFIX
+
+    def required(self, n: int) -> Span:
+        return Span(0, n)
+
+
+SPINE = Spine("spine", ())
+SPINE_PAGES = 1 << 16  # at least; a page of it takes four bytes, and its tokens
+SPINE_SHARE = 16  # and so many for every page of the largest other component
 
 
 class Eviction(NamedTuple):
@@ -54,15 +70,16 @@ class Hold(NamedTuple):
 
 
 class Tiers:
-    """device[c] and host[c] are the residencies of component c; `full` and `point` are component indices or None.
+    """device[c] and host[c] are the residencies of component c, of which the first is full attention: the tree itself.
 
+    components: those of the model in this order, with a spine where it has no full attention
+    point:   the index of the component of recurrent states, or None
     log: every change of the tree and the residencies, if events are on
     profile: what is known about reuse, if the policy of eviction remembers
     tenants: who has limits, if anybody has
     """
 
     def __init__(self, components: tuple[Component, ...], config: CacheConfig):
-        _validate(components, config)
         self.components = components
         self.config = config
         self.page_tokens = config.page_tokens
@@ -77,12 +94,9 @@ class Tiers:
         self.has_host = any(host.allocator.num_pages for host in self.host)
         self.writes_back = self.has_host and config.write_policy is WritePolicy.WRITE_BACK
         reaches = [component.reach for component in components]
-        self.full = reaches.index(Reach.PREFIX) if Reach.PREFIX in reaches else None
         self.point = reaches.index(Reach.POINT) if Reach.POINT in reaches else None
-        self.spine = next((c for c, reach in enumerate(reaches) if reach is not Reach.POINT), 0)
         self.suffixes = tuple(c for c, reach in enumerate(reaches) if reach is Reach.SUFFIX)
         self.partial = tuple(c for c, reach in enumerate(reaches) if reach is not Reach.PREFIX)
-        self.top_first = self.partial if self.full is None else (self.full, *self.partial)
         self.only_full = not self.partial and not self.has_host  # a node is nothing but its pages on the device
         self.partial_residencies = [r for r in self.residencies if r.component.reach is not Reach.PREFIX]
         self.lookbacks = [lookback_tokens(component) for component in components]
@@ -149,13 +163,12 @@ class Tiers:
         Under write_back host pages may lie below pages that are only on the device: those are pinned too.
         """
         holds = []
-        if self.full is None or residency.component.reach is not Reach.PREFIX:
+        if residency.component.reach is not Reach.PREFIX:
             holds.append(Hold(residency, node, top))
-        if self.full is not None:
-            holds.append(Hold((self.device, self.host)[residency.tier][self.full], node, 0))
-            below_device = residency.tier is Tier.HOST and self.config.write_policy is WritePolicy.WRITE_BACK
-            if below_device and node.parent is not None:
-                holds.append(Hold(self.device[self.full], node.parent, 0))
+        holds.append(Hold((self.device, self.host)[residency.tier][FULL], node, 0))
+        below_device = residency.tier is Tier.HOST and self.config.write_policy is WritePolicy.WRITE_BACK
+        if below_device and node.parent is not None:
+            holds.append(Hold(self.device[FULL], node.parent, 0))
         for held in holds:
             held.residency.pin_up(held.node, held.top)
         return holds
@@ -177,7 +190,7 @@ class Tiers:
 
     def drop(self, residency: Residency, node: Node) -> None:
         """Frees an entry; the node goes too if nothing holds it any more."""
-        index, full, pages = residency.index, self.full, node.pages
+        index, pages = residency.index, node.pages
         page_ids = residency.take(node)
         if self.touched:
             self.free_untouched(residency, page_ids)
@@ -185,7 +198,7 @@ class Tiers:
             residency.allocator.free(page_ids)
         self.num_evicted_pages[index] += len(page_ids)
         id, what = node.id, index
-        if full is not None and pages[full] is None and pages[full + len(self.components)] is None:
+        if pages[FULL] is None and pages[len(self.components)] is None:
             for other in self.partial_residencies:
                 if pages[other.index] is not None:
                     self.free_untouched(other, other.take(node))
@@ -194,8 +207,6 @@ class Tiers:
         else:
             self.tree.version += 1
         self.evictions.append((id, what, residency, self.step, residency.why(self.reason), self.lease_id))
-        if full is None:
-            self.prune(node)
 
     def free_untouched(self, residency: Residency, page_ids: PageIds) -> None:
         """Gives pages back, but for those that a transfer still touches."""
@@ -225,15 +236,6 @@ class Tiers:
                 "evicted": self.num_evicted_pages[residency.index],
             }
         return counts
-
-    def prune(self, node: Node) -> None:
-        """Without full attention, tokens alone hold a node: removes it and its ancestors while they hold nothing."""
-        while node.parent is not None and not node.children and not node.ends_here:
-            if any(pages is not None for pages in node.pages):
-                return
-            parent = node.parent
-            self.tree.remove(node)
-            node = parent
 
     def eviction(self, key: tuple) -> Eviction | None:
         """What is remembered about an entry (node id, residency index) or a node (parent's id, first page)."""
@@ -320,24 +322,46 @@ def lookback_tokens(component: Component) -> int:
     return lookback
 
 
+def with_spine(components: tuple[Component, ...], config: CacheConfig) -> tuple[tuple[Component, ...], CacheConfig]:
+    """Full attention first; where there is none, a spine that is never what runs out."""
+    full = tuple(component for component in components if component.reach is Reach.PREFIX and component is not SPINE)
+    others = tuple(component for component in components if component.reach is not Reach.PREFIX)
+    if full:
+        return (*full, *others), config
+    return (SPINE, *others), replace(
+        config,
+        device_pages=_with_spine_pages(others, Tier.DEVICE, config),
+        host_pages=_with_spine_pages(others, Tier.HOST, config),
+    )
+
+
+def _with_spine_pages(others: tuple[Component, ...], tier: Tier, config: CacheConfig) -> dict[str, int]:
+    given = config.device_pages if tier is Tier.DEVICE else config.host_pages
+    pages = {component.name: num_pages_of(component, tier, config) for component in others}
+    enough = max(SPINE_PAGES, SPINE_SHARE * max(pages.values())) if any(pages.values()) else 0
+    return {SPINE.name: enough, **pages, **(given if isinstance(given, Mapping) else {})}
+
+
 def num_pages_of(component: Component, tier: Tier, config: CacheConfig) -> int:
     pages = config.device_pages if tier is Tier.DEVICE else config.host_pages
     return config.num_pages(pages, component.name, at_least=1 if tier is Tier.DEVICE else 0)
 
 
 def make_profile(components: tuple[Component, ...], config: CacheConfig) -> ReuseProfile | None:
-    """Sized by full attention, or by what there is instead."""
+    """Sized by full attention, or by the first of the others where that is a spine."""
     if not policy(config.eviction_policy).remembers:
         return None
-    spine = next((c for c in components if c.reach is Reach.PREFIX), components[0])
-    device, host = (num_pages_of(spine, tier, config) * config.page_tokens for tier in (Tier.DEVICE, Tier.HOST))
+    sized = components[1] if components[FULL] is SPINE else components[FULL]
+    device, host = (num_pages_of(sized, tier, config) * config.page_tokens for tier in (Tier.DEVICE, Tier.HOST))
     return ReuseProfile(config.page_tokens, device, host, config.evict_output_first)
 
 
-def _validate(components: tuple[Component, ...], config: CacheConfig) -> None:
+def validate(components: tuple[Component, ...], config: CacheConfig) -> None:
     names = [component.name for component in components]
     if not components or len(set(names)) != len(names):
         raise ValueError(f"a cache needs components with different names, not {names}")
+    if any(component.name == SPINE.name and component is not SPINE for component in components):
+        raise ValueError(f"{SPINE.name!r} is what the cache calls its own component: name yours otherwise")
     for reach in (Reach.PREFIX, Reach.POINT):
         same = [component.name for component in components if component.reach is reach]
         if len(same) > 1:

@@ -116,9 +116,9 @@ def storage_cells(layout: PageLayout, coordinates: Coordinates) -> tuple[Cell, .
 
 
 def largest_cell_bytes(layout: PageLayout) -> int:
-    """Of all cells of all ranks: follows from the grid, not from the mesh."""
+    """Of all cells of all ranks: follows from the grid, not from the mesh. 0 for pages without arrays."""
     ranks = np.ndindex(layout.mesh.devices.shape)
-    return max(blocks[-1].byte_range.stop for rank in ranks for blocks in _cells_of(layout, rank))
+    return max((blocks[-1].byte_range.stop for rank in ranks for blocks in _cells_of(layout, rank)), default=0)
 
 
 def _cells_of(layout: PageLayout, coordinates: Coordinates) -> Iterator[tuple[Block, ...]]:

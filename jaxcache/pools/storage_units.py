@@ -22,7 +22,7 @@ MAX_UNIT_PAGES = 64
 
 def unit_pages(layout: PageLayout) -> int:
     """So many pages that the largest cell's values reach VALUE_BYTES; equal for all meshes with one storage grid."""
-    num_pages = min(max(VALUE_BYTES // largest_cell_bytes(layout), 1), MAX_UNIT_PAGES)
+    num_pages = min(max(VALUE_BYTES // max(largest_cell_bytes(layout), 1), 1), MAX_UNIT_PAGES)
     return 1 << (num_pages.bit_length() - 1)
 
 

@@ -219,7 +219,7 @@ class Replay:
 
     def _residencies(self) -> tuple[Residency, Residency]:
         tiers = self.core.tiers
-        return tiers.device[tiers.full or 0], tiers.host[tiers.full or 0]
+        return tiers.device[0], tiers.host[0]
 
     def report(self) -> dict[str, Any]:
         """JSON: tokens by tier, CPU time of the core alone, evictions in pages. Of what `request` has served."""

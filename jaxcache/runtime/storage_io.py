@@ -426,6 +426,8 @@ def _found(storage: Storage, part: Part, keys: Mapping[int, bytes], wanted: Sequ
 
 def _may_hold(storage: Storage, part: Part, keys: Mapping[int, bytes], page: int) -> bool:
     """Whether some value may hold this page: one call of a few names, since most prompts are new to storage."""
+    if not part.cell_names:
+        return True  # pages without arrays, of which nothing has to be stored
     names = []
     size = part.unit
     while size:

@@ -49,8 +49,9 @@ class Scenario:
         num_ranks = mesh_shape[0] * mesh_shape[1] * mesh_shape[2]
         self.faults = faults or StorageFaults(seed, num_ranks)
         self.delays = delays or Delays(seed)
-        self.storage = SimulatedStorage(num_ranks, len(components))
         self.cores = [PrefixCache(components, config) for _ in range(num_ranks)]
+        components = self.core.components
+        self.storage = SimulatedStorage(num_ranks, len(components))
         self.planes = [
             FakePlane(core, self.storage, rank, self.faults, self.delays) for rank, core in enumerate(self.cores)
         ]

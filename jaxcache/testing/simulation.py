@@ -273,15 +273,14 @@ class Simulation:
             "lost_devices": own["lost_devices"],
             "retired_namespaces": own["retired_namespaces"],
         }
-        if scenario.core.tiers.full is not None:
-            storage = Counter(own) + Counter(core)
-            names = (
-                "prefetches", "joined_prefetches", "agreed_fetches", "prefetch_timeouts", "cancels_in_flight",
-                "storage_tokens_used", "stored_pages", "detaches", "cleared_storages",
-            )  # fmt: skip
-            counts |= {name: storage[name] for name in names}
-            if scenario.core.tiers.partial:
-                counts["rejected_windows_and_states"] = storage["rejected_windows_and_states"]
+        storage = Counter(own) + Counter(core)
+        names = (
+            "prefetches", "joined_prefetches", "agreed_fetches", "prefetch_timeouts", "cancels_in_flight",
+            "storage_tokens_used", "stored_pages", "detaches", "cleared_storages",
+        )  # fmt: skip
+        counts |= {name: storage[name] for name in names}
+        if scenario.core.tiers.partial:
+            counts["rejected_windows_and_states"] = storage["rejected_windows_and_states"]
         return counts
 
 

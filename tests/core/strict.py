@@ -33,8 +33,8 @@ def tenant(core: PrefixCache, request: Request) -> int:
 
 
 def groups_of(core: PrefixCache) -> Groups | None:
-    tenants, full = core.tiers.tenants, core.tiers.full
-    return None if tenants is None or full is None else tenants.groups[full]
+    tenants = core.tiers.tenants
+    return None if tenants is None else tenants.groups[0]
 
 
 def resident(core: PrefixCache) -> list[int]:

@@ -100,8 +100,6 @@ def test_full_attention_is_found_and_used_up_to_the_next_end_before(make: Make, 
 def test_the_next_prefill_restores_the_long_hit(make: Make, mixture: str):
     """And gives back its own pages of full attention, which were there."""
     server = make(MIXTURES[mixture])
-    full = server.core.tiers.full
-    assert full is not None
     lease = server.admit([*prompt(LONG), 77])
     assert lease.next_stop == LONG
     server.compute(lease, LONG)

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from jaxcache.core.residency import FreeResidency, Residency
-from jaxcache.types import TransferKind, WritePolicy
+from jaxcache.types import Match, TransferKind, WritePolicy
 from tests.core.helpers import FULL, PAGE, Server, prompt, state, window
 
 
@@ -86,15 +86,17 @@ def test_a_node_goes_with_its_last_full_pages():
 
 
 @pytest.mark.parametrize("components", [(window(6),), (state(4),), (window(6), state(4))])
-def test_without_full_attention_empty_nodes_are_removed_with_their_ancestors(components):
-    """E2: tokens alone hold a node there."""
+def test_without_full_attention_a_spine_holds_the_nodes(components):
+    """E2: what windows and states have left behind is found, and the next prefill is told where to make them again."""
     server = Server(*components)
     for end in (8, 16, 24):
         server.prefill(prompt(end))
-    server.prefill([*prompt(16), *prompt(8, 1000)])
     assert server.match(prompt(24)).num_tokens == 24
-    for device in server.core.tiers.device:
+    spine, *others = server.core.tiers.device
+    for device in others:
         server.core.tiers.make_room(device, 32)
+    assert server.match(prompt(24)) == Match(0, 0, 0, 24, (24,))
+    server.core.tiers.make_room(spine, spine.allocator.num_pages)
     assert server.core.tiers.tree.num_nodes == 0
 
 

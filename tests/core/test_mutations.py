@@ -137,7 +137,7 @@ MUTATIONS = (
         "a backup does not ask for its parent's",
         Backups,
         "_host_full_is_there",
-        "above.parent is None or above.pages[tiers.host[tiers.full].index] is not None",
+        "above.parent is None or above.pages[tiers.host[FULL].index] is not None",
         "True",
         {"mixture": ("full",), "host_pages": 6, **THROUGH},
     ),

@@ -19,6 +19,7 @@ from jaxcache.runtime.events import EventStream
 from jaxcache.types import Event, Outcome, Tier, TransferKind, WritePolicy
 from tests.independent.content import demand
 from tests.independent.plane import Plane
+from tests.independent.record import Plain, plain
 
 
 class Rank:
@@ -26,7 +27,7 @@ class Rank:
 
     def __init__(self, components: tuple[Component, ...], config: CacheConfig, rng: Random):
         self.core = PrefixCache(components, config)
-        self.components = components
+        self.components = components = self.core.components
         self.num_components = len(components)
         self.names = {component.name: c for c, component in enumerate(components)}
         self.has_host = self.core.tiers.has_host
@@ -64,8 +65,11 @@ class Rank:
             kept[name] = np.concatenate([have, table[len(have) :]])
         return dict(now) if reads and not self.core.config.stable_tables else dict(kept)
 
-    def apply(self) -> None:
-        self.plane.apply(self.core.take_plan(), self.core.step_number)
+    def apply(self) -> Plain:
+        """What was planned."""
+        plan = self.core.take_plan()
+        self.plane.apply(plan, self.core.step_number)
+        return plain(plan)
 
     def take_events(self) -> list[Event]:
         return [] if self.stream is None else self.stream.take()
@@ -131,6 +135,14 @@ class Rank:
         read = lease.read_slot if n == lease.num_cached_tokens else lease.write_slot
         checkpoint = lease.checkpoints.get(m)
         return [read, lease.write_slot] if checkpoint is None else [read, lease.write_slot, checkpoint]
+
+    @staticmethod
+    def lease_state(lease: Any) -> tuple[Any, ...]:
+        """All that a loop can see of a lease."""
+        hits = (lease.num_cached_tokens, lease.device_tokens, lease.host_tokens, lease.storage_tokens)
+        room = (lease.num_computed, lease.num_tokens, lease.first_step, lease.next_stop)
+        states = (lease.read_slot, lease.write_slot, tuple(lease.checkpoints.items()))
+        return (lease.id, hits, room, states, tuple(None if t is None else t.tobytes() for t in lease._tables))
 
     @staticmethod
     def published(lease: Any) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxcache.components import FullAttention
+from jaxcache.components.base import Reach
 from tests.independent.content import demand
 from tests.independent.world import Request, World
 
@@ -13,8 +13,8 @@ class Floors:
     def __init__(self, world: World):
         self.world = world
         components = world.first.components
-        self._full = next((c for c, component in enumerate(components) if isinstance(component, FullAttention)), None)
-        self.is_needed = bool(world.config.tenants) and self._full is not None
+        self._full = next(c for c, component in enumerate(components) if component.reach is Reach.PREFIX)
+        self.is_needed = bool(world.config.tenants)
         self._before: dict[str, int] = {}
 
     def before(self) -> None:
@@ -25,7 +25,6 @@ class Floors:
         """The call was made for this request, in whatever namespace."""
         if not self.is_needed:
             return
-        assert self._full is not None
         served, after = self.world.tenant_of[request.text.namespace], self._count()
         for tenant, share in self.world.config.tenants.items():
             floor = int(share.floor * self.world.first.capacities[self._full] + 1e-9)

@@ -20,7 +20,7 @@ from tests.independent.floors import Floors
 from tests.independent.library import Library
 from tests.independent.mistakes import make_mistake
 from tests.independent.pledges import Pledges
-from tests.independent.setting import Setting, draw
+from tests.independent.setting import Kind, draw
 from tests.independent.survey import Survey
 from tests.independent.upheavals import Upheavals
 from tests.independent.world import Request, World
@@ -31,12 +31,11 @@ MAX_WAITING = 6
 
 
 class Fuzzer:
-    """One run. seen: how often each interesting thing has happened."""
+    """One run. seen: how often each interesting thing has happened. kind: what is not drawn."""
 
-    def __init__(self, seed: int):
+    def __init__(self, seed: int, kind: Kind | None = None):
         self.rng = rng = Random(seed)
-        self.setting: Setting = draw(rng)
-        setting = self.setting
+        self.setting = setting = draw(rng, kind)
         self.world = World(setting.components, setting.config, setting.num_ranks, rng)
         self.core = self.world.core
         self.page = setting.config.page_tokens

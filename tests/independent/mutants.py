@@ -131,7 +131,7 @@ def one_root(original: Any, self: RadixTree, namespace: Any) -> Any:
 
 
 def one_page_more(original: Any, self: Arrivals, prefetch: Any, reason: str) -> None:
-    name = self.tiers.components[self.tiers.full].name
+    name = self.tiers.components[0].name
     most = (prefetch.agreed_end - prefetch.start) // self.tiers.page_tokens
     come = prefetch.progress.get(name, 0)
     prefetch.progress = {**prefetch.progress, name: max(come, min(come + 1, most))}
@@ -274,9 +274,9 @@ def no_floors(original: Any, self: Groups, *args: Any) -> None:
 def leaf_unpinned(original: Any, self: Admission, *args: Any) -> Any:
     """The deepest node of a hit may leave while the lease uses it."""
     lease = original(self, *args)
-    node, full = lease._node, self.tiers.full
-    if full is not None and node.parent is not None and node.pins[full] == 1:
-        self.tiers.device[full].order.add(node)
+    node = lease._node
+    if node.parent is not None and node.pins[0] == 1:
+        self.tiers.device[0].order.add(node)
     return lease
 
 

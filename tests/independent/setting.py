@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from math import lcm
 from random import Random
 from typing import NamedTuple
@@ -35,7 +36,8 @@ def state(page: int, rng: Random) -> Component:
     return RecurrentState("state", (), rng.choice((1, page, 2 * page, 3)))
 
 
-MIXTURES: tuple[tuple[Callable[[int, Random], Component], ...], ...] = (
+Mixture = tuple[Callable[[int, Random], Component], ...]
+MIXTURES: tuple[Mixture, ...] = (
     (full,),
     (full, window),
     (full, state),
@@ -47,6 +49,15 @@ MIXTURES: tuple[tuple[Callable[[int, Random], Component], ...], ...] = (
     (full, wide, narrow),
     (narrow, wide),
 )
+
+
+class Kind(NamedTuple):
+    """What a run is of; all else is drawn. One rank: several decide the same."""
+
+    mixture: Mixture
+    eviction_policy: str
+    write_policy: WritePolicy
+    has_tenants: bool
 
 
 class Setting(NamedTuple):
@@ -68,15 +79,15 @@ class Setting(NamedTuple):
     grid: int
 
 
-def draw(rng: Random) -> Setting:
+def draw(rng: Random, kind: Kind | None = None) -> Setting:
     page = rng.choice((1, 4, 4, 4, 16))
-    components = tuple(make(page, rng) for make in rng.choice(MIXTURES))
+    components = tuple(make(page, rng) for make in (kind.mixture if kind else rng.choice(MIXTURES)))
     is_calm = rng.random() < 0.3
     num_device = rng.choice((10, 16, 24, 40))
     num_host = rng.choice((24, 40) if is_calm else (0, 0, 12, 24, 60))
     storage = num_host > 0 and rng.random() < 0.8
     tenants = {}
-    if not is_calm and rng.random() < 0.25:
+    if kind.has_tenants if kind else not is_calm and rng.random() < 0.25:
         tenants = {"a": TenantShare(rng.choice((0.0, 0.2, 0.4)), rng.choice((0.5, 1.0))), "b": TenantShare(0.2, 0.7)}
     config = CacheConfig(
         page_tokens=page,
@@ -106,10 +117,12 @@ def draw(rng: Random) -> Setting:
         max_logged_changes=rng.choice((20, 1 << 16)),
         caching=rng.random() >= 0.02,
     )
+    if kind is not None:
+        config = replace(config, eviction_policy=kind.eviction_policy, write_policy=kind.write_policy)
     return Setting(
         components,
         config,
-        num_ranks=rng.choice((1, 1, 1, 1, 1, 2, 3)),
+        num_ranks=1 if kind else rng.choice((1, 1, 1, 1, 1, 2, 3)),
         has_storage=storage,
         fault_rate=rng.choice((0.0, 0.01) if is_calm else (0.0, 0.02, 0.2)),
         tenants=("", *tenants),

@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxcache.components import FullAttention, RecurrentState, SlidingWindow
+from jaxcache.components import RecurrentState, SlidingWindow
+from jaxcache.components.base import Reach
+from jaxcache.core.tiers import SPINE
 from jaxcache.types import WritePolicy
 from tests.independent.adapter import NOTHING, Rank
 from tests.independent.content import Runs, Text, demand, hash_of_namespace
@@ -36,10 +38,9 @@ class Survey:
         self.wanted: list[list[np.ndarray]] = [[] for _ in range(self.num)]
         self.keys: set[tuple[int, bytes]] = set()
         self.h: list[dict[bytes, list[np.ndarray]]] = [{} for _ in range(self.num)]
-        self.known: dict[bytes, list[np.ndarray]] = {}
         self.num_nodes = self.num_empty_leaves = 0
         self._is_state = [isinstance(c, RecurrentState) for c in rank.components] * 2
-        self._full = next((i for i, c in enumerate(rank.components) if isinstance(c, FullAttention)), None)
+        self._full = next(i for i, c in enumerate(rank.components) if c.reach is Reach.PREFIX)
         self._writes_back = rank.core.config.write_policy is WritePolicy.WRITE_BACK
         for root, digest, is_live in rank.roots():
             for child in root.children.values():
@@ -50,8 +51,6 @@ class Survey:
         demand(node.parent is parent, "tree", node, "below", parent)
         run = runs.follow(h, key, bytes(node.edge))
         demand(node.end == parent.end + len(run.keys) * runs.page_tokens, "tree", node)
-        if live is not None:
-            self.known.setdefault(live, []).append(run.h)
         for r, page_ids in enumerate(node.pages):
             if page_ids is None:
                 continue
@@ -63,8 +62,7 @@ class Survey:
                 self.keys.update((r, key) for key in run.keys[first:])
                 self.h[r].setdefault(live, []).append(run.h[first:])
         self.num_empty_leaves += not node.children and all(page_ids is None for page_ids in node.pages)
-        if self._full is not None:
-            self._check_closure(node, parent)
+        self._check_closure(node, parent)
         h, key = run.h.item(-1), run.keys[-1]
         for first_page, child in node.children.items():
             demand(bytes(child.edge).startswith(first_page), "tree", child)
@@ -116,15 +114,15 @@ class Survey:
         device = [self._set(c, digest) for c in range(num)]
         there = device if device_only else [device[c] | self._set(c + num, digest) for c in range(num)]
         ends = [text.at(n) for n in range(page, limit + 1, page)]  # ends[i]: of page i
-        known = there[self._full] if self._full is not None else joined_set(self.known.get(digest, []))
-        found = leading(ends, known)
+        found = leading(ends, there[self._full])
         n = found
         while n and not all(self._has(component, there[c], ends, n) for c, component in enumerate(components)):
             n -= 1
-        if self._full is not None:
-            on_device = min(n, leading(ends, device[self._full]))
-        else:
-            on_device = n if all(self._has(c, device[i], ends, n) for i, c in enumerate(components)) else 0
+        on_device = min(n, leading(ends, device[self._full]))
+        if components[self._full] is SPINE and not all(
+            self._has(c, device[i], ends, n) for i, c in enumerate(components)
+        ):
+            on_device = 0
         return Found(n * page, on_device * page, found * page)
 
     def _set(self, residency: int, digest: bytes) -> set[int]:

@@ -19,6 +19,7 @@ from jaxcache.types import Outcome, TransferKind, Wait
 from tests.independent.adapter import Rank
 from tests.independent.consumer import Consumer
 from tests.independent.content import Runs, Text, Violation, demand
+from tests.independent.record import Record
 from tests.independent.survey import Survey, check_owners
 
 CLOCK_MODULUS = 1 << 31
@@ -52,7 +53,10 @@ class Request:
 
 
 class World:
-    """num_calls: public calls, each counted once however many ranks make it. log: the last ones, for a report."""
+    """num_calls: public calls, each counted once however many ranks make it. log: the last ones, for a report.
+
+    record: of all that was answered, if it is wanted
+    """
 
     def __init__(self, components: tuple[Component, ...], config: CacheConfig, num_ranks: int, rng: Random):
         self.rng = rng
@@ -71,6 +75,7 @@ class World:
         self.handed_out: list[tuple[Any, bytes]] = []  # page tables that a running program may still read
         self.num_calls = 0
         self.log: deque[tuple[Any, ...]] = deque(maxlen=40)
+        self.record: Record | None = None
         self.windows = [c.window_tokens for c in components if isinstance(c, SlidingWindow)]
         self.has_state = any(isinstance(c, RecurrentState) for c in components)
 
@@ -90,6 +95,8 @@ class World:
         for answer, rank in zip(answers[1:], self.ranks[1:], strict=True):
             demand(answer == answers[0], "ranks", answers, "after", self.log[-1])
             demand(rank.core.digest == first.digest, "ranks", "digests differ after", self.log[-1])
+        if self.record is not None:
+            self.record.note(self.log[-1][1], first.digest, answers[0])
         return answers[0]
 
     def all(self, name: str, call: Callable[[Rank], Any], *details: Any) -> Any:
@@ -118,7 +125,10 @@ class World:
     def explain(self, request: Request) -> Any:
         self.call("explain", request)
         pairs = zip(self.ranks, request.sequences, strict=True)
-        return self.alike([rank.core.explain(sequence) for rank, sequence in pairs])
+        explanations = [rank.core.explain(sequence) for rank, sequence in pairs]
+        self.alike([(explanation.usable_tokens, explanation.found_tokens) for explanation in explanations])
+        demand(all(explanation == explanations[0] for explanation in explanations), "ranks", explanations)
+        return explanations[0]
 
     def prefetch(self, request: Request) -> None:
         self.call("prefetch", request)
@@ -140,7 +150,7 @@ class World:
         tickets = request.tickets or [None] * len(self.ranks)
         parts = zip(self.ranks, request.sequences, tickets, strict=True)
         got = [rank.core.admit(sequence, num_new_tokens, ticket, cap) for rank, sequence, ticket in parts]
-        self.alike([lease if isinstance(lease, Wait) else (lease.id, lease.num_cached_tokens) for lease in got])
+        self.alike([lease if isinstance(lease, Wait) else self.first.lease_state(lease) for lease in got])
         if isinstance(got[0], Wait):
             return got[0]
         request.leases, request.tickets = got, None
@@ -172,6 +182,7 @@ class World:
             first, known = -(-lease.num_tokens // self.page), (lease.write_slot, *lease.checkpoints.values())
             answers.append(rank.core.grow(lease, self.number(request.n), num_new_tokens))
             self._give(rank, lease, first, known)
+        self.alike([self.first.lease_state(lease) for lease in request.leases])
         return self.alike(answers)
 
     def grow_all(self, requests: list[Request]) -> int:
@@ -193,7 +204,7 @@ class World:
         for rank, lease in zip(self.ranks, request.leases, strict=True):
             rank.insert(lease, self.number(n), states, wishes)
         request.written = {position for position in request.written if position > n}
-        self.alike([None] * len(self.ranks))
+        self.alike([self.first.lease_state(lease) for lease in request.leases])
 
     def release(self, request: Request) -> None:
         self.call("release", request)

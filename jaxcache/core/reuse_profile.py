@@ -41,12 +41,11 @@ AGES_BELOW, AGES_ABOVE = 4, 4  # octaves around the capacity of the device that 
 class Use(NamedTuple):
     """What the profile says of a node. Times are tokens of prompts.
 
-    at, before: when it was used last, and before that (-1: never); born: when it came into the cache
+    at: when it was used last; born: when it came into the cache
     count: uses before the last one, as far as remembered; kind: one of NUM_KINDS
     """
 
     at: int
-    before: int
     born: int
     count: int
     kind: int
@@ -74,7 +73,6 @@ class ReuseProfile:
         self._point_of: list[int] = []  # the other way round; of a free place, the point that was there
         self._free: list[int] = []
         self._at = np.zeros(0, np.int64)
-        self._before = np.zeros(0, np.int64)
         self._count = np.zeros(0, np.int64)  # -1: the place is free
         self._kind = np.zeros(0, np.int64)
         self._stamp = np.zeros(0, np.int64)  # order of uses, all different: of one prompt, the first point's is latest
@@ -118,7 +116,7 @@ class ReuseProfile:
 
     def arrived(self, node: Node) -> None:
         """A node came from storage, and nobody has used it yet."""
-        node.use = Use(self.now, -1, self.now, 0, kind(0, 0, 0))
+        node.use = Use(self.now, self.now, 0, kind(0, 0, 0))
 
     def _tell(self, sequence: Sequence, node: Node) -> None:
         """A node is what the last point in it is, or, if there is none, the point before it."""
@@ -126,10 +124,10 @@ class ReuseProfile:
         place = min(node.end // self.stride, len(uses)) - 1
         born = self.now if node.use is None else node.use.born
         if place < 0:
-            node.use = Use(self.now, -1, born, node.hits, kind(min(node.hits, USES - 1), 0, 0))
+            node.use = Use(self.now, born, node.hits, kind(min(node.hits, USES - 1), 0, 0))
         else:
-            at, before, count, kind_ = uses[place]
-            node.use = Use(at, before, born, count, kind_)
+            at, count, kind_ = uses[place]
+            node.use = Use(at, born, count, kind_)
 
     def _observe(self, sequence: Sequence, end: int, generated: bool) -> None:
         """Uses of the points of a sequence up to `end` that were not counted yet."""
@@ -146,22 +144,20 @@ class ReuseProfile:
         count = self._count[place]
         if generated:
             self._num_tokens += len(points) * self.stride
-        before = self._at[place]
         known = count >= 0
-        pause = self.now - before
+        pause = self.now - self._at[place]
         np.add.at(self._uses, (self._kind[place][known], np.searchsorted(self._edges, pause[known])), 1)
         count += 1
         share = GENERATED if generated else 4 * num_known // len(points)
         pauses = np.where(known, self._pause_class(pause), 0)
         kinds = kind(np.minimum(count, USES - 1), share, pauses)
-        before[~known] = -1
-        self._at[place], self._before[place], self._count[place], self._kind[place] = self.now, before, count, kinds
+        self._at[place], self._count[place], self._kind[place] = self.now, count, kinds
         self._num_uses += len(points)
         self._stamp[place] = np.arange(self._num_uses, self._num_uses - len(points), -1)
         self._duel(place)
         self._cut(sequence, first, np.minimum(count, USES - 1))
-        columns = (before.tolist(), count.tolist(), kinds.tolist())
-        sequence.uses += [(self.now, b, c, k) for b, c, k in zip(*columns, strict=True)]
+        columns = zip(count.tolist(), kinds.tolist(), strict=True)
+        sequence.uses += [(self.now, c, k) for c, k in columns]
         if len(self._slots) > self.max_points * TOLERATED // 4:
             self._forget()
 
@@ -207,7 +203,7 @@ class ReuseProfile:
     def _new_slot(self, point: int) -> int:
         if not self._free:
             old, new = len(self._at), max(1024, 2 * len(self._at))
-            for name in ("_at", "_before", "_count", "_kind", "_stamp"):
+            for name in ("_at", "_count", "_kind", "_stamp"):
                 grown = np.full(new, -1, np.int64)
                 grown[:old] = getattr(self, name)
                 setattr(self, name, grown)

@@ -70,7 +70,7 @@ class Sequence:
         self.found_limit = self.found_version = -1
         self.prefix: Any = None
         self.match: Any = None
-        self.uses: list[tuple[int, int, int, int]] = []
+        self.uses: list[tuple[int, int, int]] = []
         self.cuts: list[int] = []
 
     def extend(self, tokens: Any) -> None:

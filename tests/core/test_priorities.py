@@ -44,7 +44,7 @@ def test_equal_priorities_leave_in_the_order_of_their_last_use():
     assert remaining(core, namespace) == [True, False, True]
 
 
-@pytest.mark.parametrize("policy", ["lru", "lfu", "fifo", "slru", "s3fifo", "w-tinylfu", "adaptive"])
+@pytest.mark.parametrize("policy", ["lru", "lfu", "fifo", "slru", "s3fifo", "adaptive"])
 def test_other_policies_do_not_look_at_it(policy):
     """E7: the same victims in the same order with priorities and without."""
     left = []

@@ -36,7 +36,7 @@ def test_points_are_found_again_after_their_pages_left():
     now = profile.now
     server.prefill(prompt(16))
     (node,) = all_nodes(server.core)
-    assert (node.hits, node.use.count, node.use.at, node.use.before) == (0, 1, now, 0)
+    assert (node.hits, node.use.count, node.use.at) == (0, 1, now)
 
 
 def test_another_prompt_with_the_same_page_elsewhere_is_another_point():

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from jaxcache.core.eviction.adaptive import Adaptive
-from jaxcache.core.eviction.keyed import Fifo, Lfu, Lru2, Priority
+from jaxcache.core.eviction.keyed import Fifo, Lfu, Priority
 from jaxcache.core.eviction.lru import Lru
 from jaxcache.core.eviction.order import EvictionOrder
-from jaxcache.core.eviction.queues import S3Fifo, Slru, WTinyLfu
+from jaxcache.core.eviction.queues import S3Fifo, Slru
 
 POLICIES: dict[str, type[EvictionOrder]] = {
     "lru": Lru,
@@ -15,8 +15,6 @@ POLICIES: dict[str, type[EvictionOrder]] = {
     "slru": Slru,
     "priority": Priority,
     "s3fifo": S3Fifo,
-    "w-tinylfu": WTinyLfu,
-    "lru-2": Lru2,
     "adaptive": Adaptive,
 }
 

@@ -91,15 +91,6 @@ class Fifo(Keyed):
         return (use(node).born,)
 
 
-class Lru2(Keyed):
-    """By the use before the last one, remembered also while the page was not in the cache (O'Neil 1993)."""
-
-    remembers: ClassVar[bool] = True
-
-    def key(self, node: Node) -> tuple:
-        return use(node).before, node.last_used
-
-
 def use(node: Node) -> Any:
     """What the profile says of a node; a policy that remembers is told of every node before it is a candidate."""
     assert node.use is not None, f"{node=} was never used"

@@ -68,7 +68,7 @@ class EvictionOrder(ABC):
 
     @abstractmethod
     def __iter__(self) -> Iterator[Node]:
-        """All, best victim first as far as that is decided (see S3Fifo, WTinyLfu, Adaptive). Changes nothing."""
+        """All, best victim first as far as that is decided (see S3Fifo, Adaptive). Changes nothing."""
 
     @abstractmethod
     def __contains__(self, node: Node) -> bool: ...

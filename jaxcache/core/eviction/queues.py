@@ -1,7 +1,6 @@
 """Policies of several queues. Sizes are in pages: as they were when a node joined its queue, or was its oldest.
 
 S3Fifo:    new --> small --> main <--> (chances)       Slru:  new --> probation <--> protected <-- hit
-WTinyLfu:  new --> window --> probation <--> protected <-- hit
 """
 
 from __future__ import annotations
@@ -126,14 +125,20 @@ class Queued(EvictionOrder):
         return sum(len(queue) for queue in self.queues)
 
 
-class Protecting(Queued):
-    """What was hit is protected, up to a share of the pages; the oldest of it goes back on probation."""
+class Slru(Queued):
+    """Segmented LRU: new ones are on probation, so a scan takes nothing from those that were hit.
+
+    What was hit is protected, up to a share of the pages; the oldest of it goes back on probation.
+    """
 
     PROTECTED_SHARE = 0.8
 
-    def __init__(self, place: Place, num_queues: int):
-        super().__init__(place, num_queues)
-        self.probation, self.protected = self.queues[:2]
+    def __init__(self, place: Place):
+        super().__init__(place, 2)
+        self.probation, self.protected = self.queues
+
+    def queue_of(self, node: Node) -> Queue:
+        return self.protected if node.hits else self.probation
 
     def add(self, node: Node) -> None:
         super().add(node)
@@ -148,54 +153,6 @@ class Protecting(Queued):
             oldest = self.protected.oldest()
             assert oldest is not None
             self.move(oldest, self.protected, self.probation)
-
-
-class Slru(Protecting):
-    """Segmented LRU: new ones are on probation, so a scan takes nothing from those that were hit."""
-
-    def __init__(self, place: Place):
-        super().__init__(place, 2)
-
-    def queue_of(self, node: Node) -> Queue:
-        return self.protected if node.hits else self.probation
-
-
-class WTinyLfu(Protecting):
-    """New pages prove themselves in a small window; from there they replace older ones only if used more often.
-
-    How often counts also what was used while it was not in the cache (Einziger et al. 2017, with exact counts).
-    winner: a newcomer and the old one that it replaces, once that is not there any more
-    """
-
-    remembers: ClassVar[bool] = True
-    WINDOW_SHARE = 0.01
-
-    def __init__(self, place: Place):
-        super().__init__(place, 3)
-        self.window = self.queues[2]
-        self.winner: tuple[Node, Node] | None = None
-
-    def queue_of(self, node: Node) -> Queue:
-        return self.protected if node.hits else self.window
-
-    def first(self) -> Node | None:
-        self.winner = None
-        if not self.window.exceeds(self.WINDOW_SHARE * self.place.num_pages):
-            return super().first()
-        newcomer, old = self.window.oldest(), self.probation.oldest() or self.protected.oldest()
-        assert newcomer is not None
-        if old is None or use(newcomer).count <= use(old).count:
-            return newcomer
-        self.winner = newcomer, old
-        return old
-
-    def discard(self, node: Node) -> None:
-        super().discard(node)
-        if self.winner is not None and node in self.winner:
-            newcomer, old = self.winner
-            self.winner = None
-            if node is old:  # it left, or is used again after it was the first to lose pages
-                self.move(newcomer, self.window, self.probation)
 
 
 class S3Fifo(Queued):

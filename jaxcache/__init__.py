@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from jaxcache.config import CacheConfig, TenantShare
     from jaxcache.core.lease import Lease
     from jaxcache.core.page_hash import Namespace
+    from jaxcache.core.prefetch import Ticket
     from jaxcache.core.sequence import Sequence
-    from jaxcache.core.ticket import Ticket
     from jaxcache.pools.page_layout import pool_shardings
     from jaxcache.runtime.compiles import compile_count
     from jaxcache.runtime.process_end import end_process

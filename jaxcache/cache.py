@@ -17,10 +17,10 @@ from jaxcache.core.bad_input import count, said
 from jaxcache.core.explain import Explanation
 from jaxcache.core.lease import Lease
 from jaxcache.core.page_hash import Namespace
+from jaxcache.core.prefetch import Ticket
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.core.sequence import Sequence as TokenSequence
 from jaxcache.core.serving import RefusedCall, RefusedType, changes
-from jaxcache.core.ticket import Ticket
 from jaxcache.core.tiers import validate, with_spine
 from jaxcache.pools.device_pool import DevicePools, init_pools
 from jaxcache.pools.pools_check import PoolsCheck
@@ -84,7 +84,7 @@ class Cache:
         self.device_pages = {r.component.name: r.allocator.num_pages for r in self.core.tiers.device}
         self._tables = BatchTables(self.device_pages)
         self._pools_check = PoolsCheck(self.layouts, self.device_pages)
-        self.core.growth.pools_have_come(self._pools_check.version)  # from here on the order of model steps is watched
+        self.core.leases.pools_have_come(self._pools_check.version)  # from here on the order of model steps is watched
         self.engine = TransferEngine(
             self.layouts,
             mesh,
@@ -134,7 +134,7 @@ class Cache:
 
     def _check_pools(self, pools: DevicePools) -> None:
         self._pools_check.check(pools)
-        self.core.growth.pools_have_come(self._pools_check.version)
+        self.core.leases.pools_have_come(self._pools_check.version)
 
     def _check_open(self) -> None:
         if self._closed:

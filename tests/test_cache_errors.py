@@ -317,9 +317,9 @@ def test_a_refused_grow_all_has_said_nothing(rig):
         with pytest.raises(ValueError, match="was released already"):
             cache.grow_all([lease, released], [44, 8])
         assert (lease.num_computed, lease.num_tokens) == before
-        assert cache.core.uncomputed is None
+        assert cache.core.leases.uncomputed is None
         assert cache.grow_all([lease], [44]) == 1
-        assert cache.core.uncomputed is not None
+        assert cache.core.leases.uncomputed is not None
         cache.release(lease)
 
 

@@ -42,7 +42,7 @@ def evict_one(workload: Workload) -> list[Figure]:
     assert core.tiers.tree.num_nodes == num_nodes and not free.num_free and not tree.num_free
 
     def operation():
-        return partial(core.backups.make_room_on_device, 0, free.num_free + node_pages)
+        return partial(core.tiers.make_room, core.tiers.device[0], free.num_free + node_pages)
 
     def floor():
         return partial(tree.make_room, tree.num_free + node_pages)
@@ -59,7 +59,9 @@ def evict_one_beside_namespaces(workload: Workload) -> list[Figure]:
 
     def evicting_one(loaded: LoadedCore):
         free = loaded.core.tiers.device[0].allocator
-        return lambda: partial(loaded.core.backups.make_room_on_device, 0, free.num_free + workload.victim_pages)
+        return lambda: partial(
+            loaded.core.tiers.make_room, loaded.core.tiers.device[0], free.num_free + workload.victim_pages
+        )
 
     turns = take_turns(evicting_one(both[0]), evicting_one(both[1]), num_turns)
     assert [loaded.core.tiers.tree.num_nodes for loaded in both] == [many - num_turns] * 2
@@ -112,7 +114,7 @@ def evicting(workload: Workload, kinds: tuple[str, ...], name: str, meaning: str
 
     def make_room():
         for c in reversed(range(len(kinds))):
-            assert core.backups.make_room_on_device(c, targets[c])
+            assert core.tiers.make_room(core.tiers.device[c], targets[c])
 
     for tokens in turns_of(workload, conversations):
         loaded.serve(tokens)

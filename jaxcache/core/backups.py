@@ -11,11 +11,12 @@ after its full pages. A backup counts as done when it is planned (snapshot seman
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
-from jaxcache.core.backbone import Backbone
+from jaxcache.core.kinds import Kind, Kinds
 from jaxcache.core.planner import Counters, Planner
-from jaxcache.core.radix_tree import FULL, Node
+from jaxcache.core.radix_tree import Node
 from jaxcache.core.stores import Stores, joined
 from jaxcache.core.tiers import Tiers
 from jaxcache.types import Move, PageIds, TransferKind, WritePolicy
@@ -24,10 +25,10 @@ ON_INSERT = (WritePolicy.WRITE_THROUGH, WritePolicy.WRITE_THROUGH_SELECTIVE)
 
 
 class Copy(NamedTuple):
-    """An entry of component c on its way to host memory."""
+    """An entry on its way to host memory."""
 
+    kind: Kind
     node: Node
-    c: int
     host_pages: PageIds
 
 
@@ -37,19 +38,22 @@ class Backups:
     def __init__(
         self,
         tiers: Tiers,
+        kinds: Kinds,
         planner: Planner,
         stores: Stores,
-        backbone: Backbone | None,
         counters: Counters,
         drop_subtree: Callable[[Node], None],
     ):
+        """drop_subtree: of a node whose full pages find no room in host memory"""
         self.tiers = tiers
-        self.drop_subtree = drop_subtree  # of a node that can go nowhere
-        self.backbone = backbone
+        self.kinds = kinds
         self.planner = planner
         self.stores = stores
         self.counters = counters
         self.use(tiers.config.write_policy if tiers.has_host else WritePolicy.NONE)
+        if tiers.writes_back:
+            for kind in kinds:
+                kind.device.spill = partial(self._spill, kind, drop_subtree if kind is kinds.full else None)
 
     def use(self, policy: WritePolicy) -> None:
         self.policy = policy
@@ -82,59 +86,32 @@ class Backups:
 
         Making room for one must not take the full pages of another, or of what is above them: the path is pinned.
         """
-        tiers = self.tiers
-        num = len(tiers.components)
-        full_host = tiers.host[FULL]
+        tiers, full_host = self.tiers, self.kinds.full.host
         copies = []
         full_host.pin_up(nodes[-1])
         for node in nodes:
-            pages = node.pages
-            for c in range(len(tiers.components)):
-                wanted = pages[c] is not None and pages[c + num] is None
-                if wanted and node.ready_step <= tiers.step and self._host_full_is_there(node, c):
-                    copies += self._copy(node, c)
+            for kind in self.kinds:
+                wanted = node.pages[kind.device.index] is not None and node.pages[kind.host.index] is None
+                if wanted and node.ready_step <= tiers.step and kind.may_be_in_host(node):
+                    copies += self._copy(kind, node)
         full_host.unpin_up(nodes[-1])
         self._plan(copies)
 
-    def spill(self, c: int, victim: Node) -> None:
-        """write_back: the entry leaves the device through host memory, or with all below it if that is full."""
+    def _spill(self, kind: Kind, drop_subtree: Callable[[Node], None] | None, victim: Node) -> None:
+        """write_back: the entry leaves the device through host memory; full pages with all below if that is full."""
         copies = []
-        if victim.pages[self.tiers.host[c].index] is None:
-            copies = self._copy(victim, c)
+        if victim.pages[kind.host.index] is None:
+            copies = self._copy(kind, victim)
             self._plan(copies)
-        if copies or c != FULL or victim.pages[self.tiers.host[c].index] is not None:
-            self.tiers.drop(self.tiers.device[c], victim)
+        if copies or drop_subtree is None or victim.pages[kind.host.index] is not None:
+            self.tiers.drop(kind.device, victim)
         else:
-            self.drop_subtree(victim)
+            drop_subtree(victim)
 
-    def make_room_on_device(self, c: int, num_pages: int) -> bool:
-        """Evicts device pages of component c until `num_pages` are free."""
-        if self.backbone is not None:
-            return self.backbone.make_room(num_pages)
-        tiers = self.tiers
-        device = tiers.device[c]
-        if not tiers.writes_back:
-            return tiers.make_room(device, num_pages)
-        while device.allocator.num_free < num_pages:
-            victim = device.victim(num_pages)
-            if victim is None:
-                return False
-            wanted = device.leaving(victim, num_pages - device.allocator.num_free)
-            self.spill(c, tiers.trim(device, victim, wanted))
-        return True
-
-    def _host_full_is_there(self, node: Node, c: int) -> bool:
-        """Prefix closure of host memory: the parent's full pages for full attention, the node's own for the rest."""
-        tiers = self.tiers
-        above = node.parent if c == FULL else node
-        assert above is not None
-        return above.parent is None or above.pages[tiers.host[FULL].index] is not None
-
-    def _copy(self, node: Node, c: int) -> list[Copy]:
+    def _copy(self, kind: Kind, node: Node) -> list[Copy]:
         """Puts one entry into host memory."""
-        tiers = self.tiers
-        host = tiers.host[c]
-        pages = node.pages[c]
+        tiers, host = self.tiers, kind.host
+        pages = node.pages[kind.device.index]
         assert pages is not None
         num_pages = len(pages)
         host.serve(node)
@@ -144,22 +121,20 @@ class Backups:
             return []
         host_pages = host.allocator.allocate(num_pages)
         tiers.put(host, node, host_pages)
-        return [Copy(node, c, host_pages)]
+        return [Copy(kind, node, host_pages)]
 
     def _plan(self, copies: list[Copy]) -> None:
         """One move per component. A copy whose pages were needed again at once is left out."""
-        tiers = self.tiers
-        num = len(tiers.components)
-        copies = [copy for copy in copies if copy.node.pages[copy.c + num] is copy.host_pages]
+        copies = [copy for copy in copies if copy.node.pages[copy.kind.host.index] is copy.host_pages]
         if not copies:
             return
         moves = []
         num_pages = 0
-        for c in range(len(tiers.components)):
-            mine = [copy for copy in copies if copy.c == c]
+        for kind in self.kinds:
+            mine = [copy for copy in copies if copy.kind is kind]
             if mine:
                 targets = joined([copy.host_pages for copy in mine])
-                moves.append(Move(tiers.components[c].name, joined([device_pages(copy) for copy in mine]), targets))
+                moves.append(Move(kind.name, joined([device_pages(copy) for copy in mine]), targets))
                 num_pages += len(targets)
         self.planner.add(TransferKind.BACKUP, tuple(moves))
         self.counters["backup_pages"] += num_pages
@@ -168,6 +143,6 @@ class Backups:
 
 
 def device_pages(copy: Copy) -> PageIds:
-    pages = copy.node.pages[copy.c]
+    pages = copy.node.pages[copy.kind.device.index]
     assert pages is not None
     return pages

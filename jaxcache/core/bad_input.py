@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from types import NoneType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,9 +11,10 @@ import numpy as np
 
 from jaxcache.core.lease import Lease
 from jaxcache.core.page_hash import Namespace
+from jaxcache.core.prefetch import Ticket
 from jaxcache.core.sequence import Sequence
 from jaxcache.core.serving import RefusedCall, RefusedType, RefusedValue
-from jaxcache.core.ticket import Ticket
+from jaxcache.core.tiers import Tiers
 from jaxcache.types import TransferKind
 
 if TYPE_CHECKING:
@@ -73,10 +74,10 @@ def check_sequence(core: PrefixCache, sequence: Any) -> None:
         raise RefusedValue(f"{sequence.namespace!r} belongs to another cache")
 
 
-def check_lease(core: PrefixCache, lease: Any, num_computed: int | None) -> None:
+def check_lease(leases: Mapping[int, Lease], lease: Any, num_computed: int | None) -> None:
     if not isinstance(lease, Lease):
         raise RefusedType(f"a Lease is needed, not {type(lease).__name__}: did admit answer Wait?")
-    if core.leases.get(lease.id) is not lease:
+    if leases.get(lease.id) is not lease:
         raise RefusedValue(f"{lease!r} " + ("was released already" if lease._released else "belongs to another cache"))
     if num_computed is not None and not lease.num_computed <= num_computed <= lease.num_tokens:
         raise RefusedValue(
@@ -92,10 +93,10 @@ def check_known(lease: Lease, num_computed: int) -> None:
         raise RefusedValue(f"{num_computed=} but the sequence has {num_tokens} tokens: call sequence.extend first")
 
 
-def check_may_run(core: PrefixCache, lease: Lease) -> None:
+def check_may_run(tiers: Tiers, lease: Lease) -> None:
     """Nothing can be computed before what was loaded back is there."""
-    if lease.first_step > core.step_number:
-        raise RefusedCall(f"{lease!r} may run from step {lease.first_step} on; this is {core.step_number}")
+    if lease.first_step > tiers.step:
+        raise RefusedCall(f"{lease!r} may run from step {lease.first_step} on; this is {tiers.step}")
 
 
 def check_runnable(core: PrefixCache, leases: Collection[Lease | None]) -> None:
@@ -106,10 +107,10 @@ def check_runnable(core: PrefixCache, leases: Collection[Lease | None]) -> None:
     if not set(map(type, leases)) <= {Lease, NoneType}:
         for lease in leases:
             if lease is not None:
-                check_lease(core, lease, None)
+                check_lease(core.leases, lease, None)
     for lease in leases:
         if lease is not None and (live.get(lease.id) is not lease or lease.first_step > step):
-            check_lease(core, lease, None)
+            check_lease(core.leases, lease, None)
             _ = lease.page_tables
     if not core.plan_is_applied() and any(lease is not None for lease in leases):
         raise RefusedCall("pages are about to move: call pools = cache.apply(pools) before a model step")
@@ -129,7 +130,7 @@ def check_applied(core: PrefixCache) -> None:
 
 def check_computed(core: PrefixCache) -> None:
     """No BACKUP is planned before the pools have come in which its pages are computed."""
-    missing = core.uncomputed
+    missing = core.leases.uncomputed
     if missing is None or missing.version < core.tiers.pools_version:
         return
     if any(transfer.kind is TransferKind.BACKUP for transfer in core.planner.transfers):

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from jaxcache.core.radix_tree import FULL, Node
-from jaxcache.core.residency import Residency
+from jaxcache.core.pages import Residency
+from jaxcache.core.radix_tree import Node
 from jaxcache.core.tiers import Hold
 from jaxcache.types import PageIds, Tier, TransferKind
 
@@ -63,7 +63,7 @@ class Clearing:
         stack = [child for root in tiers.tree.all_roots() for child in root.children.values()]
         while stack:
             node = stack.pop()
-            if _in_host(tiers.host[FULL], node, lost):
+            if _in_host(core.kinds.full.host, node, lost):
                 kept[node.id] = node
                 stack += node.children.values()
         self._keep(kept, lost)

@@ -10,14 +10,14 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from jaxcache.components.base import Reach
+from jaxcache.core.kinds import Kinds, Path
 from jaxcache.core.lease import Lease
-from jaxcache.core.matching import longest_prefix
-from jaxcache.core.missing import Missing, missing
+from jaxcache.core.match import Matcher
+from jaxcache.core.missing import Missing
 from jaxcache.core.radix_tree import Node
 from jaxcache.core.sequence import Sequence
 from jaxcache.core.tiers import Eviction, Tiers
-from jaxcache.types import Span
+from jaxcache.types import Span, Tier
 
 
 class Limit(enum.Enum):
@@ -97,10 +97,11 @@ def _sentence(eviction: Eviction) -> str:
     )
 
 
-def explain(tiers: Tiers, sequence: Sequence, leases: Mapping[int, Lease]) -> Explanation:
+def explain(matcher: Matcher, sequence: Sequence, leases: Mapping[int, Lease]) -> Explanation:
     """Looks without touching anything. leases: those that run."""
+    tiers, kinds = matcher.tiers, matcher.kinds
     known = _Evictions(tiers, sequence, leases)
-    usable = longest_prefix(tiers, sequence, sequence.num_tokens).num_tokens
+    usable = matcher.longest(sequence, sequence.num_tokens).num_tokens
     path = tiers.tree.walk(sequence, sequence.num_tokens)
     found = path[-1][1] if path else 0
     resumable, limit = _resumable(tiers, sequence, found)
@@ -115,9 +116,11 @@ def explain(tiers: Tiers, sequence: Sequence, leases: Mapping[int, Lease]) -> Ex
         resumable,
         limit,
         tiers.grid_tokens,
-        missing(tiers, sequence, path, resumable, known.find) if usable < resumable else (),
+        tuple(m for kind in kinds.extras for m in kind.missing(sequence, path, resumable, known.find))
+        if usable < resumable
+        else (),
         found // page if is_missing else None,
-        tuple(_tiers(tiers, path)),
+        tuple(_tiers(kinds, path)),
         known.find(node.id, first_page) if is_missing else None,
         tuple(_lost(tiers, path, known)),
         _other_namespace(tiers, sequence) if is_missing and not found else (),
@@ -159,13 +162,14 @@ def _whole_node(root: Node, path: list[tuple[Node, int]]) -> Node:
     return whole[-1] if whole else root
 
 
-def _tiers(tiers: Tiers, path: list[tuple[Node, int]]):
+def _tiers(kinds: Kinds, path: Path):
     """Of a state the span is empty: it is that after so many tokens."""
     for node, end in path:
-        for residency in tiers.residencies:
-            is_state = residency.component.reach is Reach.POINT
-            if node.pages[residency.index] is not None and not (is_state and end < node.end):
-                yield residency.component.name, residency.tier.name, Span(end if is_state else node.start, end)
+        for tier in (Tier.DEVICE, Tier.HOST):
+            for kind in kinds:
+                residency, span = (kind.device, kind.host)[tier], kind.span_of(node, end)
+                if node.pages[residency.index] is not None and span is not None:
+                    yield kind.name, tier.name, span
 
 
 def _lost(tiers: Tiers, path: list[tuple[Node, int]], known: _Evictions):

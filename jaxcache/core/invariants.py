@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from jaxcache.components.base import Reach
 from jaxcache.core.limits_check import check_retentions, check_tenants
+from jaxcache.core.pages import Residency
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.core.radix_tree import FULL, Node
-from jaxcache.core.residency import Residency
 from jaxcache.types import WritePolicy
 
 
@@ -49,7 +48,7 @@ def _check_node(core: PrefixCache, node: Node) -> None:
     assert node.first_page == bytes(node.edge[:page_bytes]), f"I4: {node=} first page"
     assert parent.children.get(node.first_page) is node, f"I4: {node=} is not its parent's child"
     assert node.start == parent.end, f"I4: {node=} does not follow {parent=}"
-    assert tiers.resident(FULL, node), f"I7: {node=} has no full pages anywhere"
+    assert core.kinds.full.resident(node), f"I7: {node=} has no full pages anywhere"
     if parent.parent is not None:
         device, host = tiers.device[FULL].index, tiers.host[FULL].index
         assert node.pages[device] is None or parent.pages[device] is not None, f"I6: device closure at {node=}"
@@ -61,21 +60,20 @@ def _check_node(core: PrefixCache, node: Node) -> None:
 
 
 def _check_residency(core: PrefixCache, residency: Residency, nodes: list[Node]) -> None:
-    tiers = core.tiers
     index = residency.index
     held = _held_elsewhere(core, residency)
     resident = pinned = candidates = 0
-    is_point = residency.component.reach is Reach.POINT
+    kind = core.kinds[index % len(core.kinds)]
     for node in nodes:
         pages = node.pages[index]
         assert node.pins[index] >= 0, f"I2: {node=}"
-        if residency.component.reach is Reach.PREFIX:
+        if residency.is_closed:
             children = sum(child.pages[index] is not None for child in node.children.values())
             assert node.resident_children[index] == children, f"I6: {node=} counts its resident children wrong"
         assert (node in residency.order) == residency.evictable(node), f"I3: {node=} in {residency.tier.name} order"
         if pages is None:
             continue
-        expected = 1 if is_point else len(node.edge) // tiers.tree.page_bytes
+        expected = kind.num_entry_pages(len(node.edge) // 4)
         assert len(pages) == expected, f"I1: {node=} has {len(pages)} pages"
         resident += len(pages)
         pinned += len(pages) if node.pins[index] else 0
@@ -98,14 +96,8 @@ def _held_elsewhere(core: PrefixCache, residency: Residency) -> list[np.ndarray]
     if residency in tiers.host:
         return held + [prefetch.pages[c] for prefetch in core.prefetches.live.values()]
     for lease in core.leases.values():
-        if c == tiers.point:
-            held.append(np.array([lease.write_slot, *lease.checkpoints.values()], np.int32))
-        else:
-            table = lease._tables[c]
-            assert table is not None
-            own = table[lease._published // tiers.page_tokens :]
-            held.append(own[own != residency.allocator.num_pages])
-            held += [page_ids for owner, page_ids in lease._duplicates or () if owner == c]
+        held += core.kinds[c].owned(lease)
+        held += [page_ids for owner, page_ids in lease._duplicates or () if owner == c]
     return held
 
 

@@ -1,4 +1,4 @@
-"""What an admitted request holds until it is released, exactly once."""
+"""What an admitted request holds until it is released, once: pins up to a node, and a part for each component."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxcache.core.radix_tree import Node
 from jaxcache.core.sequence import Sequence
-from jaxcache.types import PageIds
+from jaxcache.types import NO_PAGES, PageIds
 
 if TYPE_CHECKING:
     from jaxcache.core.tiers import Tiers
@@ -18,7 +18,43 @@ if TYPE_CHECKING:
 UNLIMITED = 1 << 62  # tokens
 TokenPositions = list[int] | tuple[int, ...]
 NO_POSITIONS: TokenPositions = ()
-NO_CHECKPOINTS: Any = MappingProxyType({})  # shared by all leases of caches without recurrent states
+NO_CHECKPOINTS: Any = MappingProxyType({})  # of all leases of caches without recurrent states
+
+
+class WindowTable:
+    """A lease's pages of a window.
+
+    page_ids:     int32[pages of the room], read-only once handed out: a change makes another array
+    pin_top:      start of the topmost node that is pinned
+    window_start: no own page below this is there any more
+    """
+
+    __slots__ = ("page_ids", "pin_top", "window_start")
+
+    def __init__(self, pin_top: int):
+        self.page_ids: PageIds = NO_PAGES
+        self.pin_top = pin_top
+        self.window_start = 0
+
+
+class Slots:
+    """A lease's slots of recurrent states.
+
+    checkpoints: {position: slot}, of which the caller has filled `written`
+    node:        whose state it still reads
+    """
+
+    __slots__ = ("checkpoints", "last_grid_point", "node", "read", "write", "written")
+
+    page_ids = None  # it has no table
+
+    def __init__(self):
+        self.read: int | None = None
+        self.write = -1
+        self.checkpoints: dict[int, int] = {}
+        self.written: dict[int, None] = {}
+        self.node: Node | None = None
+        self.last_grid_point: int | None = None
 
 
 class Lease:
@@ -33,29 +69,21 @@ class Lease:
     first_step:         the first step in which a model step may use it
     num_tokens:         how far its pages reach
     num_computed:       what the caller has reported as computed
-    read_slot, write_slot: the recurrent state to read at first (None at 0 tokens); the one to write, and read later
-    checkpoints:        {position: slot}: if a chunk ends at this position, write its state to this slot as well, and
-                        name the position in `insert(states=...)`; `next_stop` says where chunks should end. Positions
-                        come and go with `admit`, `grow` and `insert`
+    table:              page ids of full attention, int32[pages of the room], read-only: a change makes another array
+    parts:              of the extras, in their order: a `WindowTable` or `Slots` each
     """
 
     __slots__ = (
         "_duplicates",
-        "_last_grid_point",
         "_last_room",
         "_node",
-        "_pin_tops",
         "_plan_is_applied",
         "_published",
-        "_quiet_end",
         "_released",
-        "_state_node",
+        "_room_end",
+        "_slots",
         "_stops",
-        "_tables",
         "_tiers",
-        "_window_starts",
-        "_written",
-        "checkpoints",
         "device_tokens",
         "first_step",
         "host_tokens",
@@ -63,10 +91,10 @@ class Lease:
         "num_cached_tokens",
         "num_computed",
         "num_tokens",
-        "read_slot",
+        "parts",
         "sequence",
         "storage_tokens",
-        "write_slot",
+        "table",
     )
 
     def __init__(
@@ -88,25 +116,34 @@ class Lease:
         self.num_tokens = node.end + num_new_tokens
         self.host_tokens = self.storage_tokens = 0
         self.first_step = tiers.step
-        self.read_slot: int | None = None
-        self.write_slot: int | None = None
-        self.checkpoints: dict[int, int] = {} if tiers.point is not None else NO_CHECKPOINTS
         # How far its room reached when the present version of the pools came: what lies beyond is not computed in it.
         self._last_room = node.end if tiers.pools_version >= 0 else UNLIMITED
         self._tiers = tiers
         self._duplicates: list[tuple[int, PageIds]] | None = None  # (component, own pages that the tree has, too)
         self._plan_is_applied = plan_is_applied
-        self._tables: list[PageIds | None] = [None] * len(tiers.components)
-        self._pin_tops = [0] * len(tiers.components)  # start of the topmost pinned node
-        self._window_starts = [0] * len(tiers.components)  # no own pages of the table below this are there
-        self._state_node: Node | None = None  # whose state it still reads
+        self.table: PageIds = NO_PAGES
+        self.parts: list[Any] = []
+        self._slots: Slots | None = None
         self._stops: tuple[int, ...] = ()  # where prefill chunks end
-        self._written: dict[int, None] = (
-            {} if tiers.point is not None else NO_CHECKPOINTS
-        )  # checkpoints that the caller has written
-        self._last_grid_point: int | None = None
-        self._quiet_end = -1  # growing up to here only moves numbers
+        self._room_end = -1  # growing up to here only moves numbers
         self._released = False
+
+    @property
+    def read_slot(self) -> int | None:
+        """The recurrent state to read at first; None at 0 tokens."""
+        return None if self._slots is None else self._slots.read
+
+    @property
+    def write_slot(self) -> int | None:
+        """The recurrent state to write, and to read later; None without recurrent states."""
+        return None if self._slots is None else self._slots.write
+
+    @property
+    def checkpoints(self) -> dict[int, int]:
+        """{position: slot}: if a chunk ends at this position, write its state to this slot as well, and name the
+        position in `insert(states=...)`; `next_stop` says where chunks should end. Positions come and go with `admit`,
+        `grow` and `insert`."""
+        return NO_CHECKPOINTS if self._slots is None else self._slots.checkpoints
 
     @property
     def page_tables(self) -> dict[str, PageIds]:
@@ -125,8 +162,14 @@ class Lease:
             raise RuntimeError(f"{self!r} may run from step {self.first_step} on; this is {self._tiers.step}")
         if not is_applied:
             raise RuntimeError("pages are about to move: call pools = cache.apply(pools) before a model step")
-        names = [component.name for component in self._tiers.components]
-        return {name: table for name, table in zip(names, self._tables, strict=True) if table is not None}
+        full, *extras = [component.name for component in self._tiers.components]
+        tables = {n: part.page_ids for n, part in zip(extras, self.parts, strict=True) if part.page_ids is not None}
+        return {full: self.table, **tables}
+
+    @property
+    def page_ids(self) -> list[PageIds | None]:
+        """By component; None: it has no table."""
+        return [self.table, *(part.page_ids for part in self.parts)]
 
     @property
     def next_stop(self) -> int | None:
@@ -135,12 +178,12 @@ class Lease:
         for stop in self._stops:
             if stop > computed:
                 return stop
-        if self._tiers.point is None:
+        if self._slots is None:
             return None
         grid = self._tiers.grid_tokens
         return (computed // grid + 1) * grid
 
-    def _be_quiet(self, num_computed: int) -> None:
+    def note_room(self, num_computed: int) -> None:
         """Notes up to where it may grow without anything but numbers changing, from `num_computed` on.
 
         New pages are needed where the tables end (all end at the same place); windows are left behind, and states kept,
@@ -148,13 +191,11 @@ class Lease:
         """
         tiers = self._tiers
         if self.first_step > tiers.step:
-            self._quiet_end = -1  # nothing can be computed yet: every call is looked at
+            self._room_end = -1  # nothing can be computed yet: every call is looked at
             return
         page = tiers.page_tokens
-        table = self._tables[0]
-        assert table is not None
-        room = len(table) * page
-        self._quiet_end = min(room, (num_computed // page + 1) * page - 1) if tiers.partial else room
+        room = len(self.table) * page
+        self._room_end = min(room, (num_computed // page + 1) * page - 1) if self.parts else room
 
     def __repr__(self) -> str:
         return f"Lease({self.id}, cached {self.num_cached_tokens}, room for {self.num_tokens} tokens)"

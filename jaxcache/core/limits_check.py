@@ -66,9 +66,5 @@ def check_tenants(core: PrefixCache, nodes: list[Node]) -> None:
 
 
 def _num_owned(core: PrefixCache, lease: Lease, c: int) -> int:
-    table = lease._tables[c]
-    if table is None:
-        return 1 + len(lease.checkpoints)
-    own = table[lease._published // core.config.page_tokens :]
-    duplicates = sum(len(page_ids) for owner, page_ids in lease._duplicates or () if owner == c)
-    return duplicates + sum(id != core.tiers.device[c].allocator.num_pages for id in own)
+    own = core.kinds[c].owned(lease) + [page_ids for owner, page_ids in lease._duplicates or () if owner == c]
+    return sum(map(len, own))

@@ -1,4 +1,4 @@
-"""What storage is being asked for, on behalf of one or more requests, and the host pages reserved for it.
+"""What storage is being asked for, the host pages reserved for it, and the claims of the requests that want it.
 
 prefetch --QUERY--> agreed end --FETCH--> agreed outcome --> DRAIN -- quiet on all ranks --> DONE
 """
@@ -82,3 +82,33 @@ class Prefetch:
 
     def __repr__(self) -> str:
         return f"Prefetch({self.id}, {self.state.name}, [{self.start}, {self.end}), agreed {self.agreed_end})"
+
+
+class Ticket:
+    """One request's claim on a prefetch, which it may share. Give it to `admit`, or to `cancel`.
+
+    sequence:  what it was asked for
+    prefetch:  what is being read
+    is_wanted: until it was used or cancelled; others may want the same prefetch longer
+    is_held:   its admission waits for the prefetch
+    """
+
+    __slots__ = ("is_held", "is_wanted", "prefetch", "sequence")
+
+    def __init__(self, sequence: Sequence, prefetch: Prefetch):
+        self.sequence = sequence
+        self.prefetch = prefetch
+        self.is_wanted = True
+        self.is_held = False
+
+    @property
+    def state(self) -> PrefetchState:
+        return self.prefetch.state
+
+    @property
+    def done(self) -> bool:
+        """Nothing more will come of it."""
+        return not self.is_wanted or self.prefetch.is_over
+
+    def __repr__(self) -> str:
+        return f"Ticket({'' if self.is_wanted else 'not wanted, '}{self.prefetch})"

@@ -6,6 +6,12 @@
 
 A prefetch has two agreed ends: its outcome, at which accepted pages become the tree's, and quiet, before which none of
 its pages is freed, because some rank may still write into them. Requests that ask for the same share one.
+
+Every agreed token is accounted for (I12), as used or as unfulfilled for one reason:
+
+    |-- host ancestors: backed up first --|-- full pages that came --|-- missing: a reason --|
+    0                                   start                                            agreed_end
+                                                       window, state: whole at agreed_end, or not at all
 """
 
 from __future__ import annotations
@@ -13,19 +19,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from jaxcache.config import pages_of_share
-from jaxcache.core import matching
-from jaxcache.core.arrivals import Arrivals
 from jaxcache.core.backups import Backups
+from jaxcache.core.kinds import Kind, Kinds
+from jaxcache.core.match import Matcher
 from jaxcache.core.page_hash import Namespace
 from jaxcache.core.planner import Counters, Planner
-from jaxcache.core.prefetch import Prefetch, PrefetchState
-from jaxcache.core.radix_tree import FULL
+from jaxcache.core.prefetch import Prefetch, PrefetchState, Ticket
+from jaxcache.core.radix_tree import Node
 from jaxcache.core.sequence import Sequence
 from jaxcache.core.stores import Stores
-from jaxcache.core.ticket import Ticket
 from jaxcache.core.tiers import Tiers
-from jaxcache.types import CLOCK_MODULUS, DECLINED, NO_PAGES, Move, Outcome, PageIds, TransferKind
+from jaxcache.types import CLOCK_MODULUS, DECLINED, NO_PAGES, Move, Outcome, PageIds, Span, TransferKind
 
 MAX_HELD_MS = CLOCK_MODULUS // 2  # what looks longer is a clock that went back
 
@@ -33,12 +40,23 @@ MAX_HELD_MS = CLOCK_MODULUS // 2  # what looks longer is a clock that went back
 class Prefetches:
     """live: id of its QUERY or FETCH -> prefetch. policy: what an admission does with one that is still running."""
 
-    def __init__(self, tiers: Tiers, planner: Planner, stores: Stores, backups: Backups, counters: Counters):
+    def __init__(
+        self,
+        tiers: Tiers,
+        kinds: Kinds,
+        matcher: Matcher,
+        planner: Planner,
+        stores: Stores,
+        backups: Backups,
+        counters: Counters,
+    ):
         self.tiers = tiers
+        self.kinds = kinds
+        self.matcher = matcher
         self.planner = planner
         self.stores = stores
+        self.backups = backups
         self.counters = counters
-        self.arrivals = Arrivals(tiers, backups, counters)
         self.policy = tiers.config.prefetch_policy
         self.live: dict[int, Prefetch] = {}
 
@@ -48,9 +66,9 @@ class Prefetches:
         """A ticket, or None (and a counter) where asking cannot pay."""
         tiers = self.tiers
         page = tiers.page_tokens
-        for host in tiers.host:
-            host.serve(sequence.root)
-        prefix = matching.longest_prefix(tiers, sequence, None)
+        for kind in self.kinds:
+            kind.host.serve(sequence.root)
+        prefix = self.matcher.longest(sequence, None)
         start, worthwhile = prefix.found_tokens, max(page, tiers.config.prefetch_min_tokens)
         wanted_end = self._last_end(sequence.num_tokens - 1)
         if wanted_end - prefix.num_tokens < worthwhile:
@@ -60,7 +78,7 @@ class Prefetches:
             if self._serves(shared, sequence, start, wanted_end, worthwhile):
                 self.counters["joined_prefetches"] += 1
                 return self._ticket(sequence, shared)
-        end = min(wanted_end, self._last_end(start + self._share(FULL) * page))
+        end = min(wanted_end, self._last_end(start + self._share(self.kinds.full) * page))
         pages = self._reserve(sequence, start, end) if end - prefix.num_tokens >= worthwhile else None
         if pages is None:
             self.counters["prefetch_no_room"] += 1
@@ -85,7 +103,7 @@ class Prefetches:
         stop = min(shared.end, wanted_end)
         if shared.is_over or shared.sequence.root is not sequence.root or shared.start > start:
             return False
-        if wanted_end - stop >= worthwhile or (self.tiers.partial and shared.end > wanted_end):
+        if wanted_end - stop >= worthwhile or (self.kinds.extras and shared.end > wanted_end):
             return False
         num_pages = stop // self.tiers.page_tokens
         return shared.sequence.page_keys(num_pages)[-1:] == sequence.page_keys(num_pages)[-1:]
@@ -94,34 +112,26 @@ class Prefetches:
         """The last place up to there where a request could resume."""
         return num_tokens // self.tiers.grid_tokens * self.tiers.grid_tokens
 
-    def _share(self, c: int) -> int:
-        """Host pages of component c that prefetches may still reserve."""
-        host = self.tiers.host[c]
-        reserved = sum(len(prefetch.pages[c]) for prefetch in self.live.values())
-        allowed = pages_of_share(self.tiers.config.prefetch_host_share, host.allocator.num_pages) - reserved
-        return max(0, min(allowed, host.available()))
-
-    def _num_pages(self, c: int, start: int, end: int) -> int:
-        """How many pages of component c it takes to resume at `end` (full attention: from `start` on)."""
-        if c == self.tiers.point:
-            return 1
-        low = start if c == FULL else self.tiers.required_start(c, end)
-        return max(0, end - low) // self.tiers.page_tokens
+    def _share(self, kind: Kind) -> int:
+        """Host pages of a component that prefetches may still reserve."""
+        reserved = sum(len(prefetch.pages[kind.c]) for prefetch in self.live.values())
+        most = pages_of_share(self.tiers.config.prefetch_host_share, kind.host.allocator.num_pages)
+        return max(0, min(most - reserved, kind.host.available()))
 
     def _reserve(self, sequence: Sequence, start: int, end: int) -> list[PageIds] | None:
         """Host pages for every component, evicting others but not what the fetched pages will hang below."""
         tiers = self.tiers
-        counts = [self._num_pages(c, start, end) for c in range(len(tiers.components))]
+        counts = [kind.num_needed_pages(start, end) for kind in self.kinds]
         path = tiers.tree.walk(sequence, sequence.num_tokens - 1)
-        holds = tiers.hold(tiers.host[FULL], path[-1][0], 0) if path else []
-        fits = all(count <= self._share(c) for c, count in enumerate(counts))
+        holds = tiers.hold(self.kinds.full.host, path[-1][0], 0) if path else []
+        fits = all(count <= self._share(kind) for kind, count in zip(self.kinds, counts, strict=True))
         pages = []
-        tiers.lease_id = 0  # nobody has been admitted for whom room is made here
+        tiers.lease_id = 0  # nothing has been admitted for which room is made here
         if fits:
-            for host, count in zip(tiers.host, counts, strict=True):
-                room = tiers.make_room(host, count)
-                assert room, f"{host.component.name}: promised {count} pages"
-                pages.append(host.allocator.allocate(count))
+            for kind, count in zip(self.kinds, counts, strict=True):
+                room = tiers.make_room(kind.host, count)
+                assert room, f"{kind.name}: promised {count} pages"
+                pages.append(kind.host.allocator.allocate(count))
         tiers.let_go(holds)
         return pages if fits else None
 
@@ -132,51 +142,38 @@ class Prefetches:
 
     def _questions(self, prefetch: Prefetch) -> tuple[Move, ...]:
         """All pages of full attention, and the pages and states that any of the possible ends needs."""
-        tiers = self.tiers
-        page = tiers.page_tokens
+        page = self.tiers.page_tokens
         keys = prefetch.sequence.page_keys(prefetch.end // page)
-        first_end = self._ends(prefetch.matched_end, prefetch.end)[0]
+        ends = self._ends(prefetch.matched_end, prefetch.end)
         moves = []
-        for c in range(len(tiers.components)):
-            if c == tiers.point:
-                ends = self._ends(prefetch.matched_end, prefetch.end)
-            else:
-                low = prefetch.start if c == FULL else tiers.required_start(c, first_end)
-                ends = list(range(low + page, prefetch.end + 1, page))
-            page_keys = tuple(keys[end // page - 1] for end in ends)
-            later = self._later_keys(prefetch, c, prefetch.end)
-            move = Move(tiers.components[c].name, page_keys=page_keys, page_ends=tuple(ends), later_keys=later)
-            moves.append(move._replace(in_order=c == FULL))
+        for kind in self.kinds:
+            page_ends = tuple(kind.asked_ends(prefetch.start, ends))
+            page_keys = tuple(keys[end // page - 1] for end in page_ends)
+            later = self._later_keys(prefetch, kind, prefetch.end)
+            is_full = kind is self.kinds.full
+            moves.append(Move(kind.name, NO_PAGES, NO_PAGES, page_keys, page_ends, later, in_order=is_full))
         return tuple(moves)
 
-    def _later_keys(self, prefetch: Prefetch, c: int, end: int) -> tuple[bytes, ...]:
+    def _later_keys(self, prefetch: Prefetch, kind: Kind, end: int) -> tuple[bytes, ...]:
         """Of the whole pages of the prompt after `end`, as far as a value of storage goes that holds what is before."""
-        first, unit = end // self.tiers.page_tokens, self.stores.units[c]
+        first, unit = end // self.tiers.page_tokens, self.stores.units[kind.c]
         sequence = prefetch.sequence
         num_whole = len(sequence.data) // sequence.page_bytes
         return tuple(sequence.page_keys(min(-(-first // unit) * unit, num_whole))[first:])
 
     def largest_end(self, prefetch: Prefetch, exists: Mapping[str, Any]) -> int:
         """The largest end <= bound that one rank's storage can serve, or 0. exists: component -> bools."""
-        tiers = self.tiers
         there = {
             move.component: {end for end, found in zip(move.page_ends, exists[move.component], strict=True) if found}
             for move in self._questions(prefetch)
         }
-        covered = prefetch.start
-        while covered + tiers.page_tokens in there[tiers.components[FULL].name]:
-            covered += tiers.page_tokens
+        covered, page = prefetch.start, self.tiers.page_tokens
+        while covered + page in there[self.kinds.full.name]:
+            covered += page
         for end in reversed(self._ends(prefetch.matched_end, min(prefetch.bound, covered))):
-            if all(self._servable(c, end, there[tiers.components[c].name]) for c in tiers.partial):
+            if all(kind.servable(end, there[kind.name]) for kind in self.kinds.extras):
                 return end
         return 0
-
-    def _servable(self, c: int, end: int, there: set[int]) -> bool:
-        """Whether the window or state that resuming at `end` needs is there, whole."""
-        if c == self.tiers.point:
-            return end in there
-        page = self.tiers.page_tokens
-        return all(e in there for e in range(self.tiers.required_start(c, end) + page, end + 1, page))
 
     # ---- agreed outcomes
 
@@ -205,7 +202,7 @@ class Prefetches:
             return
         end = outcome.smallest_end
         if not prefetch.cancelled:
-            self._doubt(prefetch, end)
+            self._forget_beyond(prefetch, end)
         if prefetch.cancelled or end <= prefetch.matched_end:
             self.counters["prefetch_misses"] += not prefetch.cancelled
             prefetch.state = PrefetchState.DRAIN
@@ -219,40 +216,169 @@ class Prefetches:
         prefetch.id = self.planner.add(TransferKind.FETCH, self._fetches(prefetch))
         self.live[prefetch.id] = prefetch
 
-    def _doubt(self, prefetch: Prefetch, end: int) -> None:
-        """What storage did not have beyond `end` is not believed stored any more: it will be written again."""
+    def _forget_beyond(self, prefetch: Prefetch, end: int) -> None:
+        """What storage did not have beyond `end` is not known as stored any more: it will be written again."""
         for move in self._questions(prefetch):
             pairs = zip(move.page_keys, move.page_ends, strict=True)
-            self.stores.doubt(move.component, tuple(key for key, page_end in pairs if page_end > end))
+            self.stores.mark_lost(move.component, tuple(key for key, page_end in pairs if page_end > end))
 
-    def _doubt_rest(self, prefetch: Prefetch) -> None:
+    def _forget_rest(self, prefetch: Prefetch) -> None:
         """The same for what a FETCH that has ended did not get. Of one that was interrupted nothing is known."""
         keys = prefetch.sequence.page_keys(prefetch.agreed_end // self.tiers.page_tokens)
-        for component, pages in zip(self.tiers.components, prefetch.pages, strict=True):
+        for kind, pages in zip(self.kinds, prefetch.pages, strict=True):
             asked = keys[len(keys) - len(pages) :]
-            self.stores.doubt(component.name, tuple(asked[prefetch.progress.get(component.name, 0) :]))
+            self.stores.mark_lost(kind.name, tuple(asked[prefetch.progress.get(kind.name, 0) :]))
 
     def _fetches(self, prefetch: Prefetch) -> tuple[Move, ...]:
-        """What to read for the agreed end; reserved pages beyond that are free at once, nobody has seen them."""
-        tiers = self.tiers
-        page = tiers.page_tokens
+        """What to read for the agreed end; reserved pages beyond that are free at once, nothing has seen them."""
+        page = self.tiers.page_tokens
         end = prefetch.agreed_end
         keys = prefetch.sequence.page_keys(end // page)
         moves = []
-        for c in range(len(tiers.components)):
-            count = self._num_pages(c, prefetch.start, end)
-            tiers.host[c].allocator.free(prefetch.pages[c][count:])
-            prefetch.pages[c] = prefetch.pages[c][:count]
-            mine, later = tuple(keys[end // page - count :]), self._later_keys(prefetch, c, end)
+        for kind in self.kinds:
+            count = kind.num_needed_pages(prefetch.start, end)
+            pages = prefetch.pages[kind.c]
+            kind.host.allocator.free(pages[count:])
+            prefetch.pages[kind.c] = pages = pages[:count]
             ends = tuple(range(end - (count - 1) * page, end + 1, page))
-            name = tiers.components[c].name
-            moves.append(Move(name, dst_page_ids=prefetch.pages[c], page_keys=mine, page_ends=ends, later_keys=later))
+            later = self._later_keys(prefetch, kind, end)
+            moves.append(Move(kind.name, NO_PAGES, pages, tuple(keys[end // page - count :]), ends, later))
         return tuple(moves)
+
+    # ---- what has come becomes the tree's
+
+    def _decide(self, prefetch: Prefetch, reason: str) -> None:
+        """The outcome: what has come so far becomes the tree's, the rest is freed when quiet."""
+        prefetch.state = PrefetchState.DRAIN
+        if reason == "transfer":
+            self._forget_rest(prefetch)
+        self._accept(prefetch, reason)
+        num_left = sum(len(pages) for pages in prefetch.pages)
+        self.planner.note("fetched", prefetch.id, prefetch.agreed_end, num_left)
+
+    def _accept(self, prefetch: Prefetch, reason: str) -> None:
+        """Takes what has come as far as it is of use. reason: why the rest of the agreed tokens is missing."""
+        tiers, full = self.tiers, self.kinds.full
+        base = min(prefetch.start, prefetch.agreed_end)
+        end = min(prefetch.agreed_end, prefetch.start + prefetch.progress.get(full.name, 0) * tiers.page_tokens)
+        self._resolve(prefetch, reason, prefetch.agreed_end - max(end, base) if prefetch.agreed_end > base else 0)
+        whole = [kind for kind in self.kinds.extras if self._is_whole(prefetch, kind)]
+        has_any = any(len(prefetch.pages[kind.c]) for kind in whole)
+        if end <= base and not (end == prefetch.agreed_end and has_any):
+            self.counters["rejected_windows_and_states"] += len(self.kinds.extras)
+            return
+        tiers.lease_id = 0  # evictions made here are on behalf of storage, not of a lease
+        node = self._place(prefetch.sequence, base)
+        if node is None:
+            self._resolve(prefetch, "host_capacity", prefetch.unresolved_tokens)
+            return
+        node = self._accept_full(prefetch, node, end)
+        for kind in self.kinds.extras:
+            if kind in whole and node.end == prefetch.agreed_end:
+                prefetch.pages[kind.c], taken = kind.accept(node, prefetch.agreed_end, prefetch.pages[kind.c])
+                for at in taken:
+                    prefetch.holds += tiers.hold(kind.host, at, kind.top_of(at))
+            else:
+                self.counters["rejected_windows_and_states"] += 1
+        usable = self.matcher.longest(prefetch.sequence, prefetch.agreed_end).num_tokens
+        self._settle(prefetch, reason, usable, prefetch.agreed_end)
+
+    @staticmethod
+    def _is_whole(prefetch: Prefetch, kind: Kind) -> bool:
+        return prefetch.progress.get(kind.name, 0) == len(prefetch.pages[kind.c])
+
+    def _place(self, sequence: Sequence, base: int) -> Node | None:
+        """The node that ends at `base`, with every full page up to there in host memory; None if that cannot be had."""
+        tiers = self.tiers
+        if sequence.namespace.retired:
+            return None
+        path = tiers.tree.walk(sequence, base)
+        if not base:
+            return sequence.root
+        if not path or path[-1][1] < base:
+            return None
+        if base < path[-1][0].end:
+            tiers.split(path[-1][0], base)
+            path = tiers.tree.walk(sequence, base)
+        index = self.kinds.full.host.index
+        if any(node.pages[index] is None for node, _ in path):
+            self.backups.back_up([node for node, _ in path])
+            path = tiers.tree.walk(sequence, base)
+        missing = not path or path[-1][1] < base or any(node.pages[index] is None for node, _ in path)
+        return None if missing else path[-1][0]
+
+    def _accept_full(self, prefetch: Prefetch, node: Node, end: int) -> Node:
+        """Hangs the fetched full pages below `node`; pages that the tree has meanwhile are duplicates."""
+        tiers, full = self.tiers, self.kinds.full
+        tree, host = tiers.tree, full.host
+        data, page = prefetch.sequence.data, tiers.page_tokens
+        fetched = prefetch.pages[full.c]
+        duplicate = np.ones(len(fetched), bool)
+        at = node.end
+        while at < end:
+            first_page = bytes(data[at * 4 : at * 4 + tree.page_bytes])
+            child = node.children.get(first_page)
+            if child is None:
+                child = tree.add(node, first_page, prefetch.sequence.edge(at, end), end)
+                if tiers.profile is not None:
+                    tiers.profile.arrived(child)
+            else:
+                stop = at + tree.common_bytes(child.edge, data, at * 4, end * 4) // 4
+                child = child if stop == child.end else tiers.split(child, stop)
+            mine = slice((at - prefetch.start) // page, (child.end - prefetch.start) // page)
+            if child.pages[host.index] is None:
+                tiers.put(host, child, fetched[mine])
+                duplicate[mine] = False
+                prefetch.holds += tiers.hold(host, child, child.start)
+                prefetch.accepted.append(Span(at, child.end))
+            else:
+                self._resolve(prefetch, "already_present", child.end - at)
+            at, node = child.end, child
+        prefetch.pages[full.c] = fetched[duplicate]
+        return node
+
+    # ---- the account of agreed tokens
+
+    def _resolve(self, prefetch: Prefetch, reason: str, tokens: int) -> None:
+        """I12: every agreed token is counted once, as used or as unfulfilled for one reason."""
+        assert 0 <= tokens <= prefetch.unresolved_tokens, f"I12: {prefetch=} {reason=} {tokens=}"
+        prefetch.unresolved_tokens -= tokens
+        if tokens:
+            self.counters["storage_tokens_used" if reason == "used" else f"unfulfilled_{reason}"] += tokens
+
+    def _settle(self, prefetch: Prefetch, reason: str, start: int, stop: int) -> int:
+        """Counts the accepted tokens in [start, stop), which then no longer count as unresolved."""
+        rest, num_tokens = [], 0
+        for span in prefetch.accepted:
+            low, high = max(span.start, start), min(span.stop, stop)
+            if low >= high:
+                rest.append(span)
+                continue
+            num_tokens += high - low
+            rest += [part for part in (Span(span.start, low), Span(high, span.stop)) if part.start < part.stop]
+        prefetch.accepted = rest
+        self._resolve(prefetch, reason, num_tokens)
+        return num_tokens
+
+    def use(self, ticket: Ticket, device_tokens: int, cached_tokens: int) -> int:
+        """Settles a ticket at the admit it was made for; returns how many of the cached tokens its prefetch brought."""
+        if not ticket.is_wanted:
+            return 0
+        self._leave(ticket)
+        prefetch = ticket.prefetch
+        self._settle(prefetch, "already_present", 0, device_tokens)
+        used = self._settle(prefetch, "used", device_tokens, cached_tokens)
+        if not prefetch.num_wanting:
+            # What is there was not taken: a load-back below the threshold, a capped hit, no room on the device.
+            there = self.matcher.longest(prefetch.sequence, None).num_tokens
+            self._settle(prefetch, "not_taken", 0, there)
+            self._resolve(prefetch, "host_capacity", prefetch.unresolved_tokens)
+        return used
 
     # ---- its end
 
     def expire(self, clock_ms: int) -> None:
-        """PrefetchPolicy.TIMEOUT: those that have held up an admission for too long are decided.
+        """PrefetchPolicy.TIMEOUT: those that have kept an admission waiting for too long are decided.
 
         clock_ms: stage 0's clock as agreed, modulo CLOCK_MODULUS; no other clock is ever looked at
         """
@@ -273,7 +399,7 @@ class Prefetches:
         allowance = config.prefetch_timeout_s * 1000 + config.prefetch_timeout_s_per_1k_tokens * num_tokens
         return min(allowance, MAX_HELD_MS - 1)
 
-    def hold_up(self, ticket: Ticket) -> None:
+    def wait_for(self, ticket: Ticket) -> None:
         """Its admission waits for nothing but the prefetch: from now on the deadline counts."""
         if not ticket.is_held:
             ticket.is_held = True
@@ -293,17 +419,8 @@ class Prefetches:
         else:
             self._abandon(prefetch)
 
-    def _decide(self, prefetch: Prefetch, reason: str) -> None:
-        """The outcome: what has come so far becomes the tree's, the rest is freed when quiet."""
-        prefetch.state = PrefetchState.DRAIN
-        if reason == "transfer":
-            self._doubt_rest(prefetch)
-        self.arrivals.accept(prefetch, reason)
-        num_left = sum(len(pages) for pages in prefetch.pages)
-        self.planner.note("fetched", prefetch.id, prefetch.agreed_end, num_left)
-
     def cancel(self, ticket: Ticket) -> None:
-        """This request wants nothing more of it; when nobody does, its pages are freed once every rank is quiet."""
+        """This request wants nothing more of it; when none does, its pages are freed once every rank is quiet."""
         if ticket.is_wanted:
             self._leave(ticket)
             if not ticket.prefetch.num_wanting:
@@ -330,25 +447,15 @@ class Prefetches:
 
     def _abandon(self, prefetch: Prefetch) -> None:
         prefetch.cancelled = True
-        self.arrivals.resolve(prefetch, "aborted", prefetch.unresolved_tokens)
+        self._resolve(prefetch, "aborted", prefetch.unresolved_tokens)
         if prefetch.state is PrefetchState.FETCH:
             prefetch.state = PrefetchState.DRAIN
             self.counters["fetches_cancelled_in_flight"] += 1
         self.planner.note("cancel", prefetch.id)
 
-    def use(self, ticket: Ticket, device_tokens: int, cached_tokens: int) -> int:
-        """Settles a ticket at the admit it was made for; returns how many of the cached tokens its prefetch brought."""
-        if not ticket.is_wanted:
-            return 0
-        self._leave(ticket)
-        used = self.arrivals.use(ticket.prefetch, device_tokens, cached_tokens)
-        if not ticket.prefetch.num_wanting:
-            self.arrivals.settle_rest(ticket.prefetch)
-        return used
-
     def _finish(self, prefetch: Prefetch) -> None:
-        for host, pages in zip(self.tiers.host, prefetch.pages, strict=True):
-            host.allocator.free(pages)
+        for kind, pages in zip(self.kinds, prefetch.pages, strict=True):
+            kind.host.allocator.free(pages)
         prefetch.pages = [NO_PAGES] * len(prefetch.pages)
         self.tiers.let_go(prefetch.holds)
         prefetch.holds = []

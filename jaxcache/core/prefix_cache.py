@@ -17,27 +17,26 @@ from typing import Any
 
 from jaxcache.components.base import Component
 from jaxcache.config import CacheConfig
-from jaxcache.core import bad_input, matching
-from jaxcache.core.admission import Admission, Need
+from jaxcache.core import bad_input
+from jaxcache.core.admission import Admission, Needs
 from jaxcache.core.attachment import Attachment
-from jaxcache.core.backbone import Backbone
 from jaxcache.core.backups import Backups
 from jaxcache.core.clearing import Clearing
 from jaxcache.core.explain import Explanation, explain
-from jaxcache.core.growth import Growth
+from jaxcache.core.kinds import RESIDENCIES, make_kinds
 from jaxcache.core.lease import NO_POSITIONS, Lease, TokenPositions
-from jaxcache.core.matching import Prefix
+from jaxcache.core.leases import Leases
+from jaxcache.core.match import Matcher, Prefix
 from jaxcache.core.page_hash import Namespace
 from jaxcache.core.planner import Counters, Planner
+from jaxcache.core.prefetch import Ticket
 from jaxcache.core.prefetches import Prefetches
 from jaxcache.core.priorities import raise_priority
-from jaxcache.core.publishing import Publishing
 from jaxcache.core.quotas import Quotas
 from jaxcache.core.retention import Retentions
 from jaxcache.core.sequence import Sequence, extend_all
 from jaxcache.core.serving import RefusedType, RefusedValue, Serving, changes
 from jaxcache.core.stores import Stores
-from jaxcache.core.ticket import Ticket
 from jaxcache.core.tiers import Tiers, validate, with_spine
 from jaxcache.types import Match, Outcome, Plan, PrefetchPolicy, Tier, Wait
 
@@ -50,27 +49,23 @@ class PrefixCache:
     def __init__(self, components: tuple[Component, ...], config: CacheConfig):
         validate(components, config)
         self.components, self.config = with_spine(tuple(components), config)
-        self.tiers = Tiers(self.components, self.config)
         self.counters: Counters = defaultdict(int)
         self.planner = Planner()
-        self.stores = Stores(self.tiers, self.planner, self.counters)
-        self.leases: dict[int, Lease] = {}
+        self.tiers = tiers = Tiers(self.components, self.config, RESIDENCIES)
+        self.kinds = kinds = make_kinds(tiers, self.counters)
+        self.matcher = Matcher(tiers, kinds)
+        self.clearing = Clearing(self)
+        self.stores = Stores(tiers, kinds, self.planner, self.counters)
+        self.backups = Backups(tiers, kinds, self.planner, self.stores, self.counters, self.clearing.drop)
+        self.admission = Admission(tiers, kinds, self.matcher, self.planner, self.counters)
+        self.quotas = None if tiers.tenants is None else Quotas(tiers.tenants, tiers, kinds, self.counters)
+        self.leases = Leases(tiers, kinds, self.planner, self.counters, self.quotas)
         self.serving = Serving(self.leases)
         self.next_lease_id = 1
-        self.backbone = Backbone(self) if Backbone.suffices(self.tiers) else None
-        self.backups = Backups(
-            self.tiers, self.planner, self.stores, self.backbone, self.counters, lambda node: self.clearing.drop(node)
-        )
-        self.admission = Admission(self.tiers, self.planner, self.backups, self.counters)
-        self.publishing = Publishing(self.tiers, self.planner, self.counters)
-        self.growth = Growth(self)
-        self.prefetches = Prefetches(self.tiers, self.planner, self.stores, self.backups, self.counters)
-        self.retentions = Retentions(self.tiers, self.counters)
-        self.quotas = None if self.tiers.tenants is None else Quotas(self.tiers.tenants, self)
-        self.clearing = Clearing(self)
+        self.prefetches = Prefetches(tiers, kinds, self.matcher, self.planner, self.stores, self.backups, self.counters)
+        self.retentions = Retentions(tiers, kinds, self.counters)
         self.attachment = Attachment(self)
         self._scatter_is_due = False
-        self.uncomputed: bad_input.Uncomputed | None = None  # what was said to be computed before its pools had come
 
     @property
     def digest(self) -> int:
@@ -148,12 +143,12 @@ class PrefixCache:
             bad_input.check_sequence(self, sequence)
         if max_tokens is not None:
             max_tokens = bad_input.count("max_tokens", max_tokens, 0)
-        return matching.match(self.tiers, sequence, max_tokens)
+        return self.matcher.match(sequence, max_tokens)
 
     def explain(self, sequence: Sequence) -> Explanation:
         """Why a prompt is a hit or a miss; changes nothing."""
         bad_input.check_sequence(self, sequence)
-        return explain(self.tiers, sequence, self.leases)
+        return explain(self.matcher, sequence, self.leases)
 
     # ---- requests
 
@@ -177,10 +172,6 @@ class PrefixCache:
         try:  # as @changes
             if self.serving.ended is not None:
                 self.serving.check()
-            if self.backbone is not None and ticket is None and max_cached_tokens is None:
-                lease = self.backbone.admit(sequence, num_new_tokens)
-                if lease is not None:
-                    return lease
             return self._admit_any(sequence, num_new_tokens, ticket, max_cached_tokens)
         except BaseException as error:
             self.serving.interrupted(error, "admit")
@@ -189,8 +180,10 @@ class PrefixCache:
     def _admit_any(
         self, sequence: Sequence, num_new_tokens: int, ticket: Ticket | None, max_cached_tokens: int | None
     ) -> Lease | Wait:
-        bad_input.check_sequence(self, sequence)
-        num_new_tokens = bad_input.count("num_new_tokens", num_new_tokens, 1)
+        if type(sequence) is not Sequence or sequence.namespace.owner is not self:
+            bad_input.check_sequence(self, sequence)
+        if type(num_new_tokens) is not int or num_new_tokens < 1:
+            num_new_tokens = bad_input.count("num_new_tokens", num_new_tokens, 1)
         if max_cached_tokens is not None:
             max_cached_tokens = bad_input.count("max_cached_tokens", max_cached_tokens, 0)
         if ticket is not None:
@@ -210,7 +203,7 @@ class PrefixCache:
             return self._wait("over quota")
         if ticket is not None and not ticket.done:
             if self.prefetches.policy is not PrefetchPolicy.BEST_EFFORT:
-                self.prefetches.hold_up(ticket)
+                self.prefetches.wait_for(ticket)
                 return self._wait("prefetch")
             self.prefetches.take_what_came(ticket)
             prefix, need = self.admission.longest_that_fits(sequence, max_cached_tokens, num_new_tokens)
@@ -235,7 +228,7 @@ class PrefixCache:
         return any(held.residency.tier is Tier.DEVICE for owner in owners for held in owner.holds)
 
     def _admit(
-        self, sequence: Sequence, prefix: Prefix, need: Need, num_new_tokens: int, ticket: Ticket | None
+        self, sequence: Sequence, prefix: Prefix, need: Needs, num_new_tokens: int, ticket: Ticket | None
     ) -> Lease:
         num_cached_tokens, _, _, device_tokens = prefix
         self.tiers.lease_id = id = self.next_lease_id
@@ -266,24 +259,25 @@ class PrefixCache:
         return lease
 
     def grow(self, lease: Lease, num_computed: int, num_new_tokens: int) -> bool:
-        """Room for the next `num_new_tokens` after `num_computed`; False: nothing has changed, retract somebody."""
+        """Room for the next `num_new_tokens` after `num_computed`. False: there is none, retract a request; what is
+        computed counts all the same, and pages that a window has left behind are free."""
         try:  # as @changes
             if (
                 type(lease) is Lease
                 and type(num_computed) is int
                 and (num_new_tokens is ONE or (type(num_new_tokens) is int and num_new_tokens > 0))
-                and (end := num_computed + num_new_tokens) <= lease._quiet_end
+                and (end := num_computed + num_new_tokens) <= lease._room_end
                 and lease.num_computed <= num_computed <= lease.num_tokens
                 and lease._tiers is self.tiers
             ):  # one of the many tokens that need no new page
                 if num_computed > lease._last_room:
-                    self.growth.note_uncomputed(lease, num_computed)
+                    self.leases.note_uncomputed(lease, num_computed)
                 lease.num_computed = num_computed
                 if end > lease.num_tokens:
                     lease.num_tokens = end
                 return True
             self.serving.check()
-            return self.growth.grow(lease, num_computed, num_new_tokens)
+            return self.leases.grow(lease, num_computed, num_new_tokens)
         except BaseException as error:
             self.serving.interrupted(error, "grow")
             raise
@@ -291,7 +285,7 @@ class PrefixCache:
     @changes
     def grow_all(self, leases: list[Lease], num_computed: list[int], num_new_tokens: int = 1) -> int:
         """`grow` for many at once; returns how many of them, from the first on, have their room."""
-        return self.growth.grow_all(leases, num_computed, num_new_tokens)
+        return self.leases.grow_all(leases, num_computed, num_new_tokens)
 
     def insert(
         self,
@@ -312,10 +306,7 @@ class PrefixCache:
             if self.serving.ended is not None:
                 self.serving.check()
             is_plain = priority is ZERO and retain_steps is ZERO
-            is_stateless = states is NO_POSITIONS or (type(states) is list and not states)
-            backbone = self.backbone if is_plain and is_stateless else None
-            if backbone is None or not backbone.insert(lease, num_computed):
-                self._insert(lease, num_computed, states, () if is_plain else (priority, retain_steps))
+            self._insert(lease, num_computed, states, () if is_plain else (priority, retain_steps))
         except BaseException as error:
             self.serving.interrupted(error, "insert")
             raise
@@ -324,7 +315,13 @@ class PrefixCache:
         """options: priority and retain_steps, unless both are 0."""
         if type(num_computed) is not int:
             num_computed = bad_input.count("num_computed", num_computed)
-        bad_input.check_lease(self, lease, num_computed)
+        if (
+            type(lease) is not Lease
+            or lease._released
+            or lease._tiers is not self.tiers
+            or not lease.num_computed <= num_computed <= lease.num_tokens
+        ):
+            bad_input.check_lease(self.leases, lease, num_computed)
         if num_computed > lease.sequence.num_tokens:
             bad_input.check_known(lease, num_computed)
         if options:
@@ -332,21 +329,16 @@ class PrefixCache:
         if states is not NO_POSITIONS:
             bad_input.check_states(lease, states, num_computed)
         if lease.first_step > self.tiers.step and num_computed > lease.num_computed:
-            bad_input.check_may_run(self, lease)
-        if num_computed > lease._last_room:
-            self.growth.note_uncomputed(lease, num_computed)
-        self.publishing.report(lease, num_computed)
-        for position in states:
-            lease._written[position] = None
-        if not self.config.caching or lease.sequence.namespace.retired:
-            self.planner.note("insert", lease.id, lease._published, lease._node.id, num_computed, sum(states))
+            bad_input.check_may_run(self.tiers, lease)
+        publishes, old_end = self.config.caching and not lease.sequence.namespace.retired, lease._published
+        if publishes:
+            self.tiers.lease_id = lease.id
+        self.leases.insert(lease, num_computed, states, publishes)
+        self.planner.note("insert", lease.id, lease._published, lease._node.id, num_computed, sum(states))
+        if not publishes:
             if self.quotas is not None:
                 self.quotas.settle(lease)
             return
-        old_end = lease._published
-        self.tiers.lease_id = lease.id
-        self.publishing.insert(lease, num_computed)
-        self.planner.note("insert", lease.id, lease._published, lease._node.id, num_computed, sum(states))
         if options:
             self._set_options(lease, *options)
         if self.backups.on_insert:
@@ -362,7 +354,7 @@ class PrefixCache:
             return
         for lease in leases:
             if lease._duplicates is not None and not lease._released:
-                self.planner.note("duplicates", lease.id, self.publishing.free_duplicates(lease))
+                self.planner.note("duplicates", lease.id, self.leases.free_duplicates(lease))
                 if self.quotas is not None:
                     self.quotas.settle(lease)
 
@@ -377,22 +369,13 @@ class PrefixCache:
         try:  # as @changes
             if self.serving.ended is not None:
                 self.serving.check()
-            if self.backbone is None or not self.backbone.release(lease):
-                self._release(lease)
+            if type(lease) is not Lease or self.leases.get(lease.id) is not lease:
+                bad_input.check_lease(self.leases, lease, None)
+            self.leases.release(lease)
+            self.planner.note("release", lease.id)
         except BaseException as error:
             self.serving.interrupted(error, "release")
             raise
-
-    def _release(self, lease: Lease) -> None:
-        bad_input.check_lease(self, lease, None)
-        lease._released = True
-        lease._quiet_end = -1
-        lease.sequence.num_leases -= 1
-        del self.leases[lease.id]
-        if self.quotas is not None:
-            self.quotas.forget(lease)
-        self.publishing.release(lease)
-        self.planner.note("release", lease.id)
 
     # ---- storage
 
@@ -483,7 +466,7 @@ class PrefixCache:
         bad_input.check_no_leases(self)
         self.retentions.release_all()
         self.clearing.clear_all()
-        self.uncomputed = None
+        self.leases.uncomputed = None
         self.planner.note("reset")
 
     @changes
@@ -496,5 +479,5 @@ class PrefixCache:
             self.release(lease)
         self.retentions.release_all()
         self.clearing.keep_host()
-        self.uncomputed = None
+        self.leases.uncomputed = None
         self.planner.note("forget_device")

@@ -18,5 +18,5 @@ def raise_priority(tiers: Tiers, node: Node, priority: int) -> None:
         node.priority = priority
         if looks:
             for residency in tiers.residencies:
-                residency.file_again(node)
+                residency.reorder(node)
         node = node.parent

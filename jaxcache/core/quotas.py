@@ -5,31 +5,28 @@ Made only if tenants are configured: nothing here costs anything without.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-
+from jaxcache.core.kinds import Kinds
 from jaxcache.core.lease import Lease
-from jaxcache.core.matching import Prefix
-from jaxcache.core.radix_tree import FULL, Node
-from jaxcache.core.residency import Residency
+from jaxcache.core.match import Prefix
+from jaxcache.core.planner import Counters
+from jaxcache.core.radix_tree import Node
 from jaxcache.core.sequence import Sequence
 from jaxcache.core.tenants import Tenants
+from jaxcache.core.tiers import Tiers
 from jaxcache.types import Tier
-
-if TYPE_CHECKING:
-    from jaxcache.core.prefix_cache import PrefixCache
 
 
 class Quotas:
     """Knows for each lease its account, and its own pages of every component."""
 
-    def __init__(self, tenants: Tenants, core: PrefixCache):
+    def __init__(self, tenants: Tenants, tiers: Tiers, kinds: Kinds, counters: Counters):
         self.tenants = tenants
-        self.tiers = core.tiers
-        self.backups = core.backups
+        self.tiers = tiers
+        self.kinds = kinds
+        self.counters = counters
         self._owned: dict[int, tuple[int, list[int]]] = {}
-        self.counters = core.counters
 
     def serve(self, node: Node) -> None:
         """From now on room on the device is made on behalf of the tenant that this node (or root) belongs to."""
@@ -45,27 +42,20 @@ class Quotas:
 
     def settle(self, lease: Lease) -> None:
         """Counts anew the pages that belong to a lease and not (yet) to the tree: something has changed."""
-        _, before = self._owned.get(lease.id, (0, [0] * len(self.tiers.device)))
+        _, before = self._owned.get(lease.id, (0, [0] * len(self.kinds)))
         account = lease._node.group
-        now = [self._own(lease, c) for c in range(len(self.tiers.device))]
-        for device, old, new in zip(self.tiers.device, before, now, strict=True):
-            self.tenants.groups[device.index].own(account, new - old)
+        now = [sum(map(len, kind.owned(lease))) for kind in self.kinds]
+        for c, page_ids in lease._duplicates or ():
+            now[c] += len(page_ids)
+        for kind, old, new in zip(self.kinds, before, now, strict=True):
+            self.tenants.groups[kind.device.index].own(account, new - old)
         self._owned[lease.id] = account, now
 
     def forget(self, lease: Lease) -> None:
         """It is released."""
         account, owned = self._owned.pop(lease.id)
-        for device, num_pages in zip(self.tiers.device, owned, strict=True):
-            self.tenants.groups[device.index].own(account, -num_pages)
-
-    def _own(self, lease: Lease, c: int) -> int:
-        table = lease._tables[c]
-        if table is None:
-            return 1 + len(lease.checkpoints)
-        own = table[lease._published // self.tiers.page_tokens :]
-        absent = self.tiers.device[c].allocator.num_pages
-        num_own = len(own) if c == FULL else int(np.count_nonzero(own != absent))
-        return num_own + sum(len(page_ids) for owner, page_ids in lease._duplicates or () if owner == c)
+        for kind, num_pages in zip(self.kinds, owned, strict=True):
+            self.tenants.groups[kind.device.index].own(account, -num_pages)
 
     # ---- admission
 
@@ -79,32 +69,18 @@ class Quotas:
         tenant = tenant_of[sequence.root.group]
         if not tenant or not any(tenant_of[account] == tenant for account, _ in self._owned.values()):
             return False
-        for c, device in enumerate(self.tiers.device):
-            groups = self.tenants.groups[device.index]
-            num_pages = groups.pinned[tenant] + groups.owned[tenant] + self._wanted(c, prefix, num_new_tokens)
+        end = prefix.num_tokens + num_new_tokens
+        for kind in self.kinds:
+            groups = self.tenants.groups[kind.device.index]
+            need = kind.need(prefix.num_tokens, prefix.node, end)
+            num_pages = groups.pinned[tenant] + groups.owned[tenant] + need.num_pages
             if num_pages > groups.quotas[tenant]:
                 return True
         return False
 
     def floors_block(self, num_new_tokens: int) -> bool:
         """Whether a chunk that finds no room would have it but for the floors of other tenants."""
-        tiers = self.tiers
-        wanted = -(-num_new_tokens // tiers.page_tokens)
-        return all(wanted <= device.allocator.num_pages for c, device in enumerate(tiers.device) if c != tiers.point)
-
-    def _wanted(self, c: int, prefix: Prefix, num_new_tokens: int) -> int:
-        """Pages of component c that admitting at this prefix pins anew, loads back or allocates."""
-        tiers = self.tiers
-        page = tiers.page_tokens
-        num_tokens = prefix.num_tokens
-        wanted = 1 if c == tiers.point else -(-(num_tokens + num_new_tokens) // page) - num_tokens // page
-        low = 0 if c == FULL else num_tokens - 1 if c == tiers.point else tiers.required_start(c, num_tokens)
-        start = 0
-        for node, end in prefix.path:
-            if end > low and (node.pages[c] is None or not node.pins[c]):
-                wanted += 1 if c == tiers.point else (end - start) // page
-            start = end
-        return wanted
+        return all(kind.num_own_pages(0, num_new_tokens) <= kind.device.allocator.num_pages for kind in self.kinds)
 
     # ---- insert
 
@@ -121,15 +97,9 @@ class Quotas:
             if excess > 0:
                 before = groups.resident[tenant]
                 groups.own_only = True
-                self._give(residency, residency.allocator.num_free + excess)
+                self.tiers.make_room(residency, residency.allocator.num_free + excess)
                 groups.own_only = False
                 self.counters["quota_pages"] += before - groups.resident[tenant]
-
-    def _give(self, residency: Residency, num_free: int) -> None:
-        if residency.tier is Tier.DEVICE:
-            self.backups.make_room_on_device(residency.index, num_free)
-        else:
-            self.tiers.make_room(residency, num_free)
 
     # ---- to look at
 

@@ -16,12 +16,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxcache.components.base import Reach
 from jaxcache.core.eviction.order import EvictionOrder
 from jaxcache.core.page_hash import namespace_digest
+from jaxcache.core.pages import Residency
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.core.radix_tree import FULL, Node
-from jaxcache.core.residency import Residency
 from jaxcache.core.serving import RefusedCall, RefusedValue, changes
 from jaxcache.core.tree_record import NOWHERE, Origins, TreeRecord, record_of
 from jaxcache.types import PageIds
@@ -43,7 +42,7 @@ def check_quiet(core: PrefixCache) -> None:
         raise RefusedCall(f"a snapshot needs every lease released first; held: {sorted(core.leases)[:8]}")
     if not core.plan_is_applied() or core.admission.loading:
         raise RefusedCall("pages are still to be moved: call pools = cache.drain(pools) before cache.snapshot")
-    missing = core.uncomputed
+    missing = core.leases.uncomputed
     if missing is not None and missing.version >= core.tiers.pools_version:
         raise RefusedCall(
             f"lease {missing.lease} was published up to {missing.end} tokens, but no model step has run on the pools "
@@ -136,10 +135,7 @@ class Restoring:
         for root in (None, *large.tiers.tree.all_roots()):  # floors protect a tenant from all but itself
             if root is not None:
                 residency.serve(root)
-            if residency.index < num:
-                large.backups.make_room_on_device(residency.index, surplus)
-            else:
-                large.tiers.make_room(residency, surplus)
+            large.tiers.make_room(residency, surplus)
             if residency.allocator.num_free >= surplus:
                 break
         names = [component.name for component in large.components]
@@ -169,7 +165,7 @@ class Restoring:
             page_ids = residency.allocator.allocate(len(placement.page_ids))
             assert np.array_equal(page_ids, placement.page_ids), f"I1: {residency.component.name} was placed elsewhere"
             at = 0
-            counts = _num_entry_pages(record, residency)
+            counts = _num_entry_pages(core, record, residency)
             for i in np.flatnonzero(record.first_page[:, residency.index] != NOWHERE).tolist():
                 tiers.put(residency, nodes[i], page_ids[at : at + counts[i]])
                 at += counts[i]
@@ -208,7 +204,7 @@ def placements(core: PrefixCache, record: TreeRecord) -> list[Placement]:
     placed = []
     for residency in core.tiers.residencies:
         first = record.first_page[:, residency.index]
-        counts = np.where(first != NOWHERE, _num_entry_pages(record, residency), 0)
+        counts = np.where(first != NOWHERE, _num_entry_pages(core, record, residency), 0)
         begins = np.repeat(first - np.append(0, np.cumsum(counts)[:-1]) if len(counts) else first, counts)
         sources = begins + np.arange(len(begins))
         free = residency.allocator.free_ids()
@@ -216,8 +212,8 @@ def placements(core: PrefixCache, record: TreeRecord) -> list[Placement]:
     return placed
 
 
-def _num_entry_pages(record: TreeRecord, residency: Residency) -> np.ndarray:
-    return record.num_entry_pages(residency.component.reach is Reach.POINT)
+def _num_entry_pages(core: PrefixCache, record: TreeRecord, residency: Residency) -> np.ndarray:
+    return record.num_entry_pages(core.kinds[residency.index % len(core.kinds)])
 
 
 def _restore_order(order: EvictionOrder, recorded: list[Node]) -> None:

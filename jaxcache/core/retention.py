@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 
 from jaxcache.config import pages_of_share
+from jaxcache.core.kinds import Kinds
 from jaxcache.core.lease import Lease
 from jaxcache.core.page_hash import Namespace
 from jaxcache.core.planner import Counters
@@ -41,8 +42,9 @@ class Retentions:
     num_pages: retained device pages, by component, each at most its limit
     """
 
-    def __init__(self, tiers: Tiers, counters: Counters):
+    def __init__(self, tiers: Tiers, kinds: Kinds, counters: Counters):
         self.tiers = tiers
+        self.kinds = kinds
         self.counters = counters
         self.live: dict[int, Retention] = {}
         self.of_lease: dict[int, Retention] = {}
@@ -88,42 +90,19 @@ class Retentions:
     def _resumable(self, node: Node) -> Node | None:
         """The deepest node, from this one up, at whose end a request could resume from the device alone."""
         while node.parent is not None:
-            if all(self._is_there(c, node) for c in self.tiers.partial):
+            if all(kind.is_there(node) for kind in self.kinds.extras):
                 return node
             node = node.parent
         return None
 
-    def _is_there(self, c: int, node: Node) -> bool:
-        """Whether the window or state that resuming at the end of a node needs is on the device."""
-        if c == self.tiers.point:
-            return node.pages[c] is not None
-        low = self.tiers.required_start(c, node.end)
-        while node.parent is not None and node.end > low:
-            if node.pages[c] is None:
-                return False
-            node = node.parent
-        return True
-
-    def _top(self, c: int, node: Node) -> int:
-        """Start of the topmost node that component c needs: pins end where nodes do."""
-        if c == self.tiers.point:
-            return node.end - 1
-        low = top = self.tiers.required_start(c, node.end)
-        while node.parent is not None and node.end > low:
-            top = node.start
-            node = node.parent
-        return top
-
     def _costs(self, node: Node) -> list[int]:
         """Pages of windows and states; of full attention only what is not retained yet."""
-        tiers = self.tiers
-        page = tiers.page_tokens
-        costs = [1 if c == tiers.point else (node.end - self._top(c, node)) // page for c in range(len(tiers.device))]
-        end = node.end
-        while node.parent is not None and not node.retained:
-            node = node.parent
-        costs[FULL] = (end - node.end) // page
-        return costs
+        above = node
+        while above.parent is not None and not above.retained:
+            above = above.parent
+        new_tokens = node.end - above.end
+        extras = [kind.num_entry_pages(node.end - kind.top_needed(node)) for kind in self.kinds.extras]
+        return [new_tokens // self.tiers.page_tokens, *extras]
 
     def _fits(self, node: Node, costs: list[int], earlier: Retention | None) -> bool:
         """Whether so many pages more may be retained, when the earlier retention of the same lease is over."""
@@ -141,12 +120,13 @@ class Retentions:
         tiers, node = self.tiers, retention.node
         self.counters["retentions"] += 1
         self._count(retention, 1)
-        for c, device in enumerate(tiers.device):
-            retention.holds += tiers.hold(device, node, 0 if c == FULL else self._top(c, node))
+        for kind in self.kinds:
+            retention.holds += tiers.hold(kind.device, node, kind.top_needed(node))
         self.live[node.id] = retention
 
     def _count(self, retention: Retention, change: int) -> None:
-        """One retention more, or less: of windows and states all pages, of full attention those that only it needs."""
+        """Adds a retention (change 1) or takes it away (-1): all its pages of windows and states, and of full attention
+        those that no other retention needs."""
         tiers, node = self.tiers, retention.node
         changes = [change * num_pages for num_pages in retention.num_pages]
         while node.parent is not None:

@@ -28,7 +28,7 @@ class Sequence:
     prompt_tokens: how many there were at the start; what `extend` adds later is generated text
     found, found_end: what agreed the last time; found_limit, found_version: how far, and the tree's version then
                     (RadixTree.find)
-    prefix, match:  what core/matching.py made of it; None: not asked yet
+    prefix, match:  what core/match.py made of it; None: not asked yet
     lease_id, num_leases: the last lease that it was admitted under, and how many run now
     uses, cuts:     what the profile of reuse says of its points; where nodes should end because it changes
     """

@@ -64,7 +64,7 @@ class Serving:
         if self.ended is None:
             self.ended = error if isinstance(error, ServingEnded) else _interrupted(error, call)
         for lease in self.leases.values():
-            lease._quiet_end = -1  # even what is only a number: `grow` comes here
+            lease._room_end = -1  # even what is only a number: `grow` comes here
 
 
 def _interrupted(error: BaseException, call: str) -> ServingEnded:

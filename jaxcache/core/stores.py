@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxcache.components.base import Reach
+from jaxcache.core.kinds import Kinds
 from jaxcache.core.planner import Counters, Planner
-from jaxcache.core.radix_tree import FULL, Node
+from jaxcache.core.radix_tree import Node
 from jaxcache.core.tiers import Hold, Tiers
 from jaxcache.types import Move, Outcome, PageIds, TransferKind
 
@@ -64,8 +64,9 @@ class Stores:
     num_awaited_exchanges: no STORE begins, and nothing is asked, before so many exchanges of ranks have been read
     """
 
-    def __init__(self, tiers: Tiers, planner: Planner, counters: Counters):
+    def __init__(self, tiers: Tiers, kinds: Kinds, planner: Planner, counters: Counters):
         self.tiers = tiers
+        self.kinds = kinds
         self.planner = planner
         self.counters = counters
         self.attached = False
@@ -74,8 +75,7 @@ class Stores:
         self.num_awaited_exchanges = 0
         self.live: dict[int, LiveStore] = {}
         self.believed: OrderedDict[PageName, bool] = OrderedDict()
-        config = tiers.config
-        self.units = [config.unit_pages(c.name) if c.reach is not Reach.POINT else 1 for c in tiers.components]
+        self.units = [kind.unit_pages() for kind in kinds]
 
     def later(self, nodes: list[Node]) -> None:
         """Queues nodes (of one path, top first) of which something has just been backed up."""
@@ -178,17 +178,16 @@ class Stores:
 
     def _may_be_held(self, node: Node) -> bool:
         """Holding an entry relies on the node's full pages in the same tier."""
-        return node.pages[self.tiers.host[FULL].index] is not None
+        return node.pages[self.kinds.full.host.index] is not None
 
     def _hold(self, nodes: list[Node], runs: dict[int, list[Run]]) -> list[Hold]:
         """Pins the entries that are there: a node that holds nothing may leave, and pins above it would be lost."""
         tiers = self.tiers
         holds = []
         for node in nodes:
-            for c in range(len(tiers.components)):
-                host = tiers.host[c]
-                if node.pages[host.index] is not None:
-                    holds += tiers.hold(host, node, node.end - 1 if c == tiers.point else node.start)
+            for kind in self.kinds:
+                if node.pages[kind.host.index] is not None:
+                    holds += tiers.hold(kind.host, node, kind.top_of(node))
         for c, found in runs.items():
             for run in found:
                 node: Node | None = run.node
@@ -284,7 +283,7 @@ class Stores:
         while len(self.believed) > self.tiers.config.max_stored_beliefs:
             self.believed.popitem(last=False)
 
-    def doubt(self, component: str, page_keys: tuple[bytes, ...]) -> None:
+    def mark_lost(self, component: str, page_keys: tuple[bytes, ...]) -> None:
         """Storage has lost these: write them again when there is an occasion."""
         for key in page_keys:
             self.believed.pop((component, key), None)

@@ -154,6 +154,11 @@ class Groups(EvictionOrder):
             sums[before] -= counts[account]
             sums[tenant] += counts[account]
 
+    def serve(self, node: Node) -> None:
+        """From now on room is made on behalf of the tenant that a node belongs to."""
+        self.served = self.tenants.tenant_of[node.group]
+        self.note(node.group)
+
     def note(self, account: int) -> None:
         """Something has happened, or is about to, to nodes or leases of an account."""
         self.tenants.changed[account] = None

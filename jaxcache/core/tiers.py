@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import lcm
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -21,10 +21,9 @@ from jaxcache.core.change_log import ChangeLog
 from jaxcache.core.decisions import checksum
 from jaxcache.core.eviction import policy
 from jaxcache.core.eviction.order import Place
+from jaxcache.core.pages import Residency
 from jaxcache.core.radix_tree import FULL, Node, RadixTree
-from jaxcache.core.residency import RESIDENCIES, Residency
 from jaxcache.core.reuse_profile import ReuseProfile
-from jaxcache.core.tenant_residency import TENANT_RESIDENCIES
 from jaxcache.core.tenants import Groups, Tenants
 from jaxcache.types import NO_PAGES, PageIds, Span, Tier, WritePolicy
 
@@ -73,13 +72,18 @@ class Tiers:
     """device[c] and host[c] are the residencies of component c, of which the first is full attention: the tree itself.
 
     components: those of the model in this order, with a spine where it has no full attention
-    point:   the index of the component of recurrent states, or None
     log: every change of the tree and the residencies, if events are on
     profile: what is known about reuse, if the policy of eviction remembers
     tenants: who has limits, if anybody has
     """
 
-    def __init__(self, components: tuple[Component, ...], config: CacheConfig):
+    def __init__(
+        self,
+        components: tuple[Component, ...],
+        config: CacheConfig,
+        residencies: Mapping[Reach, Callable[..., Residency]],
+    ):
+        """residencies: what makes those of a component, by its reach"""
         self.components = components
         self.config = config
         self.page_tokens = config.page_tokens
@@ -89,17 +93,12 @@ class Tiers:
         self.clock = itertools.count()
         self.profile = make_profile(components, config)
         self.tenants = Tenants(config.tenants) if config.tenants else None
-        self.device, self.host = self._residencies(Tier.DEVICE), self._residencies(Tier.HOST)
+        self.device = [self._residency(residencies, c, Tier.DEVICE) for c in range(num)]
+        self.host = [self._residency(residencies, c, Tier.HOST) for c in range(num)]
         self.residencies = [*self.device, *self.host]
+        self._open_residencies = [residency for residency in self.residencies if not residency.is_closed]
         self.has_host = any(host.allocator.num_pages for host in self.host)
         self.writes_back = self.has_host and config.write_policy is WritePolicy.WRITE_BACK
-        reaches = [component.reach for component in components]
-        self.point = reaches.index(Reach.POINT) if Reach.POINT in reaches else None
-        self.suffixes = tuple(c for c, reach in enumerate(reaches) if reach is Reach.SUFFIX)
-        self.partial = tuple(c for c, reach in enumerate(reaches) if reach is not Reach.PREFIX)
-        self.only_full = not self.partial and not self.has_host  # a node is nothing but its pages on the device
-        self.partial_residencies = [r for r in self.residencies if r.component.reach is not Reach.PREFIX]
-        self.lookbacks = [lookback_tokens(component) for component in components]
         self.grid_tokens = lcm(config.page_tokens, *[component.grid_tokens for component in components])
         self.step = 0
         self.pools_version = UNWATCHED  # how many model steps the loop is known to have dispatched
@@ -114,38 +113,14 @@ class Tiers:
         self.touched: dict[int, PageIds] = {}
         self.held_back: list[tuple[Residency, PageIds]] = []
 
-    def _residencies(self, tier: Tier) -> list[Residency]:
-        order = policy(self.config.eviction_policy)
-        residencies = []
-        for c, component in enumerate(self.components):
-            num_pages = num_pages_of(component, tier, self.config)
-            index = c + tier * len(self.components)
-            place = Place(index, num_pages, tier, component.reach is not Reach.PREFIX, self.profile)
-            if self.tenants is None:
-                made = RESIDENCIES[component.reach](
-                    component, tier, index, num_pages, order(place), self.clock, self.log
-                )
-            else:
-                groups = Groups(place, order, self.tenants)
-                made = TENANT_RESIDENCIES[component.reach](
-                    component, tier, index, num_pages, groups, self.clock, self.log
-                )
-            residencies.append(made)
-        return residencies
-
-    # ---- what must be there
-
-    def required_start(self, c: int, n: int) -> int:
-        """The page-aligned start of what component c needs to resume at token n (n itself for a state)."""
-        lookback = self.lookbacks[c]
-        if not lookback:
-            return n
-        return (n - lookback) // self.page_tokens * self.page_tokens if n > lookback else 0
-
-    def resident(self, c: int, node: Node) -> bool:
-        """On the device or in host memory."""
-        pages = node.pages
-        return pages[c] is not None or pages[c + len(self.components)] is not None
+    def _residency(self, residencies: Mapping[Reach, Callable[..., Residency]], c: int, tier: Tier) -> Residency:
+        component, order = self.components[c], policy(self.config.eviction_policy)
+        num_pages = num_pages_of(component, tier, self.config)
+        index = c + tier * len(self.components)
+        place = Place(index, num_pages, tier, c != FULL, self.profile)
+        by_account = order(place) if self.tenants is None else Groups(place, order, self.tenants)
+        make = residencies[component.reach]
+        return make(component, tier, index, num_pages, by_account, self.clock, self.log)
 
     # ---- changes
 
@@ -155,6 +130,8 @@ class Tiers:
         num_pages = (at - prefix.start) // self.page_tokens
         for residency in self.residencies:
             residency.split(node, prefix, num_pages)
+        if self.tenants is not None:
+            self.tenants.changed[node.group] = None
         return prefix
 
     def hold(self, residency: Residency, node: Node, top: int) -> list[Hold]:
@@ -163,7 +140,7 @@ class Tiers:
         Under write_back host pages may lie below pages that are only on the device: those are pinned too.
         """
         holds = []
-        if residency.component.reach is not Reach.PREFIX:
+        if not residency.is_closed:
             holds.append(Hold(residency, node, top))
         holds.append(Hold((self.device, self.host)[residency.tier][FULL], node, 0))
         below_device = residency.tier is Tier.HOST and self.config.write_policy is WritePolicy.WRITE_BACK
@@ -199,7 +176,7 @@ class Tiers:
         self.num_evicted_pages[index] += len(page_ids)
         id, what = node.id, index
         if pages[FULL] is None and pages[len(self.components)] is None:
-            for other in self.partial_residencies:
+            for other in self._open_residencies:
                 if pages[other.index] is not None:
                     self.free_untouched(other, other.take(node))
             id, what = node.parent.id, node.first_page  # pyright: ignore[reportOptionalMemberAccess]
@@ -257,7 +234,7 @@ class Tiers:
 
     def make_room(self, residency: Residency, num_pages: int) -> bool:
         """Evicts until `num_pages` are free; False if there is nothing left to evict."""
-        allocator = residency.allocator
+        allocator, spill = residency.allocator, residency.spill
         while (missing := num_pages - allocator.num_free) > 0:
             victim = residency.victim(num_pages)
             if victim is None:
@@ -266,7 +243,9 @@ class Tiers:
             assert pages is not None
             missing = residency.leaving(victim, missing)
             surplus = len(pages) - missing
-            if surplus <= 0:
+            if spill is not None:
+                spill(self.trim(residency, victim, missing))
+            elif surplus <= 0:
                 self.drop(residency, victim)
             elif self._can_be_shortened(residency, victim):
                 self._shorten(residency, victim, surplus)
@@ -276,7 +255,7 @@ class Tiers:
 
     def _can_be_shortened(self, residency: Residency, node: Node) -> bool:
         """Whether a victim of full attention can be trimmed in place: nothing hangs below, and no other tier has it."""
-        if residency.component.reach is not Reach.PREFIX or node.children:
+        if not residency.is_closed or node.children:
             return False
         if self.has_host:
             for other in self.device if residency.tier is Tier.HOST else self.host:
@@ -289,8 +268,7 @@ class Tiers:
         self.num_evicted_pages[residency.index] += len(node.pages[residency.index]) - num_pages  # pyright: ignore
         for other in (self.device, self.host)[residency.tier]:
             if node.pages[other.index] is not None:
-                is_point = other.component.reach is Reach.POINT
-                other.allocator.free(other.take(node) if is_point else other.shorten(node, num_pages))
+                other.allocator.free(other.shorten(node, num_pages))
         lost = self.tree.shorten(node, num_pages)
         self.evictions.append((node.id, lost, residency, self.step, residency.why(self.reason), self.lease_id))
 
@@ -298,28 +276,13 @@ class Tiers:
         """The part of a victim that has to leave: full attention from the end, only as many pages as needed."""
         pages = victim.pages[residency.index]
         assert pages is not None
-        if residency.component.reach is Reach.PREFIX and len(pages) > num_pages:
+        if residency.is_closed and len(pages) > num_pages:
             self.split(victim, victim.end - num_pages * self.page_tokens)
         return victim
 
 
 def _prefix_checksum(sequence: Sequence, num_tokens: int) -> int:
     return checksum(memoryview(sequence.data)[: num_tokens * 4])
-
-
-def lookback_tokens(component: Component) -> int:
-    """How far back `required` reaches, which is the same everywhere (PREFIX: further than any prompt; POINT: 0).
-
-    ValueError if it is not: what a window needs may then not be found by comparing positions.
-    """
-    far = 1 << 48
-    lookback = far - component.required(far).start
-    for n in (1, max(1, lookback - 1), min(lookback + 1, far)):
-        if component.required(n).start != max(0, n - lookback):
-            raise ValueError(
-                f"component {component.name!r}: required({n}) must begin {lookback} tokens before, or at 0"
-            )
-    return lookback
 
 
 def with_spine(components: tuple[Component, ...], config: CacheConfig) -> tuple[tuple[Component, ...], CacheConfig]:

@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxcache.components.base import Reach
+from jaxcache.core.kinds import Kind
+from jaxcache.core.pages import Residency
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.core.radix_tree import Node, RadixTree
-from jaxcache.core.residency import Residency
 from jaxcache.types import NO_PAGES, PageIds
 
 NOWHERE = -1  # instead of the first page of an entry that is not there
@@ -63,9 +63,9 @@ class TreeRecord:
     def num_tokens(self) -> int:
         return len(self.tokens)
 
-    def num_entry_pages(self, is_point: bool) -> np.ndarray:
-        """int64[nodes]: how many pages an entry of a component has; a state is one."""
-        return np.ones(self.num_nodes, np.int64) if is_point else self.num_pages.astype(np.int64)
+    def num_entry_pages(self, kind: Kind) -> np.ndarray:
+        """int64[nodes]: how many pages an entry of a component has."""
+        return np.array([kind.num_entry_pages(n * self.page_tokens) for n in self.num_pages.tolist()], np.int64)
 
     def subset(self, kept: np.ndarray, stays: Sequence[bool]) -> TreeRecord:
         """The nodes of bool[nodes] `kept` and the namespaces that stay; none is kept without what it hangs on."""
@@ -166,9 +166,8 @@ def record_of(core: PrefixCache, origins: Origins) -> TreeRecord:
 def _order(residency: Residency, nodes: list[Node], number: Mapping[int, int]) -> np.ndarray:
     """The order of eviction; what is pinned now, by a retention, leaves after all others."""
     index = residency.index
-    is_prefix = residency.component.reach is Reach.PREFIX
     order = [node for node in residency.order if node.id in number]  # the others are retired
     pinned = [node for node in nodes if node.pages[index] is not None and node.pins[index]]
-    pinned = [node for node in pinned if not (is_prefix and node.resident_children[index])]
+    pinned = [node for node in pinned if not (residency.is_closed and node.resident_children[index])]
     order += sorted(pinned, key=lambda node: node.last_used)
     return np.array([number[node.id] for node in order], np.int32)

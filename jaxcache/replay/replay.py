@@ -18,8 +18,8 @@ from jaxcache.components import FullAttention, RecurrentState, SlidingWindow
 from jaxcache.components.base import Component
 from jaxcache.config import CacheConfig
 from jaxcache.core.lease import Lease
+from jaxcache.core.pages import Residency
 from jaxcache.core.prefix_cache import PrefixCache
-from jaxcache.core.residency import Residency
 from jaxcache.replay.traces import TraceRequest
 from jaxcache.runtime.events import EventStream
 from jaxcache.types import Move, Outcome, PrefetchPolicy, Transfer, TransferKind, Wait

@@ -53,7 +53,7 @@ class BatchTables:
         shape = (len(leases), max_pages)
         last = self._last.pop(shape, None) or self._empty(*shape)
         lease_ids = [NOBODY if lease is None else lease.id for lease in leases]
-        tables = [self._nothing if lease is None else lease._tables for lease in leases]
+        tables = [self._nothing if lease is None else lease.page_ids for lease in leases]
         moved = None
         if lease_ids != last.lease_ids:
             known = dict(zip(last.lease_ids, range(len(leases)), strict=True))
@@ -101,13 +101,12 @@ def tables_of(
 
 def state_slots_of(core: PrefixCache, leases: Sequence[Lease | None], ends: Sequence[int]) -> StateSlots | None:
     """Of rows that compute from where their leases have computed to `ends`; None without recurrent states."""
-    point = core.tiers.point
-    if point is None:
+    if core.kinds.state is None:
         return None
     check_runnable(core, leases)
     if len(ends) != len(leases):
         raise RefusedCall(f"{len(leases)} leases and {len(ends)} ends: each row has one")
-    nowhere = core.tiers.device[point].allocator.num_pages
+    nowhere = core.kinds.state.device.allocator.num_pages
     rows = [_row_slots(row, lease, end, nowhere) for row, (lease, end) in enumerate(zip(leases, ends, strict=True))]
     return StateSlots(*(_read_only(np.array(column, np.int32)) for column in zip(*rows, strict=True)))
 

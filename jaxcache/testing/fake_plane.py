@@ -170,8 +170,9 @@ class FakePlane:
             self._state_step(lease, step)
 
     def _state_step(self, lease: Lease, step: ModelStep) -> None:
-        c, suffix = self.core.tiers.point, RANK[self.rank]
-        assert c is not None and lease.write_slot is not None and step.state_after is not None
+        kind, suffix = self.core.kinds.state, RANK[self.rank]
+        c = kind.c if kind is not None else -1
+        assert kind is not None and lease.write_slot is not None and step.state_after is not None
         if step.state_before is not None:
             slot = lease.read_slot if step.begin == lease.num_cached_tokens else lease.write_slot
             assert slot is not None

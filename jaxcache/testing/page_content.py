@@ -59,15 +59,15 @@ class ModelStep(NamedTuple):
 
 def model_step(core: PrefixCache, sequence: Sequence, begin: int, end: int) -> ModelStep:
     """Reads all that resuming at `begin` requires."""
-    tiers, page = core.tiers, core.config.page_tokens
+    page = core.config.page_tokens
     reads, writes = [], []
     state_before = state_after = None
-    for c in range(len(core.components)):
-        if c == tiers.point:
+    for c, kind in enumerate(core.kinds):
+        if kind is core.kinds.state:
             state_before = content(c, sequence, begin) if begin else None
             state_after = content(c, sequence, end)
             continue
-        first = tiers.required_start(c, begin) // page
+        first = kind.first_needed(begin) // page
         reads.append((c, first, contents(c, sequence, first, -(-begin // page), begin)))
         writes.append((c, begin // page, contents(c, sequence, begin // page, -(-end // page), end)))
     return ModelStep(begin, end, reads, writes, state_before, state_after)

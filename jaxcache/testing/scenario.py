@@ -327,7 +327,7 @@ class Scenario:
         page = core.config.page_tokens
         whole = request.num_computed // page * page
         namespace = lease.sequence.namespace
-        if core.tiers.point is None and lease._published == whole and core.config.caching and not namespace.retired:
+        if core.kinds.state is None and lease._published == whole and core.config.caching and not namespace.retired:
             again = core.sequence([*request.tokens, 0], namespace)
             assert core.match(again).num_tokens >= whole, f"A4: not resumable at {whole}"
 

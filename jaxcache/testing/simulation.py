@@ -279,7 +279,7 @@ class Simulation:
             "storage_tokens_used", "stored_pages", "detaches", "cleared_storages",
         )  # fmt: skip
         counts |= {name: storage[name] for name in names}
-        if scenario.core.tiers.partial:
+        if scenario.core.kinds.extras:
             counts["rejected_windows_and_states"] = storage["rejected_windows_and_states"]
         return counts
 

@@ -11,7 +11,7 @@ import pytest
 from benchmarks import turns
 from benchmarks.turns import Workload, found_tokens
 from jaxcache.core.publishing import Publishing
-from jaxcache.core.residency import FreeResidency, Residency
+from jaxcache.core.pages import FreeResidency, Residency
 
 MIDDLE = Workload("middle", num_conversations=8)
 ONE_EACH = replace(MIDDLE, slots_each=1.0, windows_each=1.0)

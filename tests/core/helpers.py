@@ -12,7 +12,7 @@ from jaxcache.core.lease import Lease
 from jaxcache.core.page_hash import Namespace
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.core.sequence import Sequence
-from jaxcache.core.ticket import Ticket
+from jaxcache.core.prefetch import Ticket
 from jaxcache.runtime.lanes import Lanes
 from jaxcache.testing.chance import Delays
 from jaxcache.testing.fake_plane import FakePlane

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import pytest
 
 from jaxcache.core import matching
-from jaxcache.core.matching import Prefix
+from jaxcache.core.match import Prefix
 from jaxcache.core.prefetch import PrefetchState
 from jaxcache.core.publishing import Publishing
 from jaxcache.types import Match

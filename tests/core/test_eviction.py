@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from jaxcache.core.residency import FreeResidency, Residency
+from jaxcache.core.pages import FreeResidency, Residency
 from jaxcache.types import Match, TransferKind, WritePolicy
 from tests.core.helpers import FULL, PAGE, Server, prompt, state, window
 

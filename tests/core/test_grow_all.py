@@ -119,8 +119,8 @@ def test_a_mistake_changes_nothing(bad):
         server.release(leases[2])
     else:
         computed[2] = 4.0
-    num_evicted, tables = server.core.tiers.num_evicted_pages.copy(), [lease._tables[0] for lease in leases]
+    num_evicted, tables = server.core.tiers.num_evicted_pages.copy(), [lease.parts[0].page_ids for lease in leases]
     with pytest.raises((ValueError, TypeError)):
         server.core.grow_all(leases, computed)
     assert server.core.tiers.num_evicted_pages == num_evicted
-    assert all(lease._tables[0] is table for lease, table in zip(leases, tables, strict=True))
+    assert all(lease.parts[0].page_ids is table for lease, table in zip(leases, tables, strict=True))

@@ -29,7 +29,7 @@ from jaxcache.core.prefetches import Prefetches
 from jaxcache.core.publishing import Publishing
 from jaxcache.core.quotas import Quotas
 from jaxcache.core.radix_tree import Node, RadixTree
-from jaxcache.core.residency import FreeResidency, PointResidency, PrefixResidency
+from jaxcache.core.pages import FreeResidency, PointResidency, PrefixResidency
 from jaxcache.core.retention import Retentions
 from jaxcache.core.stores import Stores
 from jaxcache.core.tenants import Groups, Tenants

@@ -7,7 +7,7 @@ import pytest
 from jaxcache.core.lease import Lease
 from jaxcache.core.prefetch import PrefetchState
 from jaxcache.core.prefetches import MAX_HELD_MS
-from jaxcache.core.ticket import Ticket
+from jaxcache.core.prefetch import Ticket
 from jaxcache.types import CLOCK_MODULUS, Outcome, PrefetchPolicy, Wait
 from tests.core.helpers import Server, prompt, server_with_storage
 
@@ -103,7 +103,7 @@ def test_a_question_that_takes_too_long_is_given_up():
 @pytest.mark.parametrize("policy", [PrefetchPolicy.WAIT_COMPLETE, PrefetchPolicy.BEST_EFFORT])
 def test_other_policies_look_at_no_clock(policy):
     server, ticket = asked(prefetch_policy=policy)
-    server.core.prefetches.hold_up(ticket)
+    server.core.prefetches.wait_for(ticket)
     tick(server, ticket, 0)
     tick(server, ticket, 1_000_000)
     assert not ticket.done

@@ -167,7 +167,7 @@ def test_what_fits_is_what_eviction_would_have_left(mixture, seed):
     snapshot.restore(core)
     for residency in live.tiers.device:
         surplus = residency.allocator.num_pages - sizes[residency.component.name]
-        assert live.backups.make_room_on_device(residency.index, surplus)
+        assert live.tiers.make_room(live.tiers.device[residency.index], surplus)
     assert entries(core) == entries(live)
     assert order_of(core) == order_of(live)
 

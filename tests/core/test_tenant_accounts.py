@@ -209,7 +209,7 @@ def test_a_lease_without_pages_keeps_its_account():
     invariants.check(core)
     accounts = len(core.tiers.tenants.tenant_of)
     spine = core.tiers.device[0]
-    assert core.backups.make_room_on_device(0, spine.allocator.num_pages)
+    assert core.tiers.make_room(core.tiers.device[0], spine.allocator.num_pages)
     core.new_namespace(model="next", tenant="b")
     assert len(core.tiers.tenants.tenant_of) == accounts  # the old one is used again
     invariants.check_empty(core)

@@ -113,7 +113,7 @@ class Rank:
     def stay(self, lease: Any) -> list[np.ndarray]:
         """Every device page that a lease refers to, by component; those that are not the tree's are its own."""
         pages = []
-        for c, table in enumerate(lease._tables):
+        for c, table in enumerate(lease.page_ids):
             if table is None:
                 pages.append(np.array([lease.write_slot, *lease.checkpoints.values()], np.int32))
             else:
@@ -123,9 +123,7 @@ class Rank:
 
     def fresh(self, lease: Any, first: int) -> list[np.ndarray]:
         """The pages of its tables from page `first` on."""
-        return [
-            lease._tables[c][first:] if lease._tables[c] is not None else NOTHING for c in range(self.num_components)
-        ]
+        return [NOTHING if table is None else table[first:] for table in lease.page_ids]
 
     @staticmethod
     def slots(lease: Any, n: int, m: int) -> list[int | None]:
@@ -142,7 +140,8 @@ class Rank:
         hits = (lease.num_cached_tokens, lease.device_tokens, lease.host_tokens, lease.storage_tokens)
         room = (lease.num_computed, lease.num_tokens, lease.first_step, lease.next_stop)
         states = (lease.read_slot, lease.write_slot, tuple(lease.checkpoints.items()))
-        return (lease.id, hits, room, states, tuple(None if t is None else t.tobytes() for t in lease._tables))
+        tables = tuple(None if table is None else table.tobytes() for table in lease.page_ids)
+        return (lease.id, hits, room, states, tables)
 
     @staticmethod
     def published(lease: Any) -> int:

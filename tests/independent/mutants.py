@@ -13,18 +13,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from jaxcache.core.arrivals import Arrivals
+from jaxcache.core.publishing import Publishing
 
 from jaxcache.core import backups, matching, page_hash, radix_tree
 from jaxcache.core.admission import Admission
-from jaxcache.core.arrivals import Arrivals
 from jaxcache.core.clearing import Clearing
-from jaxcache.core.page_allocator import PageAllocator
+from jaxcache.core.pages import PageAllocator, PrefixResidency
 from jaxcache.core.planner import Planner
 from jaxcache.core.prefetches import Prefetches
 from jaxcache.core.prefix_cache import PrefixCache
-from jaxcache.core.publishing import Publishing
 from jaxcache.core.radix_tree import RadixTree
-from jaxcache.core.residency import PrefixResidency
 from jaxcache.core.retention import Retentions
 from jaxcache.core.stores import Stores
 from jaxcache.core.tenants import Groups
@@ -234,7 +233,7 @@ def one_page_early(original: Any, self: Publishing, lease: Any, num_computed: in
 
 
 def table_changed(original: Any, self: Any, lease: Any, c: int, fresh: Any, pages: slice, page_ids: np.ndarray) -> None:
-    table = lease._tables[c]
+    table = lease.parts[c].page_ids
     table.setflags(write=True)
     table[pages] = page_ids
     table.setflags(write=False)

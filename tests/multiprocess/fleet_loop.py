@@ -86,7 +86,7 @@ def serve(cache: jaxcache.Cache, index: int, plan: dict) -> None:
         pools = write_pages(pools)
         cache.grow(lease, lease.num_cached_tokens, len(PROMPT) + 1 - lease.num_cached_tokens)
         if step == plan["at"] and index == plan.get("breaks"):
-            cache.core.publishing.insert = break_off
+            cache.core.leases.insert = break_off
         cache.insert(lease, len(PROMPT) + 1)
         cache.release(lease)
         print(f"finished step {step}", flush=True)

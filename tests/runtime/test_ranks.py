@@ -17,7 +17,7 @@ from jaxcache.core import invariants
 from jaxcache.core.lease import Lease
 from jaxcache.core.prefetch import PrefetchState
 from jaxcache.core.prefix_cache import PrefixCache
-from jaxcache.core.ticket import Ticket
+from jaxcache.core.prefetch import Ticket
 from jaxcache.pools.storage_cells import storage_cells
 from jaxcache.runtime.lanes import Lanes
 from jaxcache.runtime.reduction import collective

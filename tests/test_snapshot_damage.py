@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import resource
 import shutil
@@ -168,6 +169,7 @@ def test_pages_in_each_others_place_would_be_seen(one, saved, monkeypatch):
         check_same(driver, saved)
 
 
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")  # of Orbax, which has failed in the middle
 @pytest.mark.parametrize("num_damages", [8, pytest.param(400, marks=pytest.mark.slow)])
 def test_any_damage_is_refused_or_harmless(one, saved, tmp_path, seed, num_damages):
     """In any file, the metadata of Orbax among them, much of which says nothing that is needed."""
@@ -187,6 +189,7 @@ def test_any_damage_is_refused_or_harmless(one, saved, tmp_path, seed, num_damag
             else:
                 check_same(driver, saved)
         shutil.rmtree(folder)
+    gc.collect()  # what Orbax has left unfinished goes here, and is not another test's failure
     assert num_refused > num_damages // 5
 
 

@@ -63,8 +63,9 @@ class Cache:
         if storage is not None:
             _check_storage(storage)
         self.mesh = mesh
+        components = tuple(components)
         validate(components, config)
-        components, config = with_spine(tuple(components), config)
+        components, config = with_spine(components, config)
         config, self.layouts, fleet = agree_on_start(components, mesh, config, storage)
         self.config = config
         with all_or_none(mesh, fleet):

@@ -85,7 +85,7 @@ def test_pages_that_are_reused_in_the_step_of_their_backup(rig):
         cache.insert(lease, 45)
         cache.release(lease)
         greedy = cache.admit(driver.sequence(OTHER), DEVICE_PAGES * PAGE_TOKENS)
-        assert set(pages.tolist()) <= set(greedy.parts[0].page_ids.tolist())
+        assert set(pages.tolist()) <= set(greedy.page_ids[0].tolist())
         driver.pools = cache.apply(driver.pools)
         driver.edit_pool(lambda pool: pool.fill(7))  # a model step that writes every page
         cache.release(greedy)

@@ -6,7 +6,7 @@ Everything is checked before anything changes: `available = free + resident - pi
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,17 +24,16 @@ class Needs(NamedTuple):
     """What admitting at a prefix takes.
 
     num_own: pages of full attention that will be the lease's own
-    loads:   nodes whose full pages are only in host memory, top first
     extras:  what each extra needs
+    loads:   every entry that is only in host memory: by component, top first
     """
 
     num_own: int
-    loads: list[Node]
     extras: list[Need]
+    loads: list[tuple[Kind, Node]]
 
 
-NO_NODES: list[Node] = []  # these two are never changed
-NO_NEEDS: list[Need] = []
+NOTHING: list[Any] = []  # never changed
 
 
 class Loading(NamedTuple):
@@ -58,7 +57,7 @@ class Admission:
     def longest(self, sequence: Sequence, max_tokens: int | None, num_new_tokens: int) -> tuple[Prefix, Needs | None]:
         """The longest prefix whose load-back is worth it, and what it takes; (prefix, None) if that does not fit."""
         prefix = self.matcher.longest(sequence, max_tokens)
-        if not self._worth_loading(prefix):
+        if prefix.device_tokens < prefix.num_tokens and not self._worth_loading(prefix):
             prefix = next(filter(self._worth_loading, self.matcher.shorter(prefix)))
         return prefix, self._needs(prefix, num_new_tokens)
 
@@ -79,20 +78,25 @@ class Admission:
 
     def _needs(self, prefix: Prefix, num_new_tokens: int) -> Needs | None:
         """What admitting at this prefix takes; None if it does not fit. Changes nothing."""
-        num_tokens, node, full = prefix.num_tokens, prefix.node, self.kinds.full
+        num_tokens, node, _, _ = prefix
+        full, extras = self.kinds.full, self.kinds.extras
         end = num_tokens + num_new_tokens
-        num_own, loads = full.num_own_pages(num_tokens, end), NO_NODES
+        num_own = full.num_own_pages(num_tokens, end)
+        loads: list[tuple[Kind, Node]] = NOTHING
         if not full.fits_at_once(num_tokens, node, num_own):
             need = full.need(num_tokens, node, end)
             if need.num_pages > full.device.available():
                 return None
-            loads = need.loads
-        if not self.kinds.extras:
-            return Needs(num_own, loads, NO_NEEDS)
-        needs = [kind.need(num_tokens, node, end) for kind in self.kinds.extras]
-        if any(need.num_pages > kind.device.available() for kind, need in zip(self.kinds.extras, needs, strict=True)):
-            return None
-        return Needs(num_own, loads, needs)
+            loads = [(full, load) for load in need.loads]
+        if not extras:
+            return Needs(num_own, NOTHING, loads)
+        needs = [kind.need(num_tokens, node, end) for kind in extras]
+        for kind, need in zip(extras, needs, strict=True):
+            if need.num_pages > kind.device.available():
+                return None
+            if need.loads:
+                loads = [*loads, *((kind, load) for load in need.loads)]
+        return Needs(num_own, needs, loads)
 
     def admit(
         self,
@@ -110,24 +114,16 @@ class Admission:
         lease = Lease(id, sequence, prefix.node, num_new_tokens, self.tiers, plan_is_applied)
         full, extras = self.kinds.full, self.kinds.extras
         pieces = full.pin(lease)
-        for kind, need in zip(extras, needs.extras, strict=True):
+        for kind, need in zip(extras, needs.extras):  # noqa: B905  of the same length, and mostly empty
             kind.pin(lease, need)
-        loads = self._loads(needs)
-        sources = self._hold(loads, Tier.HOST) if loads and self.tiers.writes_back else []
-        moves = []
-        self._make_room(full, needs.num_own, needs.loads)
         if needs.loads:
-            moves.append(self._load(full, needs.loads))
-            pieces = full.pages_on_path(lease)
-        full.open(lease, pieces, needs.num_own)
-        for kind, need in zip(extras, needs.extras, strict=True):
-            self._make_room(kind, need.num_own, need.loads)
-            if need.loads:
-                moves.append(self._load(kind, need.loads))
-            kind.open(lease, need)
-        if moves:
-            self.tiers.let_go(sources)
-            self._plan_load(lease, loads, tuple(moves))
+            self._load_back(lease, needs)
+        else:
+            self._make_room(full, needs.num_own)
+            full.open(lease, pieces, needs.num_own)
+            for kind, need in zip(extras, needs.extras):  # noqa: B905
+                self._make_room(kind, need.num_own)
+                kind.open(lease, need)
         lease.note_room(prefix.num_tokens)
         if extras:
             self._plan_stops(lease, prefix)
@@ -137,37 +133,47 @@ class Admission:
         """Splits the last node at the prefix, so that nothing beyond is pinned with it."""
         node = prefix.node
         front = self.tiers.split(node, prefix.num_tokens)
+        if needs.loads:
+            needs = needs._replace(loads=[(kind, front if load is node else load) for kind, load in needs.loads])
+        return prefix._replace(node=front), needs
 
-        def cut(loads: list[Node]) -> list[Node]:
-            return [front if load is node else load for load in loads] if loads else loads
+    def _make_room(self, kind: Kind, num_pages: int) -> None:
+        """As was promised."""
+        if kind.device.allocator.num_free < num_pages:
+            room = self.tiers.make_room(kind.device, num_pages)
+            assert room, f"{kind.name}: promised {num_pages} pages"
 
-        extras = [need._replace(loads=cut(need.loads)) for need in needs.extras]
-        return prefix._replace(node=front), Needs(needs.num_own, cut(needs.loads), extras)
-
-    def _make_room(self, kind: Kind, num_own: int, loads: list[Node]) -> None:
-        wanted = num_own
-        for node in loads:
-            wanted += _num_host_pages(kind, node)
-        if kind.device.allocator.num_free < wanted:
-            room = self.tiers.make_room(kind.device, wanted)
-            assert room, f"{kind.name}: promised {wanted} pages"
-
-    def _loads(self, needs: Needs) -> list[tuple[Kind, Node]]:
-        """Every entry that is to be loaded."""
-        loads: list[tuple[Kind, Node]] = [(self.kinds.full, node) for node in needs.loads]
+    def _load_back(self, lease: Lease, needs: Needs) -> None:
+        """Opens a lease whose entries are partly in host memory only: they get a place on the device."""
+        tiers = self.tiers
+        # Under write_back, making room on the device may evict host pages: not those that are about to be loaded.
+        sources = self._hold(needs.loads, Tier.HOST) if tiers.writes_back else []
+        full, moves = self.kinds.full, []
+        self._load(full, needs.num_own, needs.loads, moves)
+        full.open(lease, full.pages_on_path(lease), needs.num_own)
         for kind, need in zip(self.kinds.extras, needs.extras, strict=True):
-            loads += [(kind, node) for node in need.loads]
-        return loads
+            self._load(kind, need.num_own, needs.loads, moves)
+            kind.open(lease, need)
+        tiers.let_go(sources)
+        self.planner.add(TransferKind.LOAD_BACK, tuple(moves))
+        self.counters["load_back_pages"] += sum(len(move.src_page_ids) for move in moves)
+        lease.first_step = max(lease.first_step, tiers.step + 1)
+        self.loading.append(Loading(self._hold(needs.loads, Tier.DEVICE), tiers.step + 1))
 
     def _hold(self, entries: list[tuple[Kind, Node]], tier: Tier) -> list[Hold]:
-        """Pins these entries. In host memory under write_back: making room on the device may evict host pages."""
+        """Pins these entries."""
         hold = self.tiers.hold
         return [
             held for kind, node in entries for held in hold((kind.device, kind.host)[tier], node, kind.top_of(node))
         ]
 
-    def _load(self, kind: Kind, nodes: list[Node]) -> Move:
+    def _load(self, kind: Kind, num_own: int, loads: list[tuple[Kind, Node]], moves: list[Move]) -> None:
+        """Makes room for a component's own pages and for what is loaded, which goes there; adds the move, if any."""
         tiers = self.tiers
+        nodes = [node for of, node in loads if of is kind]
+        self._make_room(kind, num_own + sum(_num_host_pages(kind, node) for node in nodes))
+        if not nodes:
+            return
         sources, targets = [], []
         for node in nodes:
             source = node.pages[kind.host.index]
@@ -178,14 +184,7 @@ class Admission:
             node.ready_step = tiers.step + 1
             sources.append(source)
             targets.append(target)
-        return Move(kind.name, np.concatenate(sources), np.concatenate(targets))
-
-    def _plan_load(self, lease: Lease, loads: list[tuple[Kind, Node]], moves: tuple[Move, ...]) -> None:
-        tiers = self.tiers
-        self.planner.add(TransferKind.LOAD_BACK, moves)
-        self.counters["load_back_pages"] += sum(len(move.src_page_ids) for move in moves)
-        lease.first_step = max(lease.first_step, tiers.step + 1)
-        self.loading.append(Loading(self._hold(loads, Tier.DEVICE), tiers.step + 1))
+        moves.append(Move(kind.name, np.concatenate(sources), np.concatenate(targets)))
 
     def _plan_stops(self, lease: Lease, prefix: Prefix) -> None:
         """Prefill chunks end where a missing window or state would have helped, and where an extra wants it."""

@@ -127,7 +127,7 @@ def check_empty(core: PrefixCache) -> None:
     assert not core.leases and not core.live_transfers() and not core.admission.loading, "I10: something still runs"
     core.retentions.release_all()
     roots = core.tiers.tree.all_roots() or [None]
-    for residency in [*core.tiers.host, *core.tiers.device]:  # under write_back host pages hang below device pages
+    for residency in core.tiers.residencies:  # the device first: under write_back it goes to host memory
         for root in roots:  # everybody may take all that is its own
             if root is not None:
                 residency.serve(root)

@@ -62,7 +62,9 @@ class Leases(dict[int, Lease]):
             lease.num_computed = num_computed
             lease.num_tokens = max(lease.num_tokens, end)
             return True
-        self._report(lease, num_computed)
+        lease.num_computed = num_computed
+        for kind in self.kinds.extras:
+            kind.report(lease, num_computed)
         if self.quotas is not None:
             self.quotas.serve_lease(lease)
         missing = -(-end // tiers.page_tokens) - len(lease.table)
@@ -92,11 +94,6 @@ class Leases(dict[int, Lease]):
                 room = self.tiers.make_room(device, num_pages)
                 assert room, f"{device.component.name}: promised {num_pages} pages"
         return True
-
-    def _report(self, lease: Lease, num_computed: int) -> None:
-        lease.num_computed = num_computed
-        for kind in self.kinds.extras:
-            kind.report(lease, num_computed)
 
     def note_uncomputed(self, lease: Lease, num_computed: int) -> None:
         """The loop says that so much is computed: what got room in this version of the pools can only be so in a later
@@ -159,7 +156,9 @@ class Leases(dict[int, Lease]):
         """
         if num_computed > lease._last_room:
             self.note_uncomputed(lease, num_computed)
-        self._report(lease, num_computed)
+        lease.num_computed = num_computed
+        for kind in self.kinds.extras:
+            kind.report(lease, num_computed)
         if states:
             assert lease._slots is not None
             lease._slots.written.update(dict.fromkeys(states))

@@ -48,7 +48,7 @@ class PrefixCache:
 
     def __init__(self, components: tuple[Component, ...], config: CacheConfig):
         validate(components, config)
-        self.components, self.config = with_spine(tuple(components), config)
+        self.components, self.config = with_spine(components, config)
         self.counters: Counters = defaultdict(int)
         self.planner = Planner()
         self.tiers = tiers = Tiers(self.components, self.config, RESIDENCIES)
@@ -182,7 +182,7 @@ class PrefixCache:
     ) -> Lease | Wait:
         if type(sequence) is not Sequence or sequence.namespace.owner is not self:
             bad_input.check_sequence(self, sequence)
-        if type(num_new_tokens) is not int or num_new_tokens < 1:
+        if type(num_new_tokens) is not int or not 0 < num_new_tokens < bad_input.MANY:
             num_new_tokens = bad_input.count("num_new_tokens", num_new_tokens, 1)
         if max_cached_tokens is not None:
             max_cached_tokens = bad_input.count("max_cached_tokens", max_cached_tokens, 0)
@@ -228,34 +228,30 @@ class PrefixCache:
         return any(held.residency.tier is Tier.DEVICE for owner in owners for held in owner.holds)
 
     def _admit(
-        self, sequence: Sequence, prefix: Prefix, need: Needs, num_new_tokens: int, ticket: Ticket | None
+        self, sequence: Sequence, prefix: Prefix, needs: Needs, num_new_tokens: int, ticket: Ticket | None
     ) -> Lease:
-        num_cached_tokens, _, _, device_tokens = prefix
-        self.tiers.lease_id = id = self.next_lease_id
+        num_cached, _, _, device_tokens = prefix
+        tiers, counters = self.tiers, self.counters
+        tiers.lease_id = id = self.next_lease_id
         self.next_lease_id = id + 1
-        lease = self.admission.admit(id, sequence, prefix, need, num_new_tokens, self.plan_is_applied)
+        lease = self.admission.admit(id, sequence, prefix, needs, num_new_tokens, self.plan_is_applied)
         if ticket is not None:
-            lease.storage_tokens = self.prefetches.use(ticket, device_tokens, num_cached_tokens)
-        if num_cached_tokens > device_tokens:
+            lease.storage_tokens = self.prefetches.use(ticket, device_tokens, num_cached)
+        if num_cached > device_tokens:
             lease.device_tokens = device_tokens
-            lease.host_tokens = num_cached_tokens - device_tokens - lease.storage_tokens
-            self.counters["host_hit_tokens"] += lease.host_tokens
-            self.counters["storage_hit_tokens"] += lease.storage_tokens
-        return self._admitted(lease)
-
-    def _admitted(self, lease: Lease) -> Lease:
-        self.leases[lease.id] = lease
+            lease.host_tokens = num_cached - device_tokens - lease.storage_tokens
+            counters["host_hit_tokens"] += lease.host_tokens
+            counters["storage_hit_tokens"] += lease.storage_tokens
+        self.leases[id] = lease
         if self.quotas is not None:
             self.quotas.settle(lease)
-        sequence, counters, profile = lease.sequence, self.counters, self.tiers.profile
-        if profile is not None:
-            profile.admitted(sequence, lease._node)
+        if tiers.profile is not None:
+            tiers.profile.admitted(sequence, lease._node)
         counters["admits"] += 1
         counters["prompt_tokens"] += sequence.num_tokens
-        counters["device_hit_tokens"] += lease.device_tokens
-        content = sequence.checksum(lease.num_cached_tokens, lease._node.id + (sum(lease._stops) << 32))
-        cached = lease.num_cached_tokens
-        self.planner.note("admit", lease.id, cached, sequence.namespace.checksum, content, lease.num_tokens - cached)
+        counters["device_hit_tokens"] += device_tokens
+        content = sequence.checksum(num_cached, lease._node.id + (sum(lease._stops) << 32))
+        self.planner.note("admit", id, num_cached, sequence.namespace.checksum, content, num_new_tokens)
         return lease
 
     def grow(self, lease: Lease, num_computed: int, num_new_tokens: int) -> bool:
@@ -305,14 +301,15 @@ class PrefixCache:
         try:  # as @changes
             if self.serving.ended is not None:
                 self.serving.check()
-            is_plain = priority is ZERO and retain_steps is ZERO
-            self._insert(lease, num_computed, states, () if is_plain else (priority, retain_steps))
+            options = () if priority is ZERO and retain_steps is ZERO else (priority, retain_steps)
+            num_computed = self._checked_insert(lease, num_computed, states, options)
+            self._insert(lease, num_computed, states, options)
         except BaseException as error:
             self.serving.interrupted(error, "insert")
             raise
 
-    def _insert(self, lease: Lease, num_computed: int, states: TokenPositions, options: tuple[int, ...]) -> None:
-        """options: priority and retain_steps, unless both are 0."""
+    def _checked_insert(self, lease: Lease, num_computed: int, states: TokenPositions, options: tuple[int, ...]) -> int:
+        """num_computed as an int of Python, if so much can be published."""
         if type(num_computed) is not int:
             num_computed = bad_input.count("num_computed", num_computed)
         if (
@@ -330,21 +327,26 @@ class PrefixCache:
             bad_input.check_states(lease, states, num_computed)
         if lease.first_step > self.tiers.step and num_computed > lease.num_computed:
             bad_input.check_may_run(self.tiers, lease)
-        publishes, old_end = self.config.caching and not lease.sequence.namespace.retired, lease._published
+        return num_computed
+
+    def _insert(self, lease: Lease, num_computed: int, states: TokenPositions, options: tuple[int, ...]) -> None:
+        """options: priority and retain_steps, unless both are 0."""
+        quotas, old_end = self.quotas, lease._published
+        publishes = self.config.caching and not lease.sequence.namespace.retired
         if publishes:
             self.tiers.lease_id = lease.id
         self.leases.insert(lease, num_computed, states, publishes)
-        self.planner.note("insert", lease.id, lease._published, lease._node.id, num_computed, sum(states))
-        if not publishes:
-            if self.quotas is not None:
-                self.quotas.settle(lease)
-            return
-        if options:
-            self._set_options(lease, *options)
-        if self.backups.on_insert:
-            self.backups.after_insert(lease._node, old_end)
-        if self.quotas is not None:
-            self.quotas.enforce(lease)
+        positions = sum(states) if states else 0
+        self.planner.note("insert", lease.id, lease._published, lease._node.id, num_computed, positions)
+        if publishes:
+            if options:
+                self._set_options(lease, *options)
+            if self.backups.on_insert:
+                self.backups.after_insert(lease._node, old_end)
+        if quotas is not None:
+            quotas.settle(lease)
+            if publishes:
+                quotas.enforce(lease)
 
     @changes
     def tables_were_read(self, leases: list[Lease]) -> None:

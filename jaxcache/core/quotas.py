@@ -86,7 +86,6 @@ class Quotas:
 
     def enforce(self, lease: Lease) -> None:
         """What the tenant of a lease has beyond its quota leaves at once, on every tier, as far as it may leave."""
-        self.settle(lease)
         tenant = self.tenants.tenant_of[lease._node.group]
         if not tenant:
             return

@@ -10,8 +10,9 @@ import pytest
 
 from benchmarks import turns
 from benchmarks.turns import Workload, found_tokens
-from jaxcache.core.publishing import Publishing
-from jaxcache.core.pages import FreeResidency, Residency
+from jaxcache.core.kinds.state import State, StateResidency
+from jaxcache.core.kinds.window import WindowResidency
+from jaxcache.core.pages import Residency
 
 MIDDLE = Workload("middle", num_conversations=8)
 ONE_EACH = replace(MIDDLE, slots_each=1.0, windows_each=1.0)
@@ -56,17 +57,18 @@ def test_what_all_conversations_begin_with_is_found():
 
 
 def take_all_for_shared(patch: pytest.MonkeyPatch) -> None:
-    above = Publishing._states_above
+    above = State._states_above
 
     def all_shared(self, newest):
         passed, shared = above(self, newest)
         return [], [*passed, *shared]
 
-    patch.setattr(Publishing, "_states_above", all_shared)
+    patch.setattr(State, "_states_above", all_shared)
 
 
 def generated_text_leaves_first(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(FreeResidency, "output_leaves_first", True)
+    for residency in (WindowResidency, StateResidency):
+        patch.setattr(residency, "output_leaves_first", True)
 
 
 def passed_ones_leave_like_others(patch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from jaxcache.components.base import Reach
+from jaxcache.core import invariants
 from jaxcache.core.page_hash import chain
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.core.radix_tree import Node
@@ -58,6 +59,9 @@ class Consumer:
     def check(self) -> None:
         self.take()
         assert self.held == in_tree(self.core), "I13: the events and the tree differ"
+        roots = self.core.tiers.tree.roots.values()
+        nodes = {node.id for node in (*roots, *invariants.all_nodes(self.core))}
+        assert set(self.stream._nodes) == nodes, "I13: the mirror of the tree keeps what has left"
 
 
 def in_tree(core: PrefixCache) -> Held:

@@ -10,9 +10,9 @@ from jaxcache.config import CacheConfig
 from jaxcache.core import invariants
 from jaxcache.core.lease import Lease
 from jaxcache.core.page_hash import Namespace
+from jaxcache.core.prefetch import Ticket
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.core.sequence import Sequence
-from jaxcache.core.prefetch import Ticket
 from jaxcache.runtime.lanes import Lanes
 from jaxcache.testing.chance import Delays
 from jaxcache.testing.fake_plane import FakePlane
@@ -161,7 +161,7 @@ class Server:
 
     def flush_device(self) -> None:
         """Another prompt, soon aborted, pushes everything unpinned off the device, but for states."""
-        paged = [device for c, device in enumerate(self.core.tiers.device) if c != self.core.tiers.point]
+        paged = [kind.device for kind in self.core.kinds if kind is not self.core.kinds.state]
         full_pages = min(device.available() for device in paged)
         lease = self.admit(prompt(full_pages * PAGE, 900_000))
         self.release(lease)

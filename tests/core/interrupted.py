@@ -176,7 +176,7 @@ def fingerprint(core: PrefixCache) -> tuple:
         stack += node.children.values()
     free = [residency.allocator.free_ids().tobytes() for residency in tiers.residencies]
     leases = [
-        (lease.id, lease.num_computed, lease.num_tokens, lease._published, tuple(map(id, lease._tables)))
+        (lease.id, lease.num_computed, lease.num_tokens, lease._published, tuple(map(id, lease.page_ids)))
         for lease in core.leases.values()
     ]
     return core.digest, core.sizes(), nodes, free, leases, len(core.planner.transfers), core.next_lease_id

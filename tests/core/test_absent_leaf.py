@@ -12,10 +12,9 @@ from collections.abc import Callable
 
 import pytest
 
-from jaxcache.core import matching
-from jaxcache.core.match import Prefix
+from jaxcache.core.kinds.window import Window
+from jaxcache.core.match import Matcher, Prefix
 from jaxcache.core.prefetch import PrefetchState
-from jaxcache.core.publishing import Publishing
 from jaxcache.types import Match
 from tests.core.helpers import FULL, PAGE, Server, prompt, server_with_storage, state, window
 
@@ -138,18 +137,18 @@ def test_a_leaf_without_any_window_or_state_stays(mixture: str):
 
 def nothing_is_found_beyond_what_can_be_used(patch: pytest.MonkeyPatch) -> None:
     """As in a tree whose leaves go with their windows."""
-    plain = matching.longest_prefix
+    plain = Matcher.longest
 
-    def usable_only(tiers, sequence, max_tokens) -> Prefix:
-        prefix = plain(tiers, sequence, max_tokens)
+    def usable_only(self, sequence, max_tokens) -> Prefix:
+        prefix = plain(self, sequence, max_tokens)
         return prefix._replace(found_tokens=prefix.num_tokens)
 
-    patch.setattr(matching, "longest_prefix", usable_only)
+    patch.setattr(Matcher, "longest", usable_only)
 
 
 def nodes_adopt_no_windows(patch: pytest.MonkeyPatch) -> None:
     """N3: one that is there already stays as it is."""
-    patch.setattr(Publishing, "_publish_window", lambda self, lease, child, c, *rest: self.tiers.device[c].pin(child))
+    patch.setattr(Window, "publish", lambda self, lease, child, at, live: self.device.pin(child))
 
 
 @pytest.mark.mutation

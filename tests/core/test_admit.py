@@ -84,7 +84,7 @@ def test_two_caches_with_the_same_calls_give_the_same_pages():
     leases = [server.admit(prompt(24)) for server in servers]
     assert servers[0].core.digest == servers[1].core.digest
     for name in ("full", "window"):
-        tables = [lease.parts[name == "window"].page_ids.tolist() for lease in leases]
+        tables = [lease.page_ids[name == "window"].tolist() for lease in leases]
         assert tables[0] == tables[1]
 
 
@@ -214,7 +214,7 @@ def test_a_state_is_copied_on_write():
 
 def held(lease, server: Server) -> list[int]:
     """Indices of the window pages that a lease still has."""
-    table = lease.parts[1].page_ids
+    table = lease.page_ids[1]
     absent = server.core.tiers.device[1].allocator.num_pages
     return [i for i, page_id in enumerate(table.tolist()) if page_id != absent]
 

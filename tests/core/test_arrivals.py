@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jaxcache.core.prefetch import PrefetchState
-from jaxcache.core.prefetch import Ticket
+from jaxcache.core.prefetch import PrefetchState, Ticket
 from jaxcache.types import Outcome, Tier, TransferKind, WritePolicy
 from tests.core.helpers import FULL, Server, prompt, server_with_storage, window
 

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from jaxcache.core import change_log
-from jaxcache.core.backbone import Backbone
 from jaxcache.testing.scenario import Scenario
 from jaxcache.types import AllCleared, BlockRemoved, BlockStored, Tier, WritePolicy
 from tests.core.consumer import Consumer, in_tree
@@ -20,7 +19,7 @@ from tests.core.helpers import FULL, PAGE, Server, prompt, state, window
 from tests.core.test_state_machine import run_machine
 
 MACHINES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
-    "by hand": (("full",), {"host_pages": 0}),
+    "full, no host": (("full",), {"host_pages": 0}),
     "full": (("full",), {}),
     "full, write_back": (("full",), {"write_policy": WritePolicy.WRITE_BACK}),
     "full+window": (("full", "window"), {}),
@@ -66,12 +65,6 @@ def test_after_every_step_of_the_fuzz(seed, max_logged_changes):
         fields = {"mixture": mixture, "events": True, "max_logged_changes": max_logged_changes}
         happened.update(drive(1000 * seed + i, 100, accident_chance=0.05, **fields).counters)
     assert bool(happened["event_overflows"]) is (max_logged_changes == 1)
-
-
-def test_the_general_path_without_a_host_tier(seed, monkeypatch):
-    monkeypatch.setattr(Backbone, "suffices", staticmethod(lambda tiers: False))
-    for i in range(4):
-        drive(1000 * seed + i, 100, num_ranks=1, mixture=("full",), host_pages=0, events=True)
 
 
 @pytest.mark.parametrize("mixture", MIXTURES, ids="+".join)

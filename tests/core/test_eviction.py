@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from jaxcache.core.pages import FreeResidency, Residency
+from jaxcache.core.kinds.window import WindowResidency
+from jaxcache.core.pages import Residency
 from jaxcache.types import Match, TransferKind, WritePolicy
 from tests.core.helpers import FULL, PAGE, Server, prompt, state, window
 
@@ -193,6 +194,6 @@ def test_otherwise_turns_lose_their_windows(monkeypatch, changed):
     if changed == "demote":
         monkeypatch.setattr(Residency, "demote", lambda self, node: None)
     else:
-        monkeypatch.setattr(FreeResidency, "output_leaves_first", True)
+        monkeypatch.setattr(WindowResidency, "output_leaves_first", True)
     with pytest.raises(AssertionError):
         test_windows_that_are_passed_leave_before_others_and_the_ends_of_turns_last()

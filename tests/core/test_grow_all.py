@@ -56,8 +56,8 @@ def test_many_at_once_decide_what_they_would_one_by_one(components, host_pages, 
     for lease in together.leases.values():
         other = one_by_one.leases[lease.id]
         assert (lease.num_tokens, lease.num_computed) == (other.num_tokens, other.num_computed)
-        assert [table is None or len(table) for table in lease._tables] == [
-            table is None or len(table) for table in other._tables
+        assert [table is None or len(table) for table in lease.page_ids] == [
+            table is None or len(table) for table in other.page_ids
         ]
 
 
@@ -119,8 +119,8 @@ def test_a_mistake_changes_nothing(bad):
         server.release(leases[2])
     else:
         computed[2] = 4.0
-    num_evicted, tables = server.core.tiers.num_evicted_pages.copy(), [lease.parts[0].page_ids for lease in leases]
+    num_evicted, tables = server.core.tiers.num_evicted_pages.copy(), [lease.page_ids[0] for lease in leases]
     with pytest.raises((ValueError, TypeError)):
         server.core.grow_all(leases, computed)
     assert server.core.tiers.num_evicted_pages == num_evicted
-    assert all(lease.parts[0].page_ids is table for lease, table in zip(leases, tables, strict=True))
+    assert all(lease.page_ids[0] is table for lease, table in zip(leases, tables, strict=True))

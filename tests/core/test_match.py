@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcache.core import matching
+from jaxcache.core.match import Matcher
 from jaxcache.core.radix_tree import RadixTree
 from jaxcache.types import Match
 from tests.core.helpers import FULL, NEXT, PAGE, Server, prompt, state, window
@@ -131,7 +131,7 @@ def test_matching_again_costs_nothing_when_nothing_changed(monkeypatch):
     sequence = server.sequence([*prompt(16), NEXT])
     first = server.core.match(sequence)
     monkeypatch.setattr(RadixTree, "_resume", None)  # neither a walk nor a new answer
-    monkeypatch.setattr(matching, "describe", None)
+    monkeypatch.setattr(Matcher, "_describe", None)
     assert server.core.match(sequence) is first
 
 

@@ -17,7 +17,6 @@ import pytest
 
 from jaxcache.config import TenantShare
 from jaxcache.core.admission import Admission
-from jaxcache.core.backbone import Backbone
 from jaxcache.core.backups import Backups
 from jaxcache.core.change_log import ChangeLog
 from jaxcache.core.clearing import Clearing
@@ -25,11 +24,14 @@ from jaxcache.core.eviction.adaptive import Adaptive
 from jaxcache.core.eviction.keyed import Keyed
 from jaxcache.core.eviction.lru import Lru
 from jaxcache.core.eviction.queues import Queued
+from jaxcache.core.kinds.prefix import Prefix, PrefixResidency
+from jaxcache.core.kinds.state import State, StateResidency
+from jaxcache.core.kinds.window import Window
+from jaxcache.core.leases import Leases
+from jaxcache.core.pages import Residency
 from jaxcache.core.prefetches import Prefetches
-from jaxcache.core.publishing import Publishing
 from jaxcache.core.quotas import Quotas
 from jaxcache.core.radix_tree import Node, RadixTree
-from jaxcache.core.pages import FreeResidency, PointResidency, PrefixResidency
 from jaxcache.core.retention import Retentions
 from jaxcache.core.stores import Stores
 from jaxcache.core.tenants import Groups, Tenants
@@ -40,7 +42,7 @@ from tests.core.driver import drive
 
 NUM_STEPS = 100
 MAX_SEEDS = 80
-BY_HAND = {"mixture": ("full",), "host_pages": 0}
+PLAIN = {"mixture": ("full",), "host_pages": 0}
 EVENTS = {"events": True}
 OVERFLOW = {**EVENTS, "max_logged_changes": 1, "accident_chance": 0.1}
 
@@ -70,9 +72,9 @@ MUTATIONS = (
     Mutation(
         "load-backs do not pin what they write",
         Admission,
-        "_plan_load",
-        "self.loading.append(Loading(holds, tiers.step + 1))",
-        "tiers.let_go(holds); self.loading.append(Loading([], tiers.step + 1))",
+        "_load_back",
+        "Loading(self._hold(needs.loads, Tier.DEVICE), tiers.step + 1)",
+        "Loading([], tiers.step + 1)",
         {
             **ROOMY_HOST,
             "page_tokens": 1,
@@ -87,23 +89,23 @@ MUTATIONS = (
         "host pages are freed at the outcome instead of at quiet",
         Prefetches,
         "_decide",
-        "self.arrivals.accept(prefetch, reason)",
-        "self.arrivals.accept(prefetch, reason); "
+        "self._accept(prefetch, reason)",
+        "self._accept(prefetch, reason); "
         "[host.allocator.free(ids) for host, ids in zip(self.tiers.host, prefetch.pages)]; "
         "prefetch.pages = [NO_PAGES] * len(prefetch.pages)",
         {"mixture": ("full", "window"), "host_pages": 24, "prefetch_policy": PrefetchPolicy.BEST_EFFORT, **THROUGH},
     ),
     Mutation(
         "first_step ignores the load-backs of other requests",
-        Admission,
-        "admit",
-        "node.ready_step > lease.first_step",
+        Prefix,
+        "pin",
+        "node.ready_step > first_step",
         "False",
         {**ROOMY_HOST, "abort_chance": 0.2},
     ),
     Mutation(
         "a split copies the pins of a state",
-        PointResidency,
+        StateResidency,
         "split",
         "pass",
         "prefix.pins[self.index] = node.pins[self.index]",
@@ -111,7 +113,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a state that was reported is given back",
-        Publishing,
+        State,
         "_publish_state",
         "tiers.put(device, node, np.array([slot], np.int32))",
         "device.allocator.free_one(slot)",
@@ -119,25 +121,25 @@ MUTATIONS = (
     ),
     Mutation(
         "a pinned state leaves because a later one was made",
-        Publishing,
-        "_drop_states",
+        State,
+        "_drop",
         " and not node.pins[residency.index]",
         "",
         {"mixture": ("full", "state"), "page_tokens": 1, "max_states_per_path": 1},
     ),
     Mutation(
         "a window is kept relative to the current position",
-        Publishing,
+        Window,
         "live_start",
-        "newest // grid * grid",
+        "newest // self.grid_tokens * self.grid_tokens",
         "newest",
         {"mixture": ("full", "window"), "page_tokens": 4},
     ),
     Mutation(
         "a backup does not ask for its parent's",
         Backups,
-        "_host_full_is_there",
-        "above.parent is None or above.pages[tiers.host[FULL].index] is not None",
+        "back_up",
+        "kind.may_be_in_host(node)",
         "True",
         {"mixture": ("full",), "host_pages": 6, **THROUGH},
     ),
@@ -153,13 +155,13 @@ MUTATIONS = (
         "a store does not pin",
         Stores,
         "_hold",
-        "holds += tiers.hold(host, node, node.end - 1 if c == tiers.point else node.start)",
+        "holds += tiers.hold(kind.host, node, kind.top_of(node))",
         "pass",
         {"mixture": ("full",), "host_pages": 12, **THROUGH},
     ),
     Mutation(
         "insert takes pages that are still being loaded",
-        Publishing,
+        Leases,
         "_child",
         "child.ready_step > tiers.step",
         "False",
@@ -167,18 +169,18 @@ MUTATIONS = (
     ),
     Mutation(
         "the tree's page is freed as the duplicate",
-        Publishing,
-        "_publish_full",
-        "self._keep_duplicates(lease, c, table[pages])",
-        "self._keep_duplicates(lease, c, theirs)",
+        Prefix,
+        "publish",
+        "keep_duplicates(lease, c, lease.table[pages])",
+        "keep_duplicates(lease, c, theirs)",
         {"mixture": ("full",)},
     ),
     Mutation(
         "duplicates are given back while the loop has a table with them",
-        Publishing,
-        "_publish_full",
-        "self._keep_duplicates(lease, c, table[pages])",
-        "device.allocator.free(table[pages])",
+        Prefix,
+        "publish",
+        "keep_duplicates(lease, c, lease.table[pages])",
+        "self.device.allocator.free(lease.table[pages])",
         {"mixture": ("full",)},
     ),
     Mutation(
@@ -197,44 +199,28 @@ MUTATIONS = (
         "else ()",
         {"mixture": ("full",), "host_pages": 60, "accident_chance": 0.3, **THROUGH},
     ),
-    Mutation("by hand: a hit is not pinned", Backbone, "admit", "pins[0] += 1", "pass", BY_HAND),
+    Mutation("a hit is not pinned", Prefix, "pin", "pins[c] += 1", "pass", PLAIN),
+    Mutation("pinned pages are not counted", Prefix, "pin", "device.num_pinned += len(page_ids)", "pass", PLAIN),
+    Mutation("a victim's parent never leaves", PrefixResidency, "take", "self.order.add_back(parent)", "pass", PLAIN),
+    Mutation("the wrong end is trimmed", Residency, "_cut", "pages[num_pages:]", "pages[:-num_pages]", PLAIN),
+    Mutation("own pages are not given back", Prefix, "release", "first < len(lease.table)", "False", PLAIN),
     Mutation(
-        "by hand: pinned pages are not counted", Backbone, "admit", "device.num_pinned += len(pages)", "pass", BY_HAND
+        "events: nothing is said of what leaves for room",
+        Tiers,
+        "drop",
+        "self.tree.remove(node)",
+        "log, self.tree.log = self.tree.log, None; self.tree.remove(node); self.tree.log = log",
+        {**PLAIN, **EVENTS},
     ),
     Mutation(
-        "by hand: a victim's parent never leaves", Backbone, "make_room", "order.add_back(parent)", "pass", BY_HAND
+        "events: nothing is said of a victim that is trimmed",
+        Tiers,
+        "_shorten",
+        "lost = self.tree.shorten(node, num_pages)",
+        "log, self.tree.log = self.tree.log, None; lost = self.tree.shorten(node, num_pages); self.tree.log = log",
+        {**PLAIN, **EVENTS},
     ),
-    Mutation(
-        "by hand: the wrong end is trimmed", Backbone, "make_room", "pages[surplus:]", "pages[:-surplus]", BY_HAND
-    ),
-    Mutation(
-        "by hand: what is there is inserted again", Backbone, "insert", "first_page in node.children", "False", BY_HAND
-    ),
-    Mutation("by hand: own pages are not given back", Backbone, "release", "first < len(table)", "False", BY_HAND),
-    Mutation(
-        "events by hand: nothing is said of what leaves for room",
-        Backbone,
-        "make_room",
-        "tree.remove(victim)",
-        "log, tree.log = tree.log, None; tree.remove(victim); tree.log = log",
-        {**BY_HAND, **EVENTS},
-    ),
-    Mutation(
-        "events by hand: nothing is said of a victim that is trimmed",
-        Backbone,
-        "make_room",
-        "remember((victim.id, tree.shorten(victim, surplus), *reason))",
-        "log, tree.log = tree.log, None; tree.shorten(victim, surplus); tree.log = log",
-        {**BY_HAND, **EVENTS},
-    ),
-    Mutation(
-        "events by hand: nothing is said of an insert",
-        Backbone,
-        "insert",
-        "device.log is not None",
-        "False",
-        {**BY_HAND, **EVENTS},
-    ),
+    Mutation("events: pages that are published", Residency, "publish", "self.log is not None", "False", EVENTS),
     Mutation("lru keeps what is pinned", Lru, "discard", "self._nodes.pop(node, MISSING)", "MISSING", policy("lru")),
     Mutation("lfu keeps what is pinned", Keyed, "discard", "self._keys.pop(node, None)", "pass", policy("lfu")),
     Mutation("slru forgets what is protected", Queued, "discard", "self.queues:", "self.queues[:1]:", policy("slru")),
@@ -252,13 +238,11 @@ MUTATIONS = (
         "remove",
         "self.log is not None",
         "False",
-        {**BY_HAND, **EVENTS, "page_tokens": 1},
+        {**PLAIN, **EVENTS, "page_tokens": 1},
     ),
     Mutation("events: a retired namespace", RadixTree, "retire", "self.log is not None", "False", EVENTS),
-    Mutation("events: full attention comes", PrefixResidency, "put", "self.log is not None", "False", EVENTS),
-    Mutation("events: full attention leaves", PrefixResidency, "take", "self.log is not None", "False", EVENTS),
-    Mutation("events: a window or state comes", FreeResidency, "put", "self.log is not None", "False", EVENTS),
-    Mutation("events: a window or state leaves", FreeResidency, "take", "self.log is not None", "False", EVENTS),
+    Mutation("events: an entry comes", Residency, "_come", "self.log is not None", "False", EVENTS),
+    Mutation("events: an entry leaves", Residency, "_leave", "self.log is not None", "False", EVENTS),
     Mutation("events: a split takes the state along", EventStream, "_split", "held and not is_point", "held", EVENTS),
     Mutation("events: a state is all pages of its node", EventStream, "_say_stored", "if is_point", "if False", EVENTS),
     Mutation("events: a retired namespace goes on", EventStream, "_retired", "space.retired = True", "pass", EVENTS),

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jaxcache.core.prefetch import PrefetchState
-from jaxcache.core.prefetch import Ticket
+from jaxcache.core.prefetch import PrefetchState, Ticket
 from jaxcache.types import Match, Outcome, PrefetchPolicy, TransferKind, Wait, WritePolicy
 from tests.core.helpers import FULL, PAGE, Server, prompt, server_with_storage, state, step_all, window
 

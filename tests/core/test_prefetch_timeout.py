@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 
 from jaxcache.core.lease import Lease
-from jaxcache.core.prefetch import PrefetchState
+from jaxcache.core.prefetch import PrefetchState, Ticket
 from jaxcache.core.prefetches import MAX_HELD_MS
-from jaxcache.core.prefetch import Ticket
 from jaxcache.types import CLOCK_MODULUS, Outcome, PrefetchPolicy, Wait
 from tests.core.helpers import Server, prompt, server_with_storage
 

@@ -6,7 +6,7 @@ import pytest
 
 from jaxcache.config import TenantShare
 from jaxcache.core.admission import Admission
-from jaxcache.core.publishing import Publishing
+from jaxcache.core.kinds.window import Window
 from jaxcache.types import WritePolicy
 from tests.core.helpers import FULL, NEXT, PAGE, Server, prompt, state, window
 
@@ -15,7 +15,8 @@ ANSWER = prompt(20, 70_000)
 
 def states(server: Server, tokens: list[int], tier: str = "device") -> list[int]:
     """Where on a path there are states."""
-    residency = getattr(server.core.tiers, tier)[server.core.tiers.point]
+    assert server.core.kinds.state is not None
+    residency = getattr(server.core.kinds.state, tier)
     sequence = server.sequence([*tokens, NEXT])
     path = server.core.tiers.tree.walk(sequence, len(tokens))
     return [node.end for node, _ in path if node.pages[residency.index] is not None]
@@ -190,17 +191,17 @@ def test_a_prompt_has_two_stops_at_most(found):
 @pytest.mark.mutation
 @pytest.mark.parametrize("kinds", ["window", "state"])
 def test_without_that_the_same_prompt_finds_nothing(monkeypatch, kinds):
-    start = Publishing.live_start
+    start = Window.live_start
     plan = Admission._plan_stops
 
-    def of_the_end(self, lease, c, num_computed):
-        return max(start(self, lease, c, num_computed), self.tiers.required_start(c, num_computed // PAGE * PAGE))
+    def of_the_end(self, lease, num_computed):
+        return max(start(self, lease, num_computed), self.first_needed(num_computed // PAGE * PAGE))
 
     def only_the_last(self, lease, prefix):
         plan(self, lease, prefix)
         lease._stops = lease._stops[-1:]
 
-    monkeypatch.setattr(Publishing, "live_start", of_the_end)
+    monkeypatch.setattr(Window, "live_start", of_the_end)
     monkeypatch.setattr(Admission, "_plan_stops", only_the_last)
     with pytest.raises(AssertionError):
         test_the_same_prompt_finds_all_but_what_it_must_compute(kinds, 16)

@@ -142,21 +142,23 @@ def test_what_a_store_reads_above_its_nodes_stays_until_quiet():
     (top,) = server.core.tiers.tree.roots[server.namespace.digest].children.values()
     (middle,) = top.children.values()
     (last,) = middle.children.values()
-    backups, stores = server.core.backups, server.core.stores
-    backups.spill(1, top)
-    backups.spill(1, middle)
+    stores = server.core.stores
+    full, windows = (device.spill for device in server.core.tiers.device)
+    assert full is not None and windows is not None
+    windows(top)
+    windows(middle)
     stores.queue.clear()
-    backups.spill(1, last)
-    backups.spill(0, last)
+    windows(last)
+    full(last)
     stores.queue.popleft()
     server.step(0)
     (live,) = server.core.live_transfers()
     server.core.commit({live: Outcome(done=True, quiet=False, pages={"full": 0, "window": 0})})
-    backups.spill(0, middle)
+    full(middle)
     server.check()
-    windows = server.core.tiers.host[1]
-    if top.pages[windows.index] is not None:
-        server.core.tiers.make_room(windows, min(windows.available(), 24))
+    host = server.core.tiers.host[1]
+    if top.pages[host.index] is not None:
+        server.core.tiers.make_room(host, min(host.available(), 24))
     assert stores.live, "the STORE still reads"
     read = {hold.node.id for hold in stores.live[live].holds if hold.residency is windows}
     assert top.id not in read or top.pages[windows.index] is not None

@@ -120,11 +120,10 @@ def pages(num_resident: int, floor: int, quota: int) -> dict[str, int]:
 
 
 def test_without_tenants_nothing_is_counted():
-    """The path by hand is used, and residencies have no accounts."""
     core = make_core(FULL)
     assert core.quotas is None
-    assert core.backbone is not None
-    assert core_of(a=TenantShare()).backbone is None
+    assert all(residency.groups is None for residency in core.tiers.residencies)
+    assert all(residency.groups is not None for residency in core_of(a=TenantShare()).tiers.residencies)
 
 
 def test_the_same_digest_under_another_pythonhashseed():

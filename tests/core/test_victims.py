@@ -20,10 +20,11 @@ from jaxcache.core.eviction.lru import Lru
 from jaxcache.core.eviction.order import Place
 from jaxcache.core.lease import Lease
 from jaxcache.core.page_hash import Namespace
+from jaxcache.core.pages import Residency
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.core.radix_tree import Node
-from jaxcache.core.tenant_residency import TenantResidency
 from jaxcache.core.tenants import ABOVE_FLOOR, OVER_QUOTA, RETIRED, Groups
+from jaxcache.core.tiers import Tiers
 from jaxcache.core.victims import Victims
 from jaxcache.types import Tier, WritePolicy
 from tests.core.driver import drive
@@ -233,27 +234,28 @@ def test_the_victim_of_a_serving_loop_is_the_one_that_a_search_finds(policy, see
 # ---- what the search relies on
 
 
-def change(residency: TenantResidency, node: Node, call: str) -> None:
+def change(tiers: Tiers, residency: Residency, node: Node, call: str) -> None:
     core_pages = np.arange(2, dtype=np.int32)
-    if call == "put":
+    assert tiers.tenants is not None
+    if call in ("put", "publish"):
         residency.take(node)
-        residency.groups.tenants.changed.clear()
-        residency.put(node, core_pages)
+        tiers.tenants.changed.clear()
+        getattr(residency, call)(node, core_pages)
     elif call == "unpin_up":
         residency.pin_up(node)
-        residency.groups.tenants.changed.clear()
+        tiers.tenants.changed.clear()
         residency.unpin_up(node)
     elif call == "shorten":
         residency.shorten(node, 1)
     elif call == "split":
-        residency.split(node, Node(10_000, node.parent, node.edge[: 4 * PAGE], node.first_page, PAGE, 2), 1)
+        tiers.split(node, PAGE)
     else:
         getattr(residency, call)(node)
 
 
 @pytest.mark.parametrize(
     "call",
-    ["put", "take", "shorten", "split", "pin", "pin_up", "unpin_up", "touch", "file_again", "serve"],
+    ["put", "publish", "take", "shorten", "split", "pin", "pin_up", "unpin_up", "touch", "demote", "reorder", "serve"],
 )
 @pytest.mark.parametrize("mixture", [(FULL,), (window(100),)], ids=["full", "window"])
 def test_every_call_of_a_residency_notes_the_account(call, mixture):
@@ -261,11 +263,11 @@ def test_every_call_of_a_residency_notes_the_account(call, mixture):
     core = make_core(*mixture, tenants=SHARES, host_pages=8)
     a = core.new_namespace(model="test", tenant="a")
     serve(core, prompt(2 * PAGE), a)
-    residency = core.tiers.device[0]
-    assert isinstance(residency, TenantResidency) and core.tiers.tenants is not None
+    residency = core.tiers.device[-1]
+    assert core.tiers.tenants is not None
     (node,) = invariants.all_nodes(core)
     core.tiers.tenants.changed.clear()
-    change(residency, node, call)
+    change(core.tiers, residency, node, call)
     assert list(core.tiers.tenants.changed) == [node.group]
 
 

@@ -71,7 +71,7 @@ def test_ancestors_are_backed_up_before_descendants():
     server.compute(lease, 16)
     server.insert(lease, 16)
     (backup,) = server.planned(BACKUP)
-    assert backup.moves[0].src_page_ids.tolist() == lease.parts[0].page_ids.tolist()
+    assert backup.moves[0].src_page_ids.tolist() == lease.page_ids[0].tolist()
 
 
 def test_a_full_host_tier_never_stops_serving():
@@ -119,7 +119,7 @@ def test_backup_then_evict_then_reuse_in_one_step():
     server.prefill(prompt(16))
     lease = server.admit(prompt(16, 1000))
     assert [transfer.kind for transfer in server.core.planner.transfers] == [BACKUP]
-    assert set(server.planned(BACKUP)[0].moves[0].src_page_ids.tolist()) == set(lease.parts[0].page_ids.tolist())
+    assert set(server.planned(BACKUP)[0].moves[0].src_page_ids.tolist()) == set(lease.page_ids[0].tolist())
     server.compute(lease, 16)
     server.insert(lease, 16)
     server.release(lease)

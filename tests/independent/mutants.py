@@ -13,13 +13,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from jaxcache.core.arrivals import Arrivals
-from jaxcache.core.publishing import Publishing
 
-from jaxcache.core import backups, matching, page_hash, radix_tree
+from jaxcache.core import backups, page_hash, radix_tree
 from jaxcache.core.admission import Admission
 from jaxcache.core.clearing import Clearing
-from jaxcache.core.pages import PageAllocator, PrefixResidency
+from jaxcache.core.kinds import base, prefix, window
+from jaxcache.core.kinds.prefix import Prefix, PrefixResidency
+from jaxcache.core.kinds.state import State
+from jaxcache.core.kinds.window import Window
+from jaxcache.core.leases import Leases
+from jaxcache.core.match import Matcher
+from jaxcache.core.pages import PageAllocator
 from jaxcache.core.planner import Planner
 from jaxcache.core.prefetches import Prefetches
 from jaxcache.core.prefix_cache import PrefixCache
@@ -28,8 +32,6 @@ from jaxcache.core.retention import Retentions
 from jaxcache.core.stores import Stores
 from jaxcache.core.tenants import Groups
 from jaxcache.core.tiers import Tiers
-
-ADMIT = 3  # the code of `Planner.note`
 
 
 class Mutant(NamedTuple):
@@ -92,19 +94,16 @@ def twice(allocator: PageAllocator, page_ids: np.ndarray) -> None:
     FREE(allocator, page_ids)
 
 
-def match_without(attribute: str, value: Any) -> Callable[[pytest.MonkeyPatch], None]:
+def match_without(kind: type) -> Callable[[pytest.MonkeyPatch], None]:
     """Matching does not see some components."""
-
-    def mutant(original: Any, tiers: Tiers, path: Any) -> Any:
-        with swapped(tiers, attribute, value):
-            return original(tiers, path)
-
-    return around(matching, "resumable_ends", mutant)
+    return around(kind, "usable", lambda f, self, path: [True] * len(path))
 
 
-def next_host_page(original: Any, self: Admission, c: int, nodes: Any) -> Any:
-    move = original(self, c, nodes)
-    return move._replace(src_page_ids=(move.src_page_ids + 1) % self.tiers.host[c].allocator.num_pages)
+def next_host_page(original: Any, self: Admission, kind: Any, num_own: int, loads: Any, moves: list[Any]) -> None:
+    known = len(moves)
+    original(self, kind, num_own, loads, moves)
+    num_pages = kind.host.allocator.num_pages
+    moves[known:] = [move._replace(src_page_ids=(move.src_page_ids + 1) % num_pages) for move in moves[known:]]
 
 
 def backwards(original: Any, copy: Any) -> np.ndarray:
@@ -116,8 +115,8 @@ def pins_of_prefix_lost(original: Any, self: PrefixResidency, node: Any, prefix:
     prefix.pins[self.index] = 0
 
 
-def checkpoints_forgotten(original: Any, self: Publishing, lease: Any) -> None:
-    lease.checkpoints = {}
+def checkpoints_forgotten(original: Any, self: State, lease: Any) -> None:
+    lease.checkpoints.clear()
     original(self, lease)
 
 
@@ -129,7 +128,7 @@ def one_root(original: Any, self: RadixTree, namespace: Any) -> Any:
     return original(self, namespace)
 
 
-def one_page_more(original: Any, self: Arrivals, prefetch: Any, reason: str) -> None:
+def one_page_more(original: Any, self: Prefetches, prefetch: Any, reason: str) -> None:
     name = self.tiers.components[0].name
     most = (prefetch.agreed_end - prefetch.start) // self.tiers.page_tokens
     come = prefetch.progress.get(name, 0)
@@ -148,9 +147,9 @@ def admits_unnoted(patch: pytest.MonkeyPatch) -> None:
         if next(numbers) % 2:
             silent.add(id(self))
 
-    def noted(self: Planner, what: str, code: int, *numbers: int) -> None:
-        if code != ADMIT or id(self) not in silent:
-            note(self, what, code, *numbers)
+    def noted(self: Planner, what: str, *numbers: int) -> None:
+        if what != "admit" or id(self) not in silent:
+            note(self, what, *numbers)
 
     patch.setattr(Planner, "__init__", made)
     patch.setattr(Planner, "note", noted)
@@ -169,7 +168,8 @@ def parent_first(original: Any, self: PrefixResidency, num_pages: int) -> Any:
 
 def state_on_parent(original: Any, self: Tiers, residency: Any, node: Any, page_ids: Any) -> None:
     index, above = residency.index, node.parent
-    if index == self.point and above.parent is not None and above.pages[index] is None:
+    is_state = self.components[index % len(self.components)].name == "state" and index < len(self.components)
+    if is_state and above.parent is not None and above.pages[index] is None:
         node = above
     original(self, residency, node, page_ids)
 
@@ -191,17 +191,17 @@ def still_findable(original: Any, self: RadixTree, namespace: Any) -> None:
     del self.retired_roots[root.id]
 
 
-def one_page_less(original: Any, self: Tiers, c: int, n: int) -> int:
-    start = original(self, c, n)
-    return min(n, start + self.page_tokens) if c in self.suffixes and start else start
+def one_page_less(original: Any, self: Window, n: int) -> int:
+    start = original(self, n)
+    return min(n, start + self.page_tokens) if start else start
 
 
 def transit_free(original: Any, self: Clearing, *args: Any) -> None:
     original(self, *args)
-    for limbo in self.limbo:
-        for residency, page_ids in limbo.pages:
+    for deferred in self.deferred:
+        for residency, page_ids in deferred.pages:
             residency.allocator.free(page_ids)
-    self.limbo.clear()
+    self.deferred.clear()
 
 
 def wait_noted(original: Any, self: PrefixCache, reason: str) -> Any:
@@ -224,33 +224,54 @@ def unchain(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(radix_tree, "chain", keys_unchained)
 
 
-def cap_ignored(original: Any, tiers: Tiers, sequence: Any, max_tokens: int | None) -> Any:
-    return original(tiers, sequence, None)
+def cap_ignored(original: Any, self: Matcher, sequence: Any, max_tokens: int | None) -> Any:
+    return original(self, sequence, None)
 
 
-def one_page_early(original: Any, self: Publishing, lease: Any, num_computed: int) -> None:
+def one_page_early(original: Any, self: Leases, lease: Any, num_computed: int) -> None:
     original(self, lease, min(num_computed + self.tiers.page_tokens, lease.num_tokens, lease.sequence.num_tokens))
 
 
-def table_changed(original: Any, self: Any, lease: Any, c: int, fresh: Any, pages: slice, page_ids: np.ndarray) -> None:
-    table = lease.parts[c].page_ids
-    table.setflags(write=True)
-    table[pages] = page_ids
-    table.setflags(write=False)
+def table_changed(original: Any, self: Any, lease: Any, child: Any, at: int) -> int:
+    before = lease.table
+    num_duplicates = original(self, lease, child, at)
+    if lease.table is not before:
+        before.setflags(write=True)
+        before[:] = lease.table
+        before.setflags(write=False)
+    return num_duplicates
 
 
-def freed_at_once(original: Any, self: Any, lease: Any, c: int, page_ids: np.ndarray) -> None:
+def freed_at_once(lease: Any, c: int, page_ids: np.ndarray) -> None:
     lease._tiers.device[c].allocator.free(page_ids)
 
 
-def replaced_though_stable(original: Any, self: Any, *args: Any) -> None:
-    self.stable_tables = False
-    original(self, *args)
+def replaced_though_stable(original: Any, self: Any, lease: Any, child: Any, at: int) -> int:
+    theirs = child.pages[self.c]
+    num_duplicates = original(self, lease, child, at)
+    if theirs is not None:
+        lease.table = lease.table.copy()
+        lease.table[at // self.page_tokens : child.end // self.page_tokens] = theirs
+        lease.table.setflags(write=False)
+    return num_duplicates
+
+
+def table_kept(original: Any, self: Any, lease: Any, child: Any, at: int) -> int:
+    """It still names the duplicates."""
+    before = lease.table
+    num_duplicates = original(self, lease, child, at)
+    lease.table = before
+    return num_duplicates
 
 
 def given_back_though_stable(original: Any, self: PrefixCache, leases: list[Any]) -> None:
     for lease in leases:
-        self.publishing.free_duplicates(lease)
+        self.leases.free_duplicates(lease)
+
+
+def keep_no_duplicates(patch: pytest.MonkeyPatch) -> None:
+    for module in (base, prefix, window):
+        patch.setattr(module, "keep_duplicates", freed_at_once)
 
 
 def all_states(original: Any, self: Any, lease: Any, num_computed: int, **options: Any) -> None:
@@ -259,7 +280,7 @@ def all_states(original: Any, self: Any, lease: Any, num_computed: int, **option
     original(self, lease, num_computed, **options)
 
 
-def pin_left(original: Any, self: Publishing, lease: Any) -> None:
+def pin_left(original: Any, self: Leases, lease: Any) -> None:
     original(self, lease)
     if lease._node.parent is not None:
         self.tiers.device[0].pin_up(lease._node, lease._node.end - 1)
@@ -280,38 +301,36 @@ def leaf_unpinned(original: Any, self: Admission, *args: Any) -> Any:
 
 
 MUTANTS = (
-    Mutant("duplicates are never given back", during(Publishing, "free_duplicates", PageAllocator, "free", nothing)),
-    Mutant("duplicates are given back twice", during(Publishing, "free_duplicates", PageAllocator, "free", twice)),
-    Mutant("duplicates are given back while a table has them", around(Publishing, "_keep_duplicates", freed_at_once)),
-    Mutant("stable tables are replaced", around(Publishing, "_replace", replaced_though_stable)),
+    Mutant("duplicates are never given back", during(Leases, "free_duplicates", PageAllocator, "free", nothing)),
+    Mutant("duplicates are given back twice", during(Leases, "free_duplicates", PageAllocator, "free", twice)),
+    Mutant("duplicates are given back while a table has them", keep_no_duplicates),
+    Mutant("stable tables are replaced", around(Prefix, "publish", replaced_though_stable)),
     Mutant("stable tables lose their pages", around(PrefixCache, "tables_were_read", given_back_though_stable)),
     Mutant("states are taken for written", around(PrefixCache, "insert", all_states)),
-    Mutant("tables keep the ids of freed duplicates", around(Publishing, "_replace", nothing)),
+    Mutant("tables keep the ids of freed duplicates", around(Prefix, "publish", table_kept)),
     Mutant(
         "a window is given back a page too early",
-        around(
-            Publishing, "live_start", lambda f, self, lease, c, n: min(f(self, lease, c, n) + self.tiers.page_tokens, n)
-        ),
+        around(Window, "live_start", lambda f, self, lease, n: min(f(self, lease, n) + self.page_tokens, n)),
     ),
-    Mutant("windows left behind are not freed", during(Publishing, "_leave_behind", PageAllocator, "free", nothing)),
-    Mutant("match ignores a missing state", match_without("point", None)),
-    Mutant("match ignores a missing window", match_without("suffixes", ())),
-    Mutant("a window may lack its first page", around(Tiers, "required_start", one_page_less)),
+    Mutant("windows left behind are not freed", during(Window, "report", PageAllocator, "free", nothing)),
+    Mutant("match ignores a missing state", match_without(State)),
+    Mutant("match ignores a missing window", match_without(Window)),
+    Mutant("a window may lack its first page", around(Window, "first_needed", one_page_less)),
     Mutant("a page that is in use may leave", around(Admission, "admit", leaf_unpinned)),
     Mutant("load-back reads the next host page", around(Admission, "_load", next_host_page)),
     Mutant("load-back is ready at once", around(PrefixCache, "_admit", ready_at_once)),
     Mutant("backup takes pages in the wrong order", around(backups, "device_pages", backwards)),
     Mutant("a split loses pins", around(PrefixResidency, "split", pins_of_prefix_lost)),
-    Mutant("release forgets checkpoint slots", around(Publishing, "release", checkpoints_forgotten)),
-    Mutant("insert publishes a page that is not computed", around(Publishing, "insert", one_page_early)),
+    Mutant("release forgets checkpoint slots", around(State, "release", checkpoints_forgotten)),
+    Mutant("insert publishes a page that is not computed", around(Leases, "_publish", one_page_early)),
     Mutant("a state is published on the node above", around(Tiers, "put", state_on_parent)),
     Mutant("namespaces share a root", around(RadixTree, "root", one_root)),
     Mutant("a retired namespace is found again", around(RadixTree, "retire", still_findable), is_rare=True),
     Mutant("page keys are not chained", unchain),
-    Mutant("a prefetch accepts a page more than agreed", around(Arrivals, "accept", one_page_more), is_rare=True),
+    Mutant("a prefetch accepts a page more than agreed", around(Prefetches, "_accept", one_page_more), is_rare=True),
     Mutant("a prefetch frees its pages when done", around(Prefetches, "commit", done_is_quiet), is_rare=True),
     Mutant("a store lets its pages go when done", around(Stores, "commit", done_is_quiet)),
-    Mutant("a store does not hold its pages", around(Stores, "_hold", lambda f, self, nodes: [])),
+    Mutant("a store does not hold its pages", around(Stores, "_hold", lambda f, self, nodes, runs: [])),
     Mutant("a fetch keeps what it does not need", during(Prefetches, "_fetches", PageAllocator, "free", nothing)),
     Mutant("reset frees pages in transit", around(Clearing, "_keep", transit_free), is_rare=True),
     Mutant("one rank does not note its admits", admits_unnoted),
@@ -320,12 +339,11 @@ MUTANTS = (
     Mutant("a parent leaves before its children", around(PrefixResidency, "victim", parent_first), is_rare=True),
     Mutant("a wait changes the digest", around(PrefixCache, "_wait", wait_noted)),
     Mutant("a retention ends too early", around(Retentions, "expire", two_steps_early)),
-    Mutant("nodes that hold nothing stay", around(Tiers, "prune", nothing)),
-    Mutant("a release leaves a pin behind", around(Publishing, "release", pin_left)),
+    Mutant("a release leaves a pin behind", around(Leases, "release", pin_left)),
     Mutant(
         "every load-back is worth it", around(Admission, "_worth_loading", lambda f, self, prefix: True), is_rare=True
     ),
-    Mutant("insert changes a table that was handed out", around(Publishing, "_replace", table_changed)),
+    Mutant("insert changes a table that was handed out", around(Prefix, "publish", table_changed)),
     Mutant("a floor protects nothing", around(Groups, "__init__", no_floors), is_rare=True),
-    Mutant("a hit may be longer than its cap", around(matching, "longest_prefix", cap_ignored)),
+    Mutant("a hit may be longer than its cap", around(Matcher, "longest", cap_ignored)),
 )

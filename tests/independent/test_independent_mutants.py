@@ -11,10 +11,13 @@ CALLS_PER_RUN = 2500
 
 
 def runs_until_found(num_runs: int) -> int | None:
-    """The first run in which something is wrong, if any. What finds it may be the oracle, or the core's own asserts."""
+    """The first run in which something is wrong, if any. What finds it may be the oracle, or the core's own asserts; a
+    mutant that does not fit the code any more is found by neither."""
     for seed in range(num_runs):
         try:
             Fuzzer(seed).run(CALLS_PER_RUN)
+        except (AttributeError, NameError, TypeError):
+            raise
         except Exception:
             return seed
     return None

@@ -15,9 +15,8 @@ from jaxcache.components import FullAttention, RecurrentState, SlidingWindow
 from jaxcache.config import CacheConfig
 from jaxcache.core import invariants
 from jaxcache.core.lease import Lease
-from jaxcache.core.prefetch import PrefetchState
+from jaxcache.core.prefetch import PrefetchState, Ticket
 from jaxcache.core.prefix_cache import PrefixCache
-from jaxcache.core.prefetch import Ticket
 from jaxcache.pools.storage_cells import storage_cells
 from jaxcache.runtime.lanes import Lanes
 from jaxcache.runtime.reduction import collective

@@ -126,7 +126,7 @@ class Prefix(Kind):
         """Makes the table, of what `pin` has returned, as it is now, and of own pages."""
         pieces.reverse()
         pieces.append(self.device.allocator.allocate_view(num_own))
-        lease.table = read_only(np.concatenate(pieces))  # pyright: ignore[reportArgumentType]
+        lease.table = read_only(np.concatenate(pieces))  # pyright: ignore[reportCallIssue]
 
     def extend(self, lease: Lease, num_pages: int) -> None:
         lease.table = read_only(np.concatenate([lease.table, self.device.allocator.allocate_view(num_pages)]))

@@ -13,9 +13,8 @@ if TYPE_CHECKING:
     from jaxcache.components import Component, FieldSpec, FullAttention, RecurrentState, SlidingWindow
     from jaxcache.config import CacheConfig, TenantShare
     from jaxcache.core.lease import Lease
-    from jaxcache.core.page_hash import Namespace
     from jaxcache.core.prefetch import Ticket
-    from jaxcache.core.sequence import Sequence
+    from jaxcache.core.tokens import Namespace, Sequence
     from jaxcache.pools.page_layout import pool_shardings
     from jaxcache.runtime.compiles import compile_count
     from jaxcache.runtime.process_end import end_process
@@ -42,9 +41,8 @@ _HOMES = {
     "jaxcache.components": ("Component", "FieldSpec", "FullAttention", "RecurrentState", "SlidingWindow"),
     "jaxcache.config": ("CacheConfig", "TenantShare"),
     "jaxcache.core.lease": ("Lease",),
-    "jaxcache.core.page_hash": ("Namespace",),
-    "jaxcache.core.sequence": ("Sequence",),
-    "jaxcache.core.ticket": ("Ticket",),
+    "jaxcache.core.prefetch": ("Ticket",),
+    "jaxcache.core.tokens": ("Namespace", "Sequence"),
     "jaxcache.pools.page_layout": ("pool_shardings",),
     "jaxcache.runtime.compiles": ("compile_count",),
     "jaxcache.runtime.process_end": ("end_process",),

@@ -16,12 +16,12 @@ from jaxcache.config import CacheConfig
 from jaxcache.core.bad_input import count, said
 from jaxcache.core.explain import Explanation
 from jaxcache.core.lease import Lease
-from jaxcache.core.page_hash import Namespace
 from jaxcache.core.prefetch import Ticket
 from jaxcache.core.prefix_cache import PrefixCache
-from jaxcache.core.sequence import Sequence as TokenSequence
 from jaxcache.core.serving import RefusedCall, RefusedType, changes
 from jaxcache.core.tiers import validate, with_spine
+from jaxcache.core.tokens import Namespace
+from jaxcache.core.tokens import Sequence as TokenSequence
 from jaxcache.pools.device_pool import DevicePools, init_pools
 from jaxcache.pools.pools_check import PoolsCheck
 from jaxcache.runtime.agreement import Agreement

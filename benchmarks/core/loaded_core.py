@@ -8,10 +8,9 @@ import numpy as np
 
 from jaxcache.config import CacheConfig, TenantShare
 from jaxcache.core.lease import Lease
-from jaxcache.core.page_hash import Namespace
+from jaxcache.core.node import Node
 from jaxcache.core.prefix_cache import PrefixCache
-from jaxcache.core.radix_tree import Node
-from jaxcache.core.sequence import Sequence
+from jaxcache.core.tokens import Namespace, Sequence
 from jaxcache.replay.replay import KINDS
 from jaxcache.types import Wait
 

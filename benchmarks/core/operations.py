@@ -19,8 +19,8 @@ from benchmarks.core.workload import Workload, short
 from benchmarks.figure import Figure, Goal, figure
 from benchmarks.measure import take_turns
 from jaxcache.core.lease import Lease
-from jaxcache.core.radix_tree import Node
-from jaxcache.core.sequence import Sequence
+from jaxcache.core.node import Node
+from jaxcache.core.tokens import Sequence
 from jaxcache.types import Wait
 
 SPLIT_GOAL = Goal("value", "<=", 20)

@@ -24,7 +24,7 @@ from benchmarks.figure import Figure, Goal, figure
 from benchmarks.measure import CPU, clock_cost_us
 from jaxcache.core.lease import Lease
 from jaxcache.core.prefix_cache import PrefixCache
-from jaxcache.core.sequence import Sequence
+from jaxcache.core.tokens import Sequence
 from jaxcache.runtime.batch_tables import BatchTables, tables_of
 from jaxcache.types import Wait
 

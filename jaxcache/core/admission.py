@@ -13,10 +13,10 @@ import numpy as np
 from jaxcache.core.kinds import Kind, Kinds, Need
 from jaxcache.core.lease import Lease
 from jaxcache.core.match import Matcher, Prefix
-from jaxcache.core.planner import Counters, Planner
-from jaxcache.core.radix_tree import Node
-from jaxcache.core.sequence import Sequence
+from jaxcache.core.node import Node
+from jaxcache.core.plan import Counters, Planner
 from jaxcache.core.tiers import Hold, Tiers
+from jaxcache.core.tokens import Sequence
 from jaxcache.types import Move, Tier, TransferKind
 
 

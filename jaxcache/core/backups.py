@@ -15,8 +15,8 @@ from functools import partial
 from typing import NamedTuple
 
 from jaxcache.core.kinds import Kind, Kinds
-from jaxcache.core.planner import Counters, Planner
-from jaxcache.core.radix_tree import Node
+from jaxcache.core.node import Node
+from jaxcache.core.plan import Counters, Planner
 from jaxcache.core.stores import Stores, joined
 from jaxcache.core.tiers import Tiers
 from jaxcache.types import Move, PageIds, TransferKind, WritePolicy

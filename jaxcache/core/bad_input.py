@@ -5,21 +5,17 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Collection, Mapping
 from types import NoneType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxcache.config import CacheConfig
 from jaxcache.core.lease import Lease
-from jaxcache.core.page_hash import Namespace
 from jaxcache.core.prefetch import Ticket
-from jaxcache.core.sequence import Sequence
 from jaxcache.core.serving import RefusedCall, RefusedType, RefusedValue
 from jaxcache.core.tiers import Tiers
-from jaxcache.types import TransferKind
-
-if TYPE_CHECKING:
-    from jaxcache.core.prefix_cache import PrefixCache
-
+from jaxcache.core.tokens import Namespace, Owner, Sequence
+from jaxcache.types import Transfer, TransferKind
 
 MANY = 1 << 62
 
@@ -51,26 +47,26 @@ def count(name: str, value: Any, at_least: int | None = None) -> int:
     return number
 
 
-def check_namespace(core: PrefixCache, namespace: Any) -> None:
+def check_namespace(owner: Owner, namespace: Any) -> None:
     if not isinstance(namespace, Namespace):
         raise RefusedType(f"a Namespace of this cache is needed, not {type(namespace).__name__}")
-    if namespace.owner is not core:
+    if namespace.owner is not owner:
         raise RefusedValue(f"{namespace!r} belongs to another cache")
     if namespace.retired:
         raise RefusedValue(f"{namespace!r} was retired")
 
 
-def check_ticket(core: PrefixCache, ticket: Any) -> None:
+def check_ticket(owner: Owner, ticket: Any) -> None:
     if not isinstance(ticket, Ticket):
         raise RefusedType(f"a Ticket is needed, not {type(ticket).__name__}")
-    if ticket.sequence.namespace.owner is not core:
+    if ticket.sequence.namespace.owner is not owner:
         raise RefusedValue(f"{ticket!r} belongs to another cache")
 
 
-def check_sequence(core: PrefixCache, sequence: Any) -> None:
+def check_sequence(owner: Owner, sequence: Any) -> None:
     if not isinstance(sequence, Sequence):
         raise RefusedType(f"a Sequence is needed (cache.sequence(tokens, namespace)), not {type(sequence).__name__}")
-    if sequence.namespace.owner is not core:
+    if sequence.namespace.owner is not owner:
         raise RefusedValue(f"{sequence.namespace!r} belongs to another cache")
 
 
@@ -99,41 +95,40 @@ def check_may_run(tiers: Tiers, lease: Lease) -> None:
         raise RefusedCall(f"{lease!r} may run from step {lease.first_step} on; this is {tiers.step}")
 
 
-def check_runnable(core: PrefixCache, leases: Collection[Lease | None]) -> None:
+def check_runnable(
+    live: Mapping[int, Lease], tiers: Tiers, plan_is_applied: bool, leases: Collection[Lease | None]
+) -> None:
     """A model step may read the pages of all of them; RuntimeError, as `Lease.page_tables` raises it, if not yet."""
     if not isinstance(leases, (list, tuple)):
         raise RefusedType(f"leases must be a list, not {type(leases).__name__}")
-    live, step = core.leases, core.step_number
     if not set(map(type, leases)) <= {Lease, NoneType}:
         for lease in leases:
             if lease is not None:
-                check_lease(core.leases, lease, None)
+                check_lease(live, lease, None)
     for lease in leases:
-        if lease is not None and (live.get(lease.id) is not lease or lease.first_step > step):
-            check_lease(core.leases, lease, None)
+        if lease is not None and (live.get(lease.id) is not lease or lease.first_step > tiers.step):
+            check_lease(live, lease, None)
             _ = lease.page_tables
-    if not core.plan_is_applied() and any(lease is not None for lease in leases):
+    if not plan_is_applied and any(lease is not None for lease in leases):
         raise RefusedCall("pages are about to move: call pools = cache.apply(pools) before a model step")
 
 
-def check_no_leases(core: PrefixCache) -> None:
-    if core.leases:
-        raise RefusedCall(f"reset needs every lease released first; held: {sorted(core.leases)[:8]}")
+def check_no_leases(leases: Mapping[int, Lease]) -> None:
+    if leases:
+        raise RefusedCall(f"reset needs every lease released first; held: {sorted(leases)[:8]}")
 
 
-def check_applied(core: PrefixCache) -> None:
+def check_applied(planned: Collection[Transfer]) -> None:
     """A planned load-back must be on its way before its first step begins."""
-    planned = core.planner.transfers
     if planned and any(transfer.kind is TransferKind.LOAD_BACK for transfer in planned):
         raise RefusedCall("a load-back was planned but not applied: call pools = cache.apply(pools) before cache.step")
 
 
-def check_computed(core: PrefixCache) -> None:
+def check_computed(missing: Uncomputed | None, tiers: Tiers, planned: Collection[Transfer]) -> None:
     """No BACKUP is planned before the pools have come in which its pages are computed."""
-    missing = core.leases.uncomputed
-    if missing is None or missing.version < core.tiers.pools_version:
+    if missing is None or missing.version < tiers.pools_version:
         return
-    if any(transfer.kind is TransferKind.BACKUP for transfer in core.planner.transfers):
+    if any(transfer.kind is TransferKind.BACKUP for transfer in planned):
         raise RefusedCall(
             f"lease {missing.lease} was published up to {missing.end} tokens by insert, but since it got room for "
             "them no model step has run on the pools: insert after the model step, and pass on what it returned"
@@ -161,12 +156,12 @@ def check_states(lease: Lease, states: Any, num_computed: int) -> None:
             )
 
 
-def check_options(core: PrefixCache, priority: Any, retain_steps: Any) -> None:
+def check_options(config: CacheConfig, priority: Any, retain_steps: Any) -> None:
     """What `insert` is asked for beyond publishing."""
     for name, value in (("priority", priority), ("retain_steps", retain_steps)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise RefusedValue(f"{name} must be an int of at least 0, not {said(value)}")
         if value >= MANY:
             raise RefusedValue(f"{name} is {said(value)}: too large")
-    if retain_steps > core.config.max_retain_steps:
-        raise RefusedValue(f"{retain_steps=} must not be above {core.config.max_retain_steps=}")
+    if retain_steps > config.max_retain_steps:
+        raise RefusedValue(f"{retain_steps=} must not be above {config.max_retain_steps=}")

@@ -20,14 +20,22 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    from jaxcache.core.radix_tree import RadixTree
+from jaxcache.core.node import Node
 
 ROOT, RETIRED, ADDED, SPLIT, SHORTENED, REMOVED, PUT, TAKEN, RESTARTED = range(9)
 
 MAX_LOGGED_BYTES = 256 * 2**20  # tokens that the log alone may keep alive
+
+
+class Tree(Protocol):
+    """What is there now. roots: of namespaces, by digest; retired_roots: by id"""
+
+    roots: dict[bytes, Node]
+    retired_roots: dict[int, Node]
+
+    def all_roots(self) -> list[Node]: ...
 
 
 class ChangeLog:
@@ -61,7 +69,7 @@ class ChangeLog:
     def overflows(self) -> bool:
         return len(self._changes) > self.max_changes or self._logged_bytes - self._taken_bytes > MAX_LOGGED_BYTES
 
-    def restart(self, tree: RadixTree) -> None:
+    def restart(self, tree: Tree) -> None:
         """Forgets what nobody took and logs what is there now, as one change; between two calls of the core only."""
         changes: list[tuple[Any, ...]] = []
         for roots, retired in ((tree.roots.values(), False), (tree.retired_roots.values(), True)):

@@ -7,17 +7,19 @@ pages into which a load-back will still be scattered, when it has been. All othe
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from jaxcache.core.admission import Admission
+from jaxcache.core.kinds import Kinds
+from jaxcache.core.node import Node
 from jaxcache.core.pages import Residency
-from jaxcache.core.radix_tree import Node
-from jaxcache.core.tiers import Hold
+from jaxcache.core.plan import Planner
+from jaxcache.core.prefetches import Prefetches
+from jaxcache.core.stores import Stores
+from jaxcache.core.tiers import Hold, Tiers
 from jaxcache.types import PageIds, Tier, TransferKind
-
-if TYPE_CHECKING:
-    from jaxcache.core.prefix_cache import PrefixCache
 
 
 class DeferredFree(NamedTuple):
@@ -28,10 +30,23 @@ class DeferredFree(NamedTuple):
     pages: list[tuple[Residency, PageIds]]
 
 
+class Owners(Protocol):
+    """The cache: who holds pages of it, beside leases."""
+
+    tiers: Tiers
+    kinds: Kinds
+    planner: Planner
+    stores: Stores
+    prefetches: Prefetches
+    admission: Admission
+
+    def live_transfers(self) -> list[int]: ...
+
+
 class Clearing:
     """deferred: pages on their way to being free."""
 
-    def __init__(self, core: PrefixCache):
+    def __init__(self, core: Owners):
         self.core = core
         self.deferred: list[DeferredFree] = []
 

@@ -14,9 +14,9 @@ from jaxcache.core.kinds import Kinds, Path
 from jaxcache.core.lease import Lease
 from jaxcache.core.match import Matcher
 from jaxcache.core.missing import Missing
-from jaxcache.core.radix_tree import Node
-from jaxcache.core.sequence import Sequence
+from jaxcache.core.node import Node
 from jaxcache.core.tiers import Eviction, Tiers
+from jaxcache.core.tokens import Sequence
 from jaxcache.types import Span, Tier
 
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from jaxcache.core.limits_check import check_retentions, check_tenants
+from jaxcache.core.limits.check import check_retentions, check_tenants
+from jaxcache.core.node import FULL, Node
 from jaxcache.core.pages import Residency
 from jaxcache.core.prefix_cache import PrefixCache
-from jaxcache.core.radix_tree import FULL, Node
 from jaxcache.types import WritePolicy
 
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from jaxcache.core.radix_tree import Node
-from jaxcache.core.sequence import Sequence
+from jaxcache.core.node import Node
+from jaxcache.core.tiers import Tiers
+from jaxcache.core.tokens import Sequence
 from jaxcache.types import NO_PAGES, PageIds
-
-if TYPE_CHECKING:
-    from jaxcache.core.tiers import Tiers
 
 UNLIMITED = 1 << 62  # tokens
 TokenPositions = list[int] | tuple[int, ...]

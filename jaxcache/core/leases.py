@@ -13,10 +13,10 @@ from collections.abc import Sequence as Row
 from jaxcache.core import bad_input
 from jaxcache.core.kinds import Extra, Kinds
 from jaxcache.core.lease import Lease
+from jaxcache.core.limits.quotas import Quotas
+from jaxcache.core.node import FULL, Node
 from jaxcache.core.pages import Residency
-from jaxcache.core.planner import Counters, Planner
-from jaxcache.core.quotas import Quotas
-from jaxcache.core.radix_tree import FULL, Node
+from jaxcache.core.plan import Counters, Planner
 from jaxcache.core.serving import Refusal
 from jaxcache.core.tiers import Tiers
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from jaxcache.core.kinds import Kinds, Path
-from jaxcache.core.radix_tree import FULL, Node
-from jaxcache.core.sequence import Sequence
+from jaxcache.core.node import FULL, Node
 from jaxcache.core.tiers import SPINE, Tiers
+from jaxcache.core.tokens import Sequence
 from jaxcache.types import Match
 
 

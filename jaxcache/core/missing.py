@@ -12,9 +12,19 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from jaxcache.core.tiers import Eviction
-from jaxcache.types import Span
+from jaxcache.types import Span, Tier
+
+
+class Eviction(NamedTuple):
+    """Why something is not there any more. For the operator: what `explain` says of it is less."""
+
+    component: str
+    tier: Tier
+    step: int
+    reason: str
+    lease: int  # for which room was made; 0: for none
 
 
 class Cause(enum.Enum):

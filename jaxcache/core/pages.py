@@ -18,8 +18,8 @@ import numpy as np
 from jaxcache.components.base import Component
 from jaxcache.core.change_log import PUT, TAKEN, ChangeLog
 from jaxcache.core.eviction import EvictionOrder
-from jaxcache.core.radix_tree import Node
-from jaxcache.core.tenants import Groups
+from jaxcache.core.limits.tenants import Groups
+from jaxcache.core.node import Node
 from jaxcache.types import PageIds, Tier
 
 

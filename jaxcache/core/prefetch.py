@@ -8,8 +8,8 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 
-from jaxcache.core.sequence import Sequence
 from jaxcache.core.tiers import Hold
+from jaxcache.core.tokens import Sequence
 from jaxcache.types import PageIds, Span
 
 

@@ -25,13 +25,12 @@ from jaxcache.config import pages_of_share
 from jaxcache.core.backups import Backups
 from jaxcache.core.kinds import Kind, Kinds
 from jaxcache.core.match import Matcher
-from jaxcache.core.page_hash import Namespace
-from jaxcache.core.planner import Counters, Planner
+from jaxcache.core.node import Node
+from jaxcache.core.plan import Counters, Planner
 from jaxcache.core.prefetch import Prefetch, PrefetchState, Ticket
-from jaxcache.core.radix_tree import Node
-from jaxcache.core.sequence import Sequence
 from jaxcache.core.stores import Stores
 from jaxcache.core.tiers import Tiers
+from jaxcache.core.tokens import Namespace, Sequence
 from jaxcache.types import CLOCK_MODULUS, DECLINED, NO_PAGES, Move, Outcome, PageIds, Span, TransferKind
 
 MAX_HELD_MS = CLOCK_MODULUS // 2  # what looks longer is a clock that went back

@@ -26,18 +26,16 @@ from jaxcache.core.explain import Explanation, explain
 from jaxcache.core.kinds import RESIDENCIES, make_kinds
 from jaxcache.core.lease import NO_POSITIONS, Lease, TokenPositions
 from jaxcache.core.leases import Leases
+from jaxcache.core.limits.quotas import Quotas
+from jaxcache.core.limits.retention import Retentions
 from jaxcache.core.match import Matcher, Prefix
-from jaxcache.core.page_hash import Namespace
-from jaxcache.core.planner import Counters, Planner
+from jaxcache.core.plan import Counters, Planner
 from jaxcache.core.prefetch import Ticket
 from jaxcache.core.prefetches import Prefetches
-from jaxcache.core.priorities import raise_priority
-from jaxcache.core.quotas import Quotas
-from jaxcache.core.retention import Retentions
-from jaxcache.core.sequence import Sequence, extend_all
 from jaxcache.core.serving import RefusedType, RefusedValue, Serving, changes
 from jaxcache.core.stores import Stores
 from jaxcache.core.tiers import Tiers, validate, with_spine
+from jaxcache.core.tokens import Namespace, Sequence, extend_all
 from jaxcache.types import Match, Outcome, Plan, PrefetchPolicy, Tier, Wait
 
 ZERO, ONE = 0, 1  # compared by identity: any other object takes the longer way
@@ -64,7 +62,7 @@ class PrefixCache:
         self.next_lease_id = 1
         self.prefetches = Prefetches(tiers, kinds, self.matcher, self.planner, self.stores, self.backups, self.counters)
         self.retentions = Retentions(tiers, kinds, self.counters)
-        self.attachment = Attachment(self)
+        self.attachment = Attachment(self.serving, tiers, self.planner, self.stores, self.prefetches, self.backups)
         self._scatter_is_due = False
 
     @property
@@ -322,7 +320,7 @@ class PrefixCache:
         if num_computed > lease.sequence.num_tokens:
             bad_input.check_known(lease, num_computed)
         if options:
-            bad_input.check_options(self, *options)
+            bad_input.check_options(self.config, *options)
         if states is not NO_POSITIONS:
             bad_input.check_states(lease, states, num_computed)
         if lease.first_step > self.tiers.step and num_computed > lease.num_computed:
@@ -361,7 +359,7 @@ class PrefixCache:
                     self.quotas.settle(lease)
 
     def _set_options(self, lease: Lease, priority: int, retain_steps: int) -> None:
-        raise_priority(self.tiers, lease._node, priority)
+        self.tiers.raise_priority(lease._node, priority)
         if retain_steps:
             self.retentions.retain(lease, retain_steps)
         self.planner.note("options", lease.id, priority, retain_steps)
@@ -421,7 +419,7 @@ class PrefixCache:
         returns:  the ids of the transfers that have ended
         Raises RuntimeError while a planned load-back is unapplied.
         """
-        bad_input.check_applied(self)
+        bad_input.check_applied(self.planner.transfers)
         self.tiers.step += 1
         self.planner.step = self.tiers.step
         if self.admission.loading:
@@ -465,7 +463,7 @@ class PrefixCache:
     @changes
     def reset(self) -> None:
         """Forgets everything on device and host. Raises RuntimeError while leases are out."""
-        bad_input.check_no_leases(self)
+        bad_input.check_no_leases(self.leases)
         self.retentions.release_all()
         self.clearing.clear_all()
         self.leases.uncomputed = None

@@ -17,11 +17,11 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxcache.core.eviction.order import EvictionOrder
-from jaxcache.core.page_hash import namespace_digest
+from jaxcache.core.node import FULL, Node
 from jaxcache.core.pages import Residency
 from jaxcache.core.prefix_cache import PrefixCache
-from jaxcache.core.radix_tree import FULL, Node
 from jaxcache.core.serving import RefusedCall, RefusedValue, changes
+from jaxcache.core.tokens import namespace_digest
 from jaxcache.core.tree_record import NOWHERE, Origins, TreeRecord, record_of
 from jaxcache.types import PageIds
 

@@ -13,12 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import wraps
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from jaxcache.types import ServingEnded
-
-if TYPE_CHECKING:
-    from jaxcache.core.lease import Lease
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -45,7 +42,7 @@ class Serving:
 
     __slots__ = ("ended", "leases")
 
-    def __init__(self, leases: Mapping[int, Lease]):
+    def __init__(self, leases: Mapping[int, Any]):
         self.ended: ServingEnded | None = None
         self.leases = leases
 

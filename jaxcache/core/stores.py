@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxcache.core.kinds import Kinds
-from jaxcache.core.planner import Counters, Planner
-from jaxcache.core.radix_tree import Node
+from jaxcache.core.node import Node
+from jaxcache.core.plan import Counters, Planner
 from jaxcache.core.tiers import Hold, Tiers
 from jaxcache.types import Move, Outcome, PageIds, TransferKind
 

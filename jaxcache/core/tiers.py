@@ -11,25 +11,24 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import lcm
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
 from jaxcache.components.base import Component, Reach
 from jaxcache.config import CacheConfig
 from jaxcache.core.change_log import ChangeLog
-from jaxcache.core.decisions import checksum
 from jaxcache.core.eviction import policy
 from jaxcache.core.eviction.order import Place
+from jaxcache.core.eviction.reuse_profile import ReuseProfile
+from jaxcache.core.limits.tenants import Groups, Tenants
+from jaxcache.core.missing import Cause, Eviction
+from jaxcache.core.node import FULL, Node
 from jaxcache.core.pages import Residency
-from jaxcache.core.radix_tree import FULL, Node, RadixTree
-from jaxcache.core.reuse_profile import ReuseProfile
-from jaxcache.core.tenants import Groups, Tenants
+from jaxcache.core.plan import checksum
+from jaxcache.core.tokens import Sequence
+from jaxcache.core.tree import RadixTree
 from jaxcache.types import NO_PAGES, PageIds, Span, Tier, WritePolicy
-
-if TYPE_CHECKING:
-    from jaxcache.core.missing import Cause
-    from jaxcache.core.sequence import Sequence
 
 MAX_EVICTIONS_REMEMBERED = 4096
 MAX_UNMADE_REMEMBERED = 4096
@@ -48,16 +47,6 @@ class Spine(Component):
 SPINE = Spine("spine", ())
 SPINE_PAGES = 1 << 16  # at least; a page of it takes four bytes, and its tokens
 SPINE_SHARE = 16  # and so many for every page of the largest other component
-
-
-class Eviction(NamedTuple):
-    """Why something is not there any more. For the operator: what `explain` says of it is less."""
-
-    component: str
-    tier: Tier
-    step: int
-    reason: str
-    lease: int  # for which room was made; 0: for none
 
 
 class Hold(NamedTuple):
@@ -200,6 +189,20 @@ class Tiers:
         for residency in self.residencies:
             if node.parent is not None and node.pages[residency.index] is not None:
                 self.drop(residency, node)
+
+    def raise_priority(self, node: Node, priority: int) -> None:
+        """Of a node and everything above it, which never has less; only eviction_policy="priority" looks at it.
+
+        Full attention of a lease's path is pinned on the device and takes its place anew when it is released. What may
+        leave all the while (host copies, windows left behind, states) takes its new place now.
+        """
+        looks = policy(self.config.eviction_policy).by_priority
+        while node.parent is not None and node.priority < priority:
+            node.priority = priority
+            if looks:
+                for residency in self.residencies:
+                    residency.reorder(node)
+            node = node.parent
 
     def page_counts(self) -> dict[str, dict[str, dict[str, int]]]:
         """By tier and component: pages that there are, free, resident, pinned, and ever evicted."""

@@ -17,9 +17,10 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxcache.core.kinds import Kind
+from jaxcache.core.node import Node
 from jaxcache.core.pages import Residency
 from jaxcache.core.prefix_cache import PrefixCache
-from jaxcache.core.radix_tree import Node, RadixTree
+from jaxcache.core.tree import RadixTree
 from jaxcache.types import NO_PAGES, PageIds
 
 NOWHERE = -1  # instead of the first page of an entry that is not there

@@ -91,7 +91,7 @@ def tables_of(
     core: PrefixCache, tables: BatchTables, leases: Sequence[Lease | None], max_pages: int
 ) -> dict[str, np.ndarray]:
     """What a model step reads: refused unless it may run. The loop will use no earlier tables of these leases."""
-    check_runnable(core, leases)
+    check_runnable(core.leases, core.tiers, core.plan_is_applied(), leases)
     built = tables.build(leases, max_pages)
     changed = [lease for lease in leases if lease is not None and lease._duplicates is not None]
     if changed:
@@ -103,7 +103,7 @@ def state_slots_of(core: PrefixCache, leases: Sequence[Lease | None], ends: Sequ
     """Of rows that compute from where their leases have computed to `ends`; None without recurrent states."""
     if core.kinds.state is None:
         return None
-    check_runnable(core, leases)
+    check_runnable(core.leases, core.tiers, core.plan_is_applied(), leases)
     if len(ends) != len(leases):
         raise RefusedCall(f"{len(leases)} leases and {len(ends)} ends: each row has one")
     nowhere = core.kinds.state.device.allocator.num_pages

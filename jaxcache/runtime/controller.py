@@ -51,7 +51,7 @@ class Controller:
 
     @changes
     def _step(self) -> None:
-        bad_input.check_applied(self.core)  # before the agreement is taken
+        bad_input.check_applied(self.core.planner.transfers)  # before the agreement is taken
         agreed = self._read()
         ended = self.core.commit({}) if agreed is None else self.core.commit(agreed.outcomes, agreed.clock_ms)
         is_busy = bool(self.core.leases)
@@ -164,7 +164,8 @@ class Controller:
         Whatever goes wrong in between ends serving: TransferFault, or RankUnresponsive.
         """
         self._check()
-        bad_input.check_computed(self.core)
+        core = self.core
+        bad_input.check_computed(core.leases.uncomputed, core.tiers, core.planner.transfers)
         try:
             plan = self.core.take_plan()
             return self.engine.apply(pools, plan.transfers, self.core.step_number)

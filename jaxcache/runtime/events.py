@@ -17,9 +17,9 @@ import numpy as np
 
 from jaxcache.components.base import Reach
 from jaxcache.core import change_log
-from jaxcache.core.page_hash import chain
-from jaxcache.core.radix_tree import compact
 from jaxcache.core.tiers import Tiers
+from jaxcache.core.tokens import chain
+from jaxcache.core.tree import compact
 from jaxcache.types import AllCleared, BlockRemoved, BlockStored, Event
 
 PIECE_PAGES, YIELD_S = 32, 1e-6  # pages hashed at once, and how long others are let in after them

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from jaxcache.core.first_difference import Decision, DecisionLog, describe, first_difference
+from jaxcache.core.plan import Decision, DecisionLog, describe, first_difference
 from jaxcache.runtime.bulletin import Bulletin, coordinator_address
 from jaxcache.runtime.coordinator_watch import CoordinatorWatch
 from jaxcache.runtime.process_end import reason

@@ -21,7 +21,7 @@ from xxhash import xxh3_64_hexdigest
 
 from jaxcache import __version__
 from jaxcache.components.base import Component
-from jaxcache.core.page_hash import PUBLIC_FIELDS
+from jaxcache.core.tokens import PUBLIC_FIELDS
 from jaxcache.core.tree_record import TreeRecord
 
 FORMAT = 1

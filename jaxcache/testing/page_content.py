@@ -12,7 +12,7 @@ from hashlib import blake2b
 from typing import NamedTuple
 
 from jaxcache.core.prefix_cache import PrefixCache
-from jaxcache.core.sequence import Sequence
+from jaxcache.core.tokens import Sequence
 
 KEY_BYTES = 12
 GARBAGE = b"garbage"  # what a page holds while somebody writes it, or after it was written by mistake

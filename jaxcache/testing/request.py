@@ -9,7 +9,7 @@ import numpy as np
 from jaxcache.core.lease import Lease
 from jaxcache.core.prefetch import Ticket
 from jaxcache.core.prefix_cache import PrefixCache
-from jaxcache.core.sequence import Sequence
+from jaxcache.core.tokens import Sequence
 
 
 class Request:

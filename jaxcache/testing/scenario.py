@@ -15,9 +15,8 @@ import numpy as np
 from jaxcache.components.base import Component
 from jaxcache.config import CacheConfig
 from jaxcache.core.lease import Lease
-from jaxcache.core.page_hash import Namespace
 from jaxcache.core.prefix_cache import PrefixCache
-from jaxcache.core.sequence import Sequence
+from jaxcache.core.tokens import Namespace, Sequence
 from jaxcache.runtime.lanes import Lanes
 from jaxcache.testing.chance import Delays
 from jaxcache.testing.fake_plane import FakePlane

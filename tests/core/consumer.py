@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from jaxcache.components.base import Reach
 from jaxcache.core import invariants
-from jaxcache.core.page_hash import chain
+from jaxcache.core.node import Node
 from jaxcache.core.prefix_cache import PrefixCache
-from jaxcache.core.radix_tree import Node
+from jaxcache.core.tokens import chain
 from jaxcache.runtime.events import EventStream
 from jaxcache.types import AllCleared, BlockRemoved, BlockStored, Event, Tier
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from jaxcache.core.lease import Lease
-from jaxcache.core.page_hash import Namespace
 from jaxcache.core.prefix_cache import PrefixCache
+from jaxcache.core.tokens import Namespace
 from jaxcache.types import Match
 from tests.core.helpers import NEXT, prompt
 

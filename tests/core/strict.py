@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from jaxcache.core.limits.tenants import Groups
 from jaxcache.core.prefix_cache import PrefixCache
-from jaxcache.core.tenants import Groups
 from jaxcache.testing.request import Request
 from jaxcache.testing.scenario import Scenario
 

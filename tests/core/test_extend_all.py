@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from jaxcache.core.sequence import Sequence
+from jaxcache.core.tokens import Sequence
 from tests.core.helpers import FULL, Server, make_core, prompt
 
 

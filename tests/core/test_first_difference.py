@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jaxcache.core.first_difference import DecisionLog, Difference, first_difference
-from jaxcache.core.planner import RECENT_DECISIONS, Planner
+from jaxcache.core.plan import RECENT_DECISIONS, DecisionLog, Difference, Planner, first_difference
 
 ADMIT = (3, "admit", 1, 32, 7, 9, 0)
 INSERT = (3, "insert", 1, 32, 2, 9, 0)

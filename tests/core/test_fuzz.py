@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxcache.core.duel import Duel
 from jaxcache.core.eviction import POLICIES
+from jaxcache.core.eviction.duel import Duel
 from tests.core.driver import MIXTURES, drive
 
 ROOT = Path(__file__).parent.parent.parent

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxcache.core.lease import Lease
-from jaxcache.core.radix_tree import Node
+from jaxcache.core.node import Node
 from jaxcache.testing.page_content import model_step
 from jaxcache.types import Match, WritePolicy
 from tests.core.helpers import FULL, NEXT, Server, prompt, state, window

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxcache.core.match import Matcher
-from jaxcache.core.radix_tree import RadixTree
+from jaxcache.core.tree import RadixTree
 from jaxcache.types import Match
 from tests.core.helpers import FULL, NEXT, PAGE, Server, prompt, state, window
 

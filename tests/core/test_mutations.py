@@ -28,14 +28,15 @@ from jaxcache.core.kinds.prefix import Prefix, PrefixResidency
 from jaxcache.core.kinds.state import State, StateResidency
 from jaxcache.core.kinds.window import Window
 from jaxcache.core.leases import Leases
+from jaxcache.core.limits.quotas import Quotas
+from jaxcache.core.limits.retention import Retentions
+from jaxcache.core.limits.tenants import Groups, Tenants
+from jaxcache.core.node import Node
 from jaxcache.core.pages import Residency
 from jaxcache.core.prefetches import Prefetches
-from jaxcache.core.quotas import Quotas
-from jaxcache.core.radix_tree import Node, RadixTree
-from jaxcache.core.retention import Retentions
 from jaxcache.core.stores import Stores
-from jaxcache.core.tenants import Groups, Tenants
 from jaxcache.core.tiers import Tiers
+from jaxcache.core.tree import RadixTree
 from jaxcache.runtime.events import EventStream
 from jaxcache.types import PrefetchPolicy, WritePolicy
 from tests.core.driver import drive

@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 
-from jaxcache.core.page_hash import chain, namespace_digest
 from jaxcache.core.prefetch import PrefetchState
+from jaxcache.core.tokens import chain, namespace_digest
 from jaxcache.types import PrefetchPolicy, TransferKind, Wait
 from tests.core.helpers import FULL, PAGE, Server, prompt, server_with_storage, state, window
 

@@ -13,8 +13,8 @@ from jaxcache.core.eviction.adaptive import Adaptive
 from jaxcache.core.eviction.lru import Lru
 from jaxcache.core.eviction.order import EvictionOrder, Place
 from jaxcache.core.eviction.queues import S3Fifo
-from jaxcache.core.radix_tree import Node
-from jaxcache.core.reuse_profile import ReuseProfile
+from jaxcache.core.eviction.reuse_profile import ReuseProfile
+from jaxcache.core.node import Node
 from jaxcache.types import Tier
 
 NUM_PAGES = 100

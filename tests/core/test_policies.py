@@ -12,7 +12,7 @@ from jaxcache.core.eviction import POLICIES, policy
 from jaxcache.core.eviction.adaptive import Adaptive
 from jaxcache.core.eviction.queues import Queued, S3Fifo
 from jaxcache.core.invariants import all_nodes
-from jaxcache.core.radix_tree import Node
+from jaxcache.core.node import Node
 from jaxcache.replay import workloads
 from jaxcache.replay.replay import Replay, Setting
 from tests.core.helpers import FULL, PAGE, Server, prompt, state

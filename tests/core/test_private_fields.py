@@ -8,10 +8,10 @@ import pytest
 
 from jaxcache.config import TenantShare
 from jaxcache.core import invariants
-from jaxcache.core.first_difference import describe
 from jaxcache.core.lease import Lease
-from jaxcache.core.page_hash import PUBLIC_FIELDS, Namespace
+from jaxcache.core.plan import describe
 from jaxcache.core.prefix_cache import PrefixCache
+from jaxcache.core.tokens import PUBLIC_FIELDS, Namespace
 from jaxcache.runtime.events import EventStream
 from jaxcache.types import Tier, WritePolicy
 from tests.core.helpers import FULL, NEXT, PAGE, make_core, prompt, state, window

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from jaxcache.core.duel import Duel
+from jaxcache.core.eviction.duel import Duel
+from jaxcache.core.eviction.reuse_profile import NUM_KINDS, PAUSES, SHARES, USES, ReuseProfile, age_edges, index, kind
 from jaxcache.core.invariants import all_nodes
-from jaxcache.core.reuse_profile import NUM_KINDS, PAUSES, SHARES, USES, ReuseProfile, age_edges, index, kind
 from jaxcache.replay import workloads
 from jaxcache.replay.replay import Replay, Setting
 from tests.core.helpers import FULL, PAGE, Server, prompt, window

@@ -14,18 +14,17 @@ import pytest
 
 from jaxcache.config import TenantShare
 from jaxcache.core import invariants
-from jaxcache.core.duel import Duel
 from jaxcache.core.eviction import POLICIES
+from jaxcache.core.eviction.duel import Duel
 from jaxcache.core.eviction.lru import Lru
 from jaxcache.core.eviction.order import Place
 from jaxcache.core.lease import Lease
-from jaxcache.core.page_hash import Namespace
+from jaxcache.core.limits.tenants import ABOVE_FLOOR, OVER_QUOTA, RETIRED, Groups, Victims
+from jaxcache.core.node import Node
 from jaxcache.core.pages import Residency
 from jaxcache.core.prefix_cache import PrefixCache
-from jaxcache.core.radix_tree import Node
-from jaxcache.core.tenants import ABOVE_FLOOR, OVER_QUOTA, RETIRED, Groups
 from jaxcache.core.tiers import Tiers
-from jaxcache.core.victims import Victims
+from jaxcache.core.tokens import Namespace
 from jaxcache.types import Tier, WritePolicy
 from tests.core.driver import drive
 from tests.core.helpers import FULL, PAGE, make_core, prompt, state, window

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from jaxcache.core import backups, page_hash, radix_tree
+from jaxcache.core import backups, tokens, tree
 from jaxcache.core.admission import Admission
 from jaxcache.core.clearing import Clearing
 from jaxcache.core.kinds import base, prefix, window
@@ -22,16 +22,16 @@ from jaxcache.core.kinds.prefix import Prefix, PrefixResidency
 from jaxcache.core.kinds.state import State
 from jaxcache.core.kinds.window import Window
 from jaxcache.core.leases import Leases
+from jaxcache.core.limits.retention import Retentions
+from jaxcache.core.limits.tenants import Groups
 from jaxcache.core.match import Matcher
 from jaxcache.core.pages import PageAllocator
-from jaxcache.core.planner import Planner
+from jaxcache.core.plan import Planner
 from jaxcache.core.prefetches import Prefetches
 from jaxcache.core.prefix_cache import PrefixCache
-from jaxcache.core.radix_tree import RadixTree
-from jaxcache.core.retention import Retentions
 from jaxcache.core.stores import Stores
-from jaxcache.core.tenants import Groups
 from jaxcache.core.tiers import Tiers
+from jaxcache.core.tree import RadixTree
 
 
 class Mutant(NamedTuple):
@@ -220,8 +220,8 @@ def keys_unchained(parent_key: bytes, token_bytes: Any, page_bytes: int) -> list
 
 
 def unchain(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(page_hash, "chain", keys_unchained)
-    patch.setattr(radix_tree, "chain", keys_unchained)
+    patch.setattr(tokens, "chain", keys_unchained)
+    patch.setattr(tree, "chain", keys_unchained)
 
 
 def cap_ignored(original: Any, self: Matcher, sequence: Any, max_tokens: int | None) -> Any:

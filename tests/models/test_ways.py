@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 
 import jaxcache
-from jaxcache.core.radix_tree import Node
+from jaxcache.core.node import Node
 from jaxcache.types import Tier
 from models.decoder import components
 from models.layer_plan import FULL, STATE, WINDOW

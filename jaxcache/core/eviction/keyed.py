@@ -8,7 +8,7 @@ from heapq import heapify, heappop, heappush
 from typing import Any, ClassVar
 
 from jaxcache.core.eviction.order import EvictionOrder, Place
-from jaxcache.core.radix_tree import Node
+from jaxcache.core.node import Node
 
 GENERATED, USUAL = 0, 1  # generated text leaves before all else, if the cache is configured so
 

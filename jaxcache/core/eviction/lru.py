@@ -8,7 +8,7 @@ from heapq import heapify, heappop, heappush, merge
 from typing import Any
 
 from jaxcache.core.eviction.order import EvictionOrder, Place
-from jaxcache.core.radix_tree import Node
+from jaxcache.core.node import Node
 
 MISSING: Any = object()
 

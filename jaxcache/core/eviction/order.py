@@ -10,8 +10,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import ClassVar, NamedTuple
 
-from jaxcache.core.radix_tree import Node
-from jaxcache.core.reuse_profile import ReuseProfile
+from jaxcache.core.eviction.reuse_profile import ReuseProfile
+from jaxcache.core.node import Node
 from jaxcache.types import Tier
 
 

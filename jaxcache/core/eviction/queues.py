@@ -14,7 +14,7 @@ from typing import ClassVar
 from jaxcache.core.eviction.keyed import use
 from jaxcache.core.eviction.lru import Lru
 from jaxcache.core.eviction.order import EvictionOrder, Place
-from jaxcache.core.radix_tree import Node
+from jaxcache.core.node import Node
 
 
 class Queue:

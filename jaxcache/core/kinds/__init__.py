@@ -10,7 +10,7 @@ from jaxcache.core.kinds.prefix import Prefix, PrefixResidency
 from jaxcache.core.kinds.state import State, StateResidency
 from jaxcache.core.kinds.window import Window, WindowResidency
 from jaxcache.core.pages import Residency
-from jaxcache.core.planner import Counters
+from jaxcache.core.plan import Counters
 from jaxcache.core.tiers import Tiers
 
 RESIDENCIES: Mapping[Reach, type[Residency]] = {

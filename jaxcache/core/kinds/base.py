@@ -17,10 +17,10 @@ from typing import NamedTuple
 
 from jaxcache.core.lease import Lease
 from jaxcache.core.missing import Missing
-from jaxcache.core.planner import Counters
-from jaxcache.core.radix_tree import Node
-from jaxcache.core.sequence import Sequence
+from jaxcache.core.node import Node
+from jaxcache.core.plan import Counters
 from jaxcache.core.tiers import Eviction, Tiers
+from jaxcache.core.tokens import Sequence
 from jaxcache.types import PageIds, Span, Tier
 
 Path = list[tuple[Node, int]]  # (node, end of what is used of it), from the top; only the last may be used in part

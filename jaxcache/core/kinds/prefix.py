@@ -8,8 +8,8 @@ import numpy as np
 
 from jaxcache.core.kinds.base import Kind, keep_duplicates
 from jaxcache.core.lease import Lease, read_only
+from jaxcache.core.node import Node
 from jaxcache.core.pages import Residency
-from jaxcache.core.radix_tree import Node
 from jaxcache.types import PageIds, Span
 
 
@@ -126,7 +126,7 @@ class Prefix(Kind):
         """Makes the table, of what `pin` has returned, as it is now, and of own pages."""
         pieces.reverse()
         pieces.append(self.device.allocator.allocate_view(num_own))
-        lease.table = read_only(np.concatenate(pieces))  # pyright: ignore[reportCallIssue]
+        lease.table = read_only(np.concatenate(pieces))  # pyright: ignore[reportCallIssue, reportArgumentType]
 
     def extend(self, lease: Lease, num_pages: int) -> None:
         lease.table = read_only(np.concatenate([lease.table, self.device.allocator.allocate_view(num_pages)]))

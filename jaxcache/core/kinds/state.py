@@ -14,9 +14,9 @@ import numpy as np
 from jaxcache.core.kinds.base import Extra, FindEviction, Need, Path, last_eviction, num_pages_text, tier_name
 from jaxcache.core.lease import Lease, Slots
 from jaxcache.core.missing import Cause, Missing
+from jaxcache.core.node import Node
 from jaxcache.core.pages import Residency
-from jaxcache.core.radix_tree import Node
-from jaxcache.core.sequence import Sequence
+from jaxcache.core.tokens import Sequence
 from jaxcache.types import PageIds, Span
 
 

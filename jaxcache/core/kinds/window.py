@@ -24,9 +24,9 @@ from jaxcache.core.kinds.base import (
 )
 from jaxcache.core.lease import Lease, WindowTable, read_only
 from jaxcache.core.missing import Cause, Missing
+from jaxcache.core.node import Node
 from jaxcache.core.pages import Residency
-from jaxcache.core.radix_tree import Node
-from jaxcache.core.sequence import Sequence
+from jaxcache.core.tokens import Sequence
 from jaxcache.types import PageIds, Span
 
 

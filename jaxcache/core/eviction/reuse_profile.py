@@ -20,9 +20,9 @@ from zlib import crc32
 
 import numpy as np
 
-from jaxcache.core.duel import STAMP_BITS, Duel
-from jaxcache.core.radix_tree import Node
-from jaxcache.core.sequence import Sequence
+from jaxcache.core.eviction.duel import STAMP_BITS, Duel
+from jaxcache.core.node import Node
+from jaxcache.core.tokens import Sequence
 
 MIN_STRIDE_TOKENS = 256
 MAX_POINTS = 1 << 18

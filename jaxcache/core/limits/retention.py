@@ -15,10 +15,10 @@ from heapq import heapify, heappop, heappush
 from jaxcache.config import pages_of_share
 from jaxcache.core.kinds import Kinds
 from jaxcache.core.lease import Lease
-from jaxcache.core.page_hash import Namespace
-from jaxcache.core.planner import Counters
-from jaxcache.core.radix_tree import FULL, Node
+from jaxcache.core.node import FULL, Node
+from jaxcache.core.plan import Counters
 from jaxcache.core.tiers import Hold, Tiers
+from jaxcache.core.tokens import Namespace
 
 
 @dataclass(slots=True)

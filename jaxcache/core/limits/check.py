@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from jaxcache.config import pages_of_share
 from jaxcache.core.lease import Lease
+from jaxcache.core.node import FULL, Node
 from jaxcache.core.prefix_cache import PrefixCache
-from jaxcache.core.radix_tree import FULL, Node
 from jaxcache.types import Tier
 
 

@@ -1,25 +1,86 @@
-"""A request's tokens, converted once and extended in place, with its page keys and its last place in the tree."""
+"""What requests are made of: namespaces, and sequences of tokens with their page keys.
+
+A page key is a content address: sha256 over (key of the page before it, the page's tokens), and the chain starts at
+the namespace digest. Equal keys mean the same namespace and the same tokens from the start. 256-bit and
+cryptographic, because a collision would hand one tenant's pages to another.
+"""
 
 from __future__ import annotations
 
 from array import array
+from collections.abc import Mapping
+from hashlib import sha256
 from sys import byteorder as BYTE_ORDER
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from jaxcache.core import page_hash
-from jaxcache.core.decisions import checksum
-from jaxcache.core.serving import RefusedType, RefusedValue
-
-if TYPE_CHECKING:
-    from jaxcache.core.planner import Planner
-    from jaxcache.core.prefix_cache import PrefixCache
-    from jaxcache.core.radix_tree import Node
+from jaxcache.core.node import Node
+from jaxcache.core.plan import Planner, checksum
+from jaxcache.core.serving import RefusedType, RefusedValue, Serving
 
 INT32 = np.dtype(np.int32)
 INT32_MAX = 2**31 - 1
 MANY_TOKENS = 4096  # a view takes longer than the sum of fewer
+PUBLIC_FIELDS = ("adapter", "model", "page_layout", "weights_version")
+
+
+class Owner(Protocol):
+    """The cache that namespaces and sequences belong to."""
+
+    serving: Serving
+    planner: Planner
+
+
+class Namespace:
+    """What a token sequence means: model, weights version, dtype and page layout, adapter, tenant salt, extra keys.
+
+    Two namespaces never share a page on any tier. Made by `new_namespace`, valid only in the cache that made it.
+
+    private: the fields that are not in PUBLIC_FIELDS: who may know that a page is there (tenant, tenant_salt, any key
+             that was invented). Their values are never printed, and two namespaces that differ in one of them learn
+             nothing of each other.
+    """
+
+    __slots__ = ("checksum", "digest", "fields", "owner", "private", "retired")
+
+    def __init__(self, owner: Owner, fields: Mapping[str, str]):
+        self.owner = owner
+        self.fields = dict(sorted(fields.items()))
+        self.digest = namespace_digest(self.fields)
+        self.checksum = int.from_bytes(self.digest[:8], "little")  # for the digest of decisions
+        self.private = {name: value for name, value in self.fields.items() if name not in PUBLIC_FIELDS}
+        self.retired = False
+
+    def __repr__(self) -> str:
+        """Of private fields only the names. Nothing of the digest either, which tells whether a guessed salt is right:
+        12 hex digits are enough to try out a dictionary of salts far from the cache.
+        """
+        parts = [f"{name}=..." if name in self.private else f"{name}={value!r}" for name, value in self.fields.items()]
+        return f"Namespace({', '.join(parts)})"
+
+
+def namespace_digest(fields: Mapping[str, str]) -> bytes:
+    """32 bytes that differ whenever any field does: names and values are length-prefixed."""
+    digest = sha256(b"jaxcache namespace 1")
+    for name, value in sorted(fields.items()):
+        for part in (name.encode(), value.encode()):
+            digest.update(len(part).to_bytes(8, "little"))
+            digest.update(part)
+    return digest.digest()
+
+
+def chain(parent_key: bytes, token_bytes, page_bytes: int) -> list[bytes]:
+    """Keys of consecutive whole pages (int32 token bytes) that follow `parent_key`."""
+    view = memoryview(token_bytes)
+    keys = []
+    key = parent_key
+    for start in range(0, len(view) - page_bytes + 1, page_bytes):
+        digest = sha256(key)
+        digest.update(view[start : start + page_bytes])
+        key = digest.digest()
+        keys.append(key)
+    return keys
 
 
 class Sequence:
@@ -54,7 +115,7 @@ class Sequence:
         "uses",
     )
 
-    def __init__(self, namespace: page_hash.Namespace, root: Node, tokens: Any, page_tokens: int, planner: Planner):
+    def __init__(self, namespace: Namespace, root: Node, tokens: Any, page_tokens: int, planner: Planner):
         self.namespace = namespace
         self.root = root
         self.data: bytes | bytearray = token_bytes(tokens)  # a bytearray from the first extend on
@@ -124,12 +185,12 @@ class Sequence:
         if have < num_pages:
             parent = self.keys[-1] if have else self.namespace.digest
             new = bytes(self.data[have * self.page_bytes : num_pages * self.page_bytes])
-            self.keys += page_hash.chain(parent, new, self.page_bytes)
+            self.keys += chain(parent, new, self.page_bytes)
         assert len(self.keys) >= num_pages, f"{num_pages=} of {self.num_tokens} tokens"
         return self.keys[:num_pages]
 
 
-def extend_all(core: PrefixCache, sequences: list[Sequence] | tuple[Sequence, ...], tokens: Any) -> None:
+def extend_all(core: Owner, sequences: list[Sequence] | tuple[Sequence, ...], tokens: Any) -> None:
     """Appends one token to each sequence; one note for all. Refuses before anything changes.
 
     What comes out of the tokens when they are read (a model step has failed) comes out here, and serving goes on.
@@ -155,7 +216,7 @@ def extend_all(core: PrefixCache, sequences: list[Sequence] | tuple[Sequence, ..
         raise
 
 
-def _append(core: PrefixCache, sequences: list[Sequence] | tuple[Sequence, ...], new: bytes) -> None:
+def _append(core: Owner, sequences: list[Sequence] | tuple[Sequence, ...], new: bytes) -> None:
     at = 0
     for sequence in sequences:
         data = sequence.data

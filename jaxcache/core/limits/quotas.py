@@ -9,12 +9,12 @@ from typing import Any
 
 from jaxcache.core.kinds import Kinds
 from jaxcache.core.lease import Lease
+from jaxcache.core.limits.tenants import Tenants
 from jaxcache.core.match import Prefix
-from jaxcache.core.planner import Counters
-from jaxcache.core.radix_tree import Node
-from jaxcache.core.sequence import Sequence
-from jaxcache.core.tenants import Tenants
+from jaxcache.core.node import Node
+from jaxcache.core.plan import Counters
 from jaxcache.core.tiers import Tiers
+from jaxcache.core.tokens import Sequence
 from jaxcache.types import Tier
 
 

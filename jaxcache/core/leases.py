@@ -20,6 +20,8 @@ from jaxcache.core.plan import Counters, Planner
 from jaxcache.core.serving import Refusal
 from jaxcache.core.tiers import Tiers
 
+NO_LIVES: list[tuple[Extra, int]] = []  # never changed
+
 
 class Leases(dict[int, Lease]):
     """Those that run, by id. Changes their tables by replacing them: a running program may still read the old ones.
@@ -173,7 +175,7 @@ class Leases(dict[int, Lease]):
         start = at = lease._published
         if at < end:
             node = lease._node
-            lives = [(kind, live) for kind in extras if (live := kind.live_start(lease, num_computed)) is not None]
+            lives = self._lives(lease, num_computed) if extras else NO_LIVES
             while at < end:
                 child = self._child(lease, node, at, end, lives)
                 if child is None:
@@ -193,6 +195,11 @@ class Leases(dict[int, Lease]):
             tiers.profile.inserted(lease.sequence, lease._node, start)
         for kind in extras:
             kind.end_insert(lease, num_computed)
+
+    def _lives(self, lease: Lease, num_computed: int) -> list[tuple[Extra, int]]:
+        """Extras that have tables, and where what they publish begins."""
+        starts = [(kind, kind.live_start(lease, num_computed)) for kind in self.kinds.extras]
+        return [(kind, live) for kind, live in starts if live is not None]
 
     def _child(self, lease: Lease, node: Node, at: int, end: int, lives: list[tuple[Extra, int]]) -> Node | None:
         """The node that holds the sequence's next pages from `at` on: found, cut to what agrees, or new.

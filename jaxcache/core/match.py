@@ -99,10 +99,11 @@ class Matcher:
 
     def _resumable_ends(self, path: Path) -> list[int]:
         """Places in the path at whose ends a request could resume, shortest first."""
-        usable = [True] * len(path)
+        places = range(len(path))
         for kind in self.kinds.extras:
-            usable = [a and b for a, b in zip(usable, kind.usable(path), strict=True)]
-        return [place for place, is_usable in enumerate(usable) if is_usable]
+            usable = kind.usable(path)
+            places = [place for place in places if usable[place]]
+        return list(places)
 
     def _prefix(self, num_tokens: int, node: Node, found_tokens: int) -> Prefix:
         device_tokens = self._device_tokens(num_tokens, node) if self.tiers.has_host else num_tokens

@@ -12,14 +12,14 @@ FULL = 0  # the index of full attention among the components: it is the tree its
 class Node:
     """A run of pages. start = parent.end, end: positions in tokens.
 
-    pages, pins, resident_children: one entry per residency (see core/residency.py); pages[r] is None where nothing is
+    pages, pins, resident_children: one entry per residency (see core/pages.py); pages[r] is None where nothing is
     ready_step:  the step from which loaded-back pages may be read
     ends_here:   leases and load-backs that end at this node
     hits:        admits that found it
     last_used:   order of uses (-1: generated text, the first to leave)
     is_output:   generated text, not (yet) part of a prompt
     priority:    of whoever inserted it with the highest
-    group:       the account that its pages are on (see core/tenants.py); of the root, for all below
+    group:       the account that its pages are on (see core/limits/tenants.py); of the root, for all below
     retained:    retentions that keep its full attention on the device
     use:         what the profile of reuse says of it, if there is one
     keys:        page keys, once somebody needed them

@@ -3,7 +3,7 @@
 Candidates lie in cells, one for each (weight, kind, age); a cell has one value, so the best victim is the oldest entry
 of the cheapest cell that is not empty. Entries move on as they age, whenever the profile values everything anew.
 
-Beside the cells stands the order of lru, which decides as long as what was learned does not pay (core/duel.py).
+Beside the cells stands the order of lru, which decides as long as what was learned does not pay (duel.py).
 """
 
 from __future__ import annotations

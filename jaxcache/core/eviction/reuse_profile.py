@@ -7,7 +7,7 @@ its uses; from all points together the profile learns how likely the next use is
             how often it was used, and how long the last pause was                      (fast ones stay fast)
     age:    tokens of prompts since the last use, in steps of half an octave
 
-Whether that pays is tried out on the points as well (core/duel.py).
+Whether that pays is tried out on the points as well (core/eviction/duel.py).
 
 Uses and exposure (points at risk x tokens) are counted per (kind, age) in integers, so every rank learns the same.
 """

@@ -75,10 +75,12 @@ class Window(Extra):
 
     def usable(self, path: Path) -> list[bool]:
         run_start, found = 0, []  # where the unbroken run of window pages that reaches this end begins
+        device, host = self.device.index, self.host.index
         for node, end in path:
-            if not self.resident(node):
+            pages = node.pages
+            if pages[device] is None and pages[host] is None:
                 run_start = end
-            found.append(run_start <= self.first_needed(end))
+            found.append(not run_start or run_start <= self.first_needed(end))
         return found
 
     def num_entry_pages(self, num_tokens: int) -> int:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-import jax
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 
 class Counters:
-    """Counts by name, from zero."""
+    """Counts by name, from zero.
 
-    def __init__(self):
+    now:   seconds
+    trace: around what is to be found in a profile under a name
+    """
+
+    def __init__(self, now: Callable[[], float], trace: Callable[[str], AbstractContextManager[object]]):
+        self._now, self._trace = now, trace
         self._lock = threading.Lock()
         self._sums: dict[str, float] = defaultdict(int)
 
@@ -26,12 +28,12 @@ class Counters:
     @contextmanager
     def busy(self, kind: str) -> Iterator[None]:
         """Adds the seconds spent inside to `{kind}_seconds`; in a profile it is jaxcache.{kind}."""
-        start = time.perf_counter()
+        start = self._now()
         try:
-            with jax.profiler.TraceAnnotation(f"jaxcache.{kind}"):
+            with self._trace(f"jaxcache.{kind}"):
                 yield
         finally:
-            self.add(**{f"{kind}_seconds": time.perf_counter() - start})
+            self.add(**{f"{kind}_seconds": self._now() - start})
 
     def sums(self) -> dict[str, float]:
         with self._lock:

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from jaxcache.components.base import Component, FieldSpec, Reach
+from jaxcache.runtime.collective import collective
 from jaxcache.runtime.host_page_order import HostPageOrder
-from jaxcache.runtime.reduction import collective
 from jaxcache.testing import scenario, simulation
 from jaxcache.testing.chance import Delays
 from jaxcache.testing.scenario import Scenario

@@ -33,8 +33,8 @@ class Agreement:
         """
         assert self._issued is None, f"{step=}: the agreement of step {self._issued.step} has not been read"
         self._issued = said = self.lanes.pack(step, digest, outcomes, clock_ms, ok)
-        row = said.row
-        self._reduction.start(np.broadcast_to(row, (self._reduction.num_ranks, len(row))))
+        row, num_ranks = said.row, self._reduction.num_ranks
+        self._reduction.start(row[None] if num_ranks == 1 else np.broadcast_to(row, (num_ranks, len(row))))
 
     def read(self, timeout_s: float, is_reported: Callable[[], bool] = never) -> Agreed | None:
         """Waits for what was issued; None if nothing was.

@@ -277,6 +277,8 @@ class StorageIO:
 
     def _values(self, move: Move, batch: slice) -> list[slice]:
         """The values that these pages are cut into, by their places in the move."""
+        if self._parts[move.component].unit == 1:
+            return [slice(i, i + 1) for i in range(batch.start, batch.stop)]
         ends = [0]
         for run in consecutive(self._numbers(move, batch)):
             ends += [len(pages) for pages in cut(run, self._parts[move.component].unit)]

@@ -127,5 +127,6 @@ class StorageOperation:
 
 
 def _num_leading(good: np.ndarray) -> int:
-    """How many of the first entries are true."""
-    return len(good) if good.all() else int(np.argmin(good))
+    """How many of the first entries are true. good: bool[n]"""
+    num_pages = good.tobytes().find(b"\0")
+    return len(good) if num_pages < 0 else num_pages

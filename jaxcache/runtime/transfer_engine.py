@@ -51,7 +51,10 @@ class _LoadBack:
 
 
 class TransferEngine(Generic[E]):
-    """All transfers of one process. Every method is called on the serving thread."""
+    """All transfers of one process. Every method is called on the serving thread.
+
+    orders: by component, who uses which host page. copies: the jobs between device and host
+    """
 
     def __init__(
         self,
@@ -74,13 +77,13 @@ class TransferEngine(Generic[E]):
         self.effects = effects
         self.fault: BaseException | None = None
         self._counters = Counters(effects.now, effects.trace)
-        self._orders = {name: HostPageOrder[Job]() for name in parts}
-        self._copies = JobGraph(effects.workers("jaxcache-copy", num_threads, 0))
+        self.orders = {name: HostPageOrder[Job]() for name in parts}
+        self.copies = JobGraph(effects.workers("jaxcache-copy", num_threads, 0))
         self.rates = Rates(effects.now)
         self.storage_io = StorageIO(
             effects,
             parts,
-            self._orders,
+            self.orders,
             storage,
             deadline_s,
             num_threads,
@@ -91,7 +94,7 @@ class TransferEngine(Generic[E]):
             batch_pages,
         )
         self._load_backs: list[_LoadBack] = []
-        effects.at_exit(partial(_end, weakref.ref(self.storage_io), weakref.ref(self._copies)))
+        effects.at_exit(partial(_end, weakref.ref(self.storage_io), weakref.ref(self.copies)))
 
     def apply(self, pools: P, transfers: Sequence[Transfer], step: int) -> P:
         """Dispatches transfers in order, after the scatters of what earlier steps loaded.
@@ -137,11 +140,11 @@ class TransferEngine(Generic[E]):
 
     def wait_to_read(self, component: str, page_ids: PageIds) -> None:
         """Until what fills these host pages has ended. Raises TransferFault if that failed."""
-        self._wait_for(self._orders[component].before_read(page_ids))
+        self._wait_for(self.orders[component].before_read(page_ids))
 
     def wait_to_write(self, component: str, page_ids: PageIds) -> None:
         """Until no job touches these host pages. Raises TransferFault if one failed."""
-        self._wait_for(self._orders[component].before_write(page_ids))
+        self._wait_for(self.orders[component].before_write(page_ids))
 
     def _wait_for(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
@@ -164,7 +167,7 @@ class TransferEngine(Generic[E]):
 
     def drain(self, timeout_s: float | None = None) -> bool:
         """Waits until no thread has work; False if that took longer."""
-        return self._copies.drain(timeout_s) and self.storage_io.drain(timeout_s)
+        return self.copies.drain(timeout_s) and self.storage_io.drain(timeout_s)
 
     def close(self) -> None:
         """Stops storage transfers and joins the threads; waits for native calls that are under way.
@@ -173,11 +176,11 @@ class TransferEngine(Generic[E]):
         """
         if not self.effects.ends_at_exit():
             self.storage_io.close()
-            self._copies.close()
+            self.copies.close()
 
     def stats(self) -> dict[str, float]:
         """Sums since the start, and the present queues."""
-        queues = {"copy_queue_depth": self._copies.num_open, "storage_queue_depth": self.storage_io.num_open}
+        queues = {"copy_queue_depth": self.copies.num_open, "storage_queue_depth": self.storage_io.num_open}
         return {"breaker_openings": 0} | self._counters.sums() | queues
 
     def _back_up(self, pools: Pools, transfer: Transfer) -> None:
@@ -186,7 +189,7 @@ class TransferEngine(Generic[E]):
                 self._back_up_chunk(pools, move.component, move.src_page_ids[piece], move.dst_page_ids[piece])
 
     def _back_up_chunk(self, pools: Pools, component: str, src: PageIds, dst: PageIds) -> None:
-        order = self._orders[component]
+        order = self.orders[component]
         after = order.before_write(dst)
         with self._counters.busy("backup"):
             copies = self.effects.gather(pools, component, src, dst, is_free=not after)
@@ -202,7 +205,7 @@ class TransferEngine(Generic[E]):
                 self._load_back_chunk(pools, move.component, src, dst, step)
 
     def _load_back_chunk(self, pools: Pools, component: str, src: PageIds, dst: PageIds, step: int) -> None:
-        order = self._orders[component]
+        order = self.orders[component]
         after = order.before_read(src)
         with self._counters.busy("load_back"):
             loading = self.effects.load(pools, component, src, dst, is_free=not after)
@@ -224,8 +227,8 @@ class TransferEngine(Generic[E]):
         self, kind: str, component: str, num_pages: int, copies: Sequence[Steps], after: Sequence[Job]
     ) -> Job:
         """One job per local device, so that they share the cores; the job returned is done when all are."""
-        parts = [self._copies.submit(self._counted(kind, steps), after) for steps in copies]
-        job = self._copies.submit(at_once(self._count, kind, component, num_pages), parts)
+        parts = [self.copies.submit(self._counted(kind, steps), after) for steps in copies]
+        job = self.copies.submit(at_once(self._count, kind, component, num_pages), parts)
         job.add_done_callback(self._note_fault)
         return job
 

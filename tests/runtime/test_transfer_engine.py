@@ -213,7 +213,7 @@ def test_a_backup_is_a_snapshot_even_if_it_is_copied_late(make_rig):
     """Insert, evict and reuse of the same device pages in one step."""
     rig = make_rig((2, 2, 2), num_threads=1)
     gate = threading.Event()
-    rig.engine._copies.submit(at_once(gate.wait, WAIT_S))
+    rig.engine.copies.submit(at_once(gate.wait, WAIT_S))
     rig.write([3, 1], 1)
     rig.apply(rig.backup([3, 1], [0, 1]))
     rig.write([3, 1], 2)

@@ -21,6 +21,7 @@ from benchmarks.timing import seconds
 from jaxcache.components import FieldSpec, FullAttention
 from jaxcache.pools.device_pool import init_pools
 from jaxcache.pools.page_layout import page_layouts
+from jaxcache.runtime.device_effects import DeviceEffects
 from jaxcache.runtime.transfer_engine import TransferEngine
 from jaxcache.types import Move, Transfer, TransferKind
 
@@ -40,8 +41,9 @@ class Copies:
         spec = FieldSpec("kv", (page_bytes // 4 // 128, 128), "int32", ("slots", None))
         layouts = page_layouts([FullAttention("full", (spec,))], mesh)
         pages = {"full": 2 * num_moved}
-        self.engine = TransferEngine(layouts, mesh, pages, pages, None, 60.0, 4, num_moved)
-        self.pools = self.engine.warmup(init_pools(layouts, pages, mesh))
+        effects = DeviceEffects(layouts, mesh, pages, pages, num_moved)
+        self.engine = TransferEngine(effects, effects.parts({}), None, deadline_s=60, num_threads=4)
+        self.pools = effects.warmup(init_pools(layouts, pages, mesh))
         order = np.random.default_rng(0).permutation(2 * num_moved).astype(np.int32)
         self.device_ids, self.host_ids = order[:num_moved], order[num_moved:]
         self.num_bytes = num_moved * page_bytes

@@ -23,6 +23,7 @@ from benchmarks.timing import seconds
 from jaxcache.components import FieldSpec, FullAttention
 from jaxcache.pools.device_pool import init_pools
 from jaxcache.pools.page_layout import page_layouts
+from jaxcache.runtime.device_effects import DeviceEffects
 from jaxcache.runtime.transfer_engine import TransferEngine
 from jaxcache.types import Move, Transfer, TransferKind
 
@@ -54,8 +55,9 @@ class Copies:
         layouts = page_layouts([FullAttention("full", fields)], mesh)
         pages = {"full": num_pages}
         num_moved = num_pages // 4
-        self.engine = TransferEngine(layouts, mesh, pages, pages, None, deadline_s=60, num_threads=4, max_bucket=64)
-        self.pools = self.engine.warmup(init_pools(layouts, pages, mesh))
+        effects = DeviceEffects(layouts, mesh, pages, pages, max_bucket=64)
+        self.engine = TransferEngine(effects, effects.parts({}), None, deadline_s=60, num_threads=4)
+        self.pools = effects.warmup(init_pools(layouts, pages, mesh))
         self.num_bytes = num_moved * layouts["full"].row_bytes * num_devices
         self.flat = np.zeros(self.num_bytes, np.uint8), np.ones(self.num_bytes, np.uint8)
         order = np.random.default_rng(0).permutation(num_pages).astype(np.int32)

@@ -24,9 +24,10 @@ from jaxcache.core.tokens import Namespace
 from jaxcache.core.tokens import Sequence as TokenSequence
 from jaxcache.pools.device_pool import DevicePools, init_pools
 from jaxcache.pools.pools_check import PoolsCheck
-from jaxcache.runtime.agreement import Agreement
 from jaxcache.runtime.batch_tables import BatchTables, state_slots_of, tables_of
+from jaxcache.runtime.collective import agreement_on
 from jaxcache.runtime.controller import Controller
+from jaxcache.runtime.device_effects import DeviceEffects
 from jaxcache.runtime.events import EventStream
 from jaxcache.runtime.fleet import Fleet
 from jaxcache.runtime.garbage import GarbageControl
@@ -86,21 +87,19 @@ class Cache:
         self._tables = BatchTables(self.device_pages)
         self._pools_check = PoolsCheck(self.layouts, self.device_pages)
         self.core.leases.pools_have_come(self._pools_check.version)  # from here on the order of model steps is watched
+        effects = DeviceEffects(
+            self.layouts, mesh, self.device_pages, self._host_pages(), config.max_transfer_pages, config.page_kernels
+        )
         self.engine = TransferEngine(
-            self.layouts,
-            mesh,
-            self.device_pages,
-            self._host_pages(),
-            storage=storage,
-            max_bucket=config.max_transfer_pages,
-            page_kernels=config.page_kernels,
+            effects,
+            effects.parts({name: config.unit_pages(name) for name in self.layouts}),
+            storage,
             deadline_s=config.storage_deadline_s,
             num_threads=config.storage_threads,
-            store_share=config.store_time_share,
             page_tokens=config.page_tokens,
-            storage_units={name: config.unit_pages(name) for name in self.layouts},
+            store_share=effects.store_share(config.store_time_share),
         )
-        agreement = Agreement(mesh, list(self.layouts), config.max_live_transfers)
+        agreement = agreement_on(mesh, list(self.layouts), config.max_live_transfers)
         self._controller = Controller(self.core, self.engine, agreement, fleet)
         self._closed = False
 
@@ -129,7 +128,7 @@ class Cache:
         """Compiles every transfer program, so that nothing compiles while serving; pools come back unchanged."""
         self._check_open()
         self._check_pools(pools)
-        pools = self.engine.warmup(pools)
+        pools = self.engine.effects.warmup(pools)
         self._pools_check.handed_back(pools)
         return pools
 

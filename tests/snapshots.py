@@ -61,7 +61,7 @@ def pages_of(cache: jaxcache.Cache, pools: Any) -> Bytes:
 
 def host_pages(cache: jaxcache.Cache, component: str, field: FieldLayout, ids: np.ndarray) -> np.ndarray:
     """[pages, *padded page] of the rows of all devices."""
-    pool = cache.engine.host_pools[component]
+    pool = cache.engine.effects.host_pools[component]
     cache.engine.drain()
     padded = np.zeros((len(ids), *field.padded_shape), field.dtype)
     for device in pool.devices:

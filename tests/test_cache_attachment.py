@@ -243,7 +243,7 @@ class Finishing:
 
 def test_a_storage_whose_last_call_ends_while_it_is_looked_at_is_closed(rig):
     with rig.cache(jaxcache.MemoryStorage()) as cache:
-        jobs = cache.engine._storage_io._connection.jobs = Finishing()
+        jobs = cache.engine.storage_io._connection.jobs = Finishing()
         cache.engine.set_storage(None)
         cache.engine.set_storage(None)
         cache.engine.poll()

@@ -17,7 +17,7 @@ from benchmarks.measure import WALL
 from jaxcache import launch
 from jaxcache.config import CacheConfig
 from jaxcache.runtime.agreement import Agreement
-from jaxcache.runtime.reduction import CollectiveReduction
+from jaxcache.runtime.collective import CollectiveReduction, agreement_on
 from jaxcache.types import Outcome
 
 AXES = ("cp", "tp", "pp")
@@ -35,9 +35,9 @@ def main(num_steps: int, warmup_steps: int, model_ms: float) -> dict[str, list[f
     """Microseconds by step."""
     mesh = Mesh(np.asarray(jax.devices()).reshape(SHAPES[jax.device_count()]), AXES)
     max_live = CacheConfig(page_tokens=1, device_pages=1).max_live_transfers
-    agreement = Agreement(mesh, COMPONENTS, max_live, CollectiveReduction)
+    agreement = agreement_on(mesh, COMPONENTS, max_live, CollectiveReduction)
     here = Mesh(np.asarray(jax.local_devices()[:1]).reshape(1, 1, 1), AXES)
-    local = Agreement(here, COMPONENTS, max_live)
+    local = agreement_on(here, COMPONENTS, max_live)
     work = model_step(mesh, model_ms)
     times: dict[str, list[float]] = {name: [] for name in TIMES}
     for step in range(warmup_steps + num_steps):

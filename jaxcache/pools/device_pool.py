@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -50,12 +50,6 @@ def init_pools(layouts: Mapping[str, PageLayout], num_pages: Mapping[str, int], 
         }
 
     return jax.jit(zeros, out_shardings=shardings)()
-
-
-def chunks(num_ids: int, max_bucket: int) -> Iterator[slice]:
-    """Splits a request into pieces that fit the largest bucket."""
-    for start in range(0, num_ids, max_bucket):
-        yield slice(start, min(start + max_bucket, num_ids))
 
 
 def bucket_pages(num_ids: int) -> int:

@@ -13,17 +13,13 @@ ends anywhere, so a hit may end inside a unit; a prompt that leaves another's in
 
 from __future__ import annotations
 
-from jaxcache.pools.page_layout import PageLayout
-from jaxcache.pools.storage_cells import largest_cell_bytes
-
-VALUE_BYTES = 256 << 10  # where larger values of FileStorage are no faster per byte
-MAX_UNIT_PAGES = 64
+from collections.abc import Iterator
 
 
-def unit_pages(layout: PageLayout) -> int:
-    """So many pages that the largest cell's values reach VALUE_BYTES; equal for all meshes with one storage grid."""
-    num_pages = min(max(VALUE_BYTES // max(largest_cell_bytes(layout), 1), 1), MAX_UNIT_PAGES)
-    return 1 << (num_pages.bit_length() - 1)
+def chunks(num_pages: int, size: int) -> Iterator[slice]:
+    """[0, num_pages) in pieces of at most `size`."""
+    for start in range(0, num_pages, size):
+        yield slice(start, min(start + size, num_pages))
 
 
 def cut(run: range, unit: int) -> list[range]:

@@ -6,26 +6,21 @@ step t + 1   read() -> Agreed: the same on every rank, or RanksDiverged <-------
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import numpy as np
-from jax.sharding import Mesh
 
 from jaxcache.runtime.lanes import Agreed, Lanes, Said
-from jaxcache.runtime.readiness import nobody
-from jaxcache.runtime.reduction import Reduction, reduction_of
+from jaxcache.runtime.reduction import Reduction, never
 from jaxcache.types import Outcome
 
 
 class Agreement:
     """Packs what this process saw, reduces it over all ranks and unpacks the answer; serving thread only."""
 
-    def __init__(
-        self, mesh: Mesh, component_names: Sequence[str], max_live: int, reduction: type[Reduction] | None = None
-    ):
-        self.lanes = Lanes(tuple(component_names), max_live)
-        self._num_ranks = mesh.size
-        self._reduction = (reduction or reduction_of(mesh))(mesh, self.lanes.num_unanimous)
+    def __init__(self, lanes: Lanes, reduction: Reduction):
+        self.lanes = lanes
+        self._reduction = reduction
         self._issued: Said | None = None
 
     def issue(self, step: int, digest: int, outcomes: Mapping[int, Outcome], clock_ms: int, ok: bool) -> None:
@@ -38,10 +33,10 @@ class Agreement:
         """
         assert self._issued is None, f"{step=}: the agreement of step {self._issued.step} has not been read"
         self._issued = said = self.lanes.pack(step, digest, outcomes, clock_ms, ok)
-        row = said.row
-        self._reduction.start(np.broadcast_to(row, (self._num_ranks, len(row))))
+        row, num_ranks = said.row, self._reduction.num_ranks
+        self._reduction.start(row[None] if num_ranks == 1 else np.broadcast_to(row, (num_ranks, len(row))))
 
-    def read(self, timeout_s: float, is_reported: Callable[[], bool] = nobody) -> Agreed | None:
+    def read(self, timeout_s: float, is_reported: Callable[[], bool] = never) -> Agreed | None:
         """Waits for what was issued; None if nothing was.
 
         RanksDiverged and TransferFault end serving on every rank; RankUnresponsive here: it did not come in time.

@@ -8,29 +8,29 @@ Serving thread only. Every process makes the same calls in the same order; only 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-
-import jax
+from typing import Any, Generic, TypeVar
 
 from jaxcache.core import bad_input
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.core.serving import changes
-from jaxcache.pools.device_pool import DevicePools
 from jaxcache.runtime import carried
 from jaxcache.runtime.agreement import Agreement
-from jaxcache.runtime.fleet import Fleet, State
+from jaxcache.runtime.effects import Effects, Pools
 from jaxcache.runtime.lanes import Agreed
-from jaxcache.runtime.readiness import wait_until_ready
+from jaxcache.runtime.peers import Peers, State
 from jaxcache.runtime.transfer_engine import TransferEngine
 from jaxcache.types import RanksDiverged, RankUnresponsive, ServingEnded, TransferFault
 
+P = TypeVar("P", bound=Pools)
+E = TypeVar("E", bound=Effects)
 
-class Controller:
+
+class Controller(Generic[E]):
     """Drives one core, one engine and one agreement."""
 
-    def __init__(self, core: PrefixCache, engine: TransferEngine, agreement: Agreement, fleet: Fleet):
+    def __init__(self, core: PrefixCache, engine: TransferEngine[E], agreement: Agreement, fleet: Peers):
         self.core = core
         self.engine = engine
         self.agreement = agreement
@@ -86,9 +86,13 @@ class Controller:
         outcomes = carried.outcomes(core, self.engine.poll(), self._pays)
         ok = self.engine.fault is None
         try:
-            self.agreement.issue(core.step_number, carried.digest(core), outcomes, _clock_ms(), ok)
+            self.agreement.issue(core.step_number, carried.digest(core), outcomes, self._clock_ms(), ok)
         except RankUnresponsive as error:
             raise self._unresponsive("the agreement", error) from error
+
+    def _clock_ms(self) -> int:
+        """Of a clock that only moves forward; used as agreed on by stage 0 only."""
+        return int(self.engine.effects.now() * 1000)
 
     def _pays(self, query_id: int) -> bool:
         return not self.core.config.prefetch_if_faster or self.engine.rates.pays(query_id)
@@ -101,14 +105,12 @@ class Controller:
         is_awaited = core.prefetches.live or core.stores.num_awaited_exchanges
         return bool(is_awaited) or (bool(core.stores.live) and self.engine.has_ended())
 
-    def wait(self, arrays: Sequence[jax.Array]) -> None:
+    def wait(self, arrays: Sequence[Any]) -> None:
         """Until these are computed, which may need all ranks. Raises RankUnresponsive."""
         self._check()
         try:
-            wait_until_ready(arrays, self.fleet.wait_s, self.fleet.is_reported)
+            self.fleet.wait_for(arrays)
         except RankUnresponsive as error:
-            if error.__cause__ is not None and len(self.fleet.processes) == 1:
-                raise error.__cause__ from None  # no other process can be to blame
             raise self._unresponsive("a computation", error) from error
 
     @contextmanager
@@ -158,7 +160,7 @@ class Controller:
         last = f"last agreed in step {agreed.step} on {ids}"
         return State(core.step_number, carried.digest(core), last, since, decisions, core.counts())
 
-    def apply(self, pools: DevicePools) -> DevicePools:
+    def apply(self, pools: P) -> P:
         """Dispatches everything planned so far, in plan order; load-backs of earlier steps are scattered first.
 
         Whatever goes wrong in between ends serving: TransferFault, or RankUnresponsive.
@@ -181,8 +183,3 @@ def _not_carried_out(error: BaseException) -> TransferFault:
     fault = TransferFault(f"a plan was not carried out: {error!r}")
     fault.__cause__ = error
     return fault
-
-
-def _clock_ms() -> int:
-    """Milliseconds of a clock that only moves forward; used as agreed on by stage 0 only."""
-    return time.monotonic_ns() // 1_000_000

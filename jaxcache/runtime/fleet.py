@@ -17,15 +17,17 @@ import math
 import sys
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from jaxcache.core.plan import Decision, DecisionLog, describe, first_difference
+from jaxcache.core.plan import DecisionLog, first_difference
 from jaxcache.runtime.bulletin import Bulletin, coordinator_address
 from jaxcache.runtime.coordinator_watch import CoordinatorWatch
+from jaxcache.runtime.peers import Peers, State
 from jaxcache.runtime.process_end import reason
+from jaxcache.runtime.readiness import wait_until_ready
 from jaxcache.types import RanksDiverged, RankUnresponsive, ServingEnded, TransferFault
 
 LISTEN_SHARE = 0.2  # of the bound, for hearing the others
@@ -35,28 +37,7 @@ MAX_END_S = 1.0
 GIVEN_UP, FAULT = "unresponsive", "TransferFault: "
 
 
-class State(NamedTuple):
-    """What one process knows of itself.
-
-    agreed:    the last step whose digests were equal, and what was agreed in it
-    since:     decisions of this step and later ones are all there
-    counts:    by name; equal on ranks that hold the same tree
-    """
-
-    step: int
-    digest: int
-    agreed: str
-    since: int
-    decisions: Sequence[Decision]
-    counts: Mapping[str, int]
-
-    @property
-    def summary(self) -> str:
-        last = f"{describe(self.decisions[-1])} in step {self.decisions[-1][0]}" if self.decisions else "none"
-        return f"step {self.step}, digest {self.digest:#018x}, last decision {last}, {self.agreed}"
-
-
-class Fleet:
+class Fleet(Peers):
     """Who takes part, and how long one waits for the others.
 
     timeout_s: until this process has ended: `wait_s` for the mesh, `listen_s` for hearing the others, the end
@@ -74,8 +55,17 @@ class Fleet:
 
     @property
     def wait_s(self) -> float:
-        """How long to wait for the mesh; one process alone waits for nobody, whatever it computes."""
+        """For the mesh; one process alone waits for no other, whatever it computes."""
         return self._wait_s if len(self.processes) > 1 else math.inf
+
+    def wait_for(self, arrays: Sequence[Any]) -> None:
+        """Which may need all ranks. One process alone gets the runtime's own errors."""
+        try:
+            wait_until_ready(arrays, self.wait_s, self.is_reported)
+        except RankUnresponsive as error:
+            if error.__cause__ is not None and len(self.processes) == 1:
+                raise error.__cause__ from None  # no other process can be to blame
+            raise
 
     def watch(self, state: Callable[[], State]) -> None:
         """From now on says on stderr what `state`, called on another thread, returns when process 0 is gone."""

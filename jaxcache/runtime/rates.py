@@ -11,7 +11,7 @@ rather compute is enough. Every PROBE_EVERY-th hit is fetched all the same: what
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable
 
 MEMORY = 0.2  # weight of the newest measurement
 PROBE_EVERY = 16
@@ -19,9 +19,13 @@ MIN_PREFILL_TOKENS = 16  # of a step that says how fast tokens are computed; a s
 
 
 class Rates:
-    """Serving thread only. compute_s, fetch_s: seconds per token, None where nothing was measured."""
+    """Serving thread only. compute_s, fetch_s: seconds per token, None where nothing was measured.
 
-    def __init__(self):
+    now: seconds
+    """
+
+    def __init__(self, now: Callable[[], float]):
+        self._now = now
         self.compute_s: float | None = None
         self.fetch_s: float | None = None
         self._step_start: float | None = None
@@ -29,7 +33,7 @@ class Rates:
 
     def step(self, is_busy: bool) -> None:
         """A step begins. is_busy: requests run, so that the time since the last one was spent on them."""
-        now = time.perf_counter()
+        now = self._now()
         if self._step_start is not None and is_busy and self._num_prefilled >= MIN_PREFILL_TOKENS:
             self.compute_s = _mixed(self.compute_s, (now - self._step_start) / self._num_prefilled)
         self._step_start, self._num_prefilled = now, 0

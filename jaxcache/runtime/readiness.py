@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from jaxcache.runtime.reduction import never
 from jaxcache.types import RankUnresponsive
 
 SHORTEST_NAP_S = 5e-5
@@ -18,11 +19,7 @@ LONGEST_NAP_S = 1e-3
 ASK_EVERY_S = 0.5
 
 
-def nobody() -> bool:
-    return False
-
-
-def wait_until_ready(arrays: Sequence[Any], timeout_s: float, is_reported: Callable[[], bool] = nobody) -> None:
+def wait_until_ready(arrays: Sequence[Any], timeout_s: float, is_reported: Callable[[], bool] = never) -> None:
     """Returns when all are computed.
 
     is_reported: asked now and then: whether another process has given up or left, so that one need not wait any longer

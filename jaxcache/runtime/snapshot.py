@@ -26,9 +26,11 @@ from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.core.restoring import Placement, Restoring, check_quiet, placements
 from jaxcache.core.serving import RefusedCall, RefusedValue
 from jaxcache.core.tree_record import NOWHERE, Sources, TreeRecord, record_of, sources_of
-from jaxcache.pools.device_pool import DevicePools, Staging, bucket_pages, chunks, init_pools
+from jaxcache.pools.device_pool import DevicePools, Staging, bucket_pages, init_pools
+from jaxcache.pools.storage_units import chunks
 from jaxcache.pools.whole_pages import abstract_words, page_sums, staged, whole
 from jaxcache.runtime.controller import Controller
+from jaxcache.runtime.device_effects import DeviceEffects
 from jaxcache.runtime.snapshot_files import Pages, SnapshotFiles
 from jaxcache.runtime.snapshot_manifest import Manifest, checked, checksum, manifest_of
 from jaxcache.runtime.start_agreement import all_or_none
@@ -56,11 +58,11 @@ class Chunk(NamedTuple):
 class Snapshots:
     """Of one cache. Every process of a replica makes the same calls."""
 
-    def __init__(self, core: PrefixCache, controller: Controller):
+    def __init__(self, core: PrefixCache, controller: Controller[DeviceEffects]):
         self.core = core
         self.controller = controller
         self.engine = controller.engine
-        self.mover = controller.engine.mover
+        self.mover = controller.engine.effects.mover
         self.layouts = self.mover.layouts
 
     def _together(self, begin: Callable[[], None]) -> None:
@@ -113,7 +115,8 @@ class Snapshots:
                     if tier is Tier.DEVICE:
                         staging = self.mover.gather(name, pools[name], ids)
                     else:
-                        staging = self.engine.read_host(name, ids)
+                        self.engine.wait_to_read(name, ids)
+                        staging = self.engine.effects.read_host(name, ids)
                     yield Chunk(name, first + piece.start, first + piece.stop, bucket_pages(len(ids)), 0), staging
 
     def _read(self, array: jax.Array) -> np.ndarray:
@@ -193,7 +196,8 @@ class Snapshots:
                 if tier == Tier.DEVICE:
                     pools[name] = self.mover.scatter(name, pools[name], ids, staging)
                 else:
-                    self.engine.write_host(name, ids, staging)
+                    self.engine.wait_to_write(name, ids)
+                    self.engine.effects.write_host(name, ids, staging)
         return pools
 
     def _find(self, files: SnapshotFiles) -> Found:

@@ -28,11 +28,12 @@ from jaxcache import __version__
 from jaxcache.components.base import Component, Reach
 from jaxcache.config import CacheConfig
 from jaxcache.pools.page_layout import PageLayout, check_axes, page_layouts
-from jaxcache.pools.storage_units import unit_pages
-from jaxcache.runtime.fleet import Fleet, State
+from jaxcache.pools.storage_cells import unit_pages
+from jaxcache.runtime.collective import reduction_of
+from jaxcache.runtime.fleet import Fleet
 from jaxcache.runtime.lanes import CLOCK_MODULUS, DIGEST_LANES, NEUTRAL, are_equal, digest_lanes
+from jaxcache.runtime.peers import Peers, State
 from jaxcache.runtime.process_end import reason
-from jaxcache.runtime.reduction import reduction_of
 from jaxcache.storage.base import Storage
 from jaxcache.types import RanksDiverged, RankUnresponsive
 
@@ -88,7 +89,7 @@ def agree_on_start(components: Sequence[Component], mesh: Mesh, config: CacheCon
 
 
 @contextmanager
-def all_or_none(mesh: Mesh, fleet: Fleet, otherwise: str = "another process could not start") -> Iterator[None]:
+def all_or_none(mesh: Mesh, fleet: Peers, otherwise: str = "another process could not start") -> Iterator[None]:
     """Around what each process does for itself, such as to allocate: all come out of it, or none.
 
     Raises what failed here, when the others know it; RanksDiverged, which begins with `otherwise`, if it failed
@@ -105,13 +106,13 @@ def all_or_none(mesh: Mesh, fleet: Fleet, otherwise: str = "another process coul
         raise _error(otherwise, fleet, failures)
 
 
-def _failures(mesh: Mesh, fleet: Fleet, own: str) -> list[str]:
+def _failures(mesh: Mesh, fleet: Peers, own: str) -> list[str]:
     row = np.full(NUM_UNANIMOUS + 1, NEUTRAL, np.int32)
     row[0] = not own
     return [] if _reduced(row, mesh, fleet, "the agreement that all could start")[0] else fleet.failures(own)
 
 
-def _error(what: str, fleet: Fleet, lines: Sequence[str]) -> RanksDiverged:
+def _error(what: str, fleet: Peers, lines: Sequence[str]) -> RanksDiverged:
     return RanksDiverged("\n  ".join([f"{what} (process {fleet.process})", *lines]))
 
 
@@ -169,7 +170,7 @@ def _row(said: Mapping[str, str], pages: Sequence[int]) -> np.ndarray:
     return row
 
 
-def _reduced(row: np.ndarray, mesh: Mesh, fleet: Fleet, what: str) -> np.ndarray:
+def _reduced(row: np.ndarray, mesh: Mesh, fleet: Peers, what: str) -> np.ndarray:
     reduction = reduction_of(mesh)(mesh, NUM_UNANIMOUS)
     try:
         reduction.start(np.broadcast_to(row, (mesh.size, len(row))))

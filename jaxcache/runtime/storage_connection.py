@@ -6,6 +6,7 @@ import threading
 import time
 
 from jaxcache.runtime.circuit_breaker import CircuitBreaker
+from jaxcache.runtime.effects import Effects
 from jaxcache.runtime.job_graph import JobGraph
 from jaxcache.storage.base import Storage
 
@@ -16,13 +17,13 @@ STORE_NICENESS = 10
 
 class StorageConnection:
     """jobs: the threads that ask it. stores: those that write to it, so that no rest of theirs holds up a read.
-    breaker: whether it may be asked now."""
+    breaker: whether it may be asked now; after too many failures, not for `rest_s`."""
 
-    def __init__(self, storage: Storage, num_threads: int):
+    def __init__(self, storage: Storage, num_threads: int, rest_s: float, effects: Effects):
         self.storage = storage
-        self.breaker = CircuitBreaker(MAX_FAILURES, REST_S)
-        self.jobs = JobGraph(num_threads, "jaxcache-storage")
-        self.stores = JobGraph(num_threads, "jaxcache-store", STORE_NICENESS)
+        self.breaker = CircuitBreaker(MAX_FAILURES, rest_s, effects.now)
+        self.jobs = JobGraph(effects.workers("jaxcache-storage", num_threads, 0))
+        self.stores = JobGraph(effects.workers("jaxcache-store", num_threads, STORE_NICENESS))
 
     @property
     def num_open(self) -> int:

@@ -11,22 +11,19 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Generator, Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
 
 from jaxcache.core.stores import consecutive
-from jaxcache.pools.device_pool import chunks
-from jaxcache.pools.host_pool import HostPool
-from jaxcache.pools.storage_cells import Cell, storage_cells
-from jaxcache.pools.storage_units import cut
+from jaxcache.pools.cells import Part
+from jaxcache.pools.storage_units import chunks, cut
 from jaxcache.runtime.counters import Counters
+from jaxcache.runtime.effects import Effects
 from jaxcache.runtime.host_page_order import HostPageOrder
-from jaxcache.runtime.job_graph import Job
-from jaxcache.runtime.storage_connection import StorageConnection
+from jaxcache.runtime.job_graph import Job, Pause, Steps
+from jaxcache.runtime.storage_connection import REST_S, StorageConnection
 from jaxcache.runtime.storage_operation import Status, StorageOperation
 from jaxcache.runtime.store_budget import StoreBudget
 from jaxcache.storage.base import ObjectKey, Storage
@@ -35,40 +32,7 @@ from jaxcache.types import Move, Transfer, TransferKind
 BATCH_PAGES = 8  # of one STORE or FETCH job: small, so that several threads share a transfer and a cancel takes effect
 QUERY_PAGES = 256
 
-# move -> which of its pages are done, and whether they are good, as they come
-Copy = Callable[[Move], Iterator[tuple[slice, bool]]]
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """One local rank's share of a component's pages.
-
-    rows:  uint8[num_pages, row_bytes]
-    cells: what of a row is stored apart
-    """
-
-    rows: np.ndarray
-    cells: tuple[Cell, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One component's share of this process, and its unit of storage."""
-
-    component: str
-    shares: tuple[Share, ...]
-    cell_names: tuple[str, ...]
-    unit: int
-
-
-def local_part(pool: HostPool, unit: int) -> Part:
-    """The share of this process's devices."""
-    layout = pool.layout
-    shares = tuple(
-        Share(pool.rows[device], storage_cells(layout, layout.coordinates(device))) for device in pool.devices
-    )
-    names = dict.fromkeys(cell.name for share in shares for cell in share.cells)
-    return Part(layout.component, shares, tuple(names), unit)
+Answer = Generator[Pause, None, bool]  # steps that find out whether something is good
 
 
 class _Pages:
@@ -78,22 +42,20 @@ class _Pages:
           holds up nobody who needs another
     """
 
-    def __init__(self, copy: Copy, operation: StorageOperation, move: Move, groups: Sequence[slice]):
-        self._copy, self._operation, self._move, self.groups = copy, operation, move, groups
+    def __init__(self, operation: StorageOperation, move: Move, groups: Sequence[slice]):
+        self.operation, self.move, self.groups = operation, move, groups
         self.jobs = [Job() for _ in groups]
 
-    def run(self) -> None:
-        """Worker: until the pages or the operation end."""
-        for done, is_good in self._copy(self._move):
-            self._operation.deliver(self._move.component, done, np.full(done.stop - done.start, is_good))
-            for group, job in zip(self.groups, self.jobs, strict=True):
-                if done.start <= group.start and group.stop <= done.stop:
-                    job.set_result(None)
-            if not self._operation.keep_going():
-                return
+    def deliver(self, done: slice, is_good: bool) -> bool:
+        """Worker: these are done. False: no more are wanted."""
+        self.operation.deliver(self.move.component, done, np.full(done.stop - done.start, is_good))
+        for group, job in zip(self.groups, self.jobs, strict=True):
+            if done.start <= group.start and group.stop <= done.stop:
+                job.set_result(None)
+        return self.operation.keep_going()
 
     def job_ended(self, ended: Job) -> None:
-        """Lets go of the pages that `run` did not come to. A job fails only with the copy that it waited for."""
+        """Lets go of the pages that were not delivered. A job fails only with the copy that it waited for."""
         for job in self.jobs:
             if not job.done() and ended.exception() is not None:
                 job.set_exception(ended.exception())
@@ -106,34 +68,39 @@ class StorageIO:
 
     def __init__(
         self,
-        host_pools: Mapping[str, HostPool],
+        effects: Effects,
+        parts: Mapping[str, Part],
         orders: Mapping[str, HostPageOrder[Job]],
         storage: Storage | None,
         deadline_s: float,
         num_threads: int,
         counters: Counters,
         page_tokens: int = 1,
-        units: Mapping[str, int] | None = None,
         store_share: float = 1.0,
+        rest_s: float = REST_S,
+        batch_pages: int = BATCH_PAGES,
     ):
         """
-        units:       pages that may share a value, by component; 1 where nothing is said
+        parts:       this process's share of the host pages, by component
         store_share: of one thread's time, that STOREs may take while requests run
+        rest_s:      for which a storage that keeps failing is not asked
+        batch_pages: of one STORE or FETCH job
         """
-        self.budget = StoreBudget(store_share)
-        self._num_threads = num_threads
+        self.budget = StoreBudget(store_share, effects.now, effects.thread_s)
+        self._effects, self._num_threads, self._rest_s, self._batch_pages = effects, num_threads, rest_s, batch_pages
         self._connections: list[StorageConnection] = []  # the present one, and old ones that a thread still calls
         self._connection: StorageConnection | None = None
         self.connect(storage)
-        self._parts = {name: local_part(pool, (units or {}).get(name, 1)) for name, pool in host_pools.items()}
+        self._parts = dict(parts)
         self._page_tokens = page_tokens
         self._orders, self._deadline_s, self._counters = orders, deadline_s, counters
         self._live: dict[int, StorageOperation] = {}
 
     def connect(self, storage: Storage | None) -> None:
         """From now on asks this storage; transfers under way stay with the one that they began with."""
-        self._connection = None if storage is None else StorageConnection(storage, self._num_threads)
-        if self._connection is not None:
+        self._connection = None
+        if storage is not None:
+            self._connection = StorageConnection(storage, self._num_threads, self._rest_s, self._effects)
             self._connections = [*self._connections, self._connection]
         self.close_idle()
 
@@ -158,7 +125,7 @@ class StorageIO:
         """Submits a transfer; without a storage, or with the breaker open, it is done at once, with nothing."""
         assert transfer.id not in self._live, f"{transfer.id=} is live already"
         connection = self._connection
-        clock = self.budget.clock if transfer.kind is TransferKind.STORE else time.monotonic
+        clock = self.budget.clock if transfer.kind is TransferKind.STORE else self._effects.now
         operation = self._live[transfer.id] = StorageOperation(transfer, connection, self._deadline_s, clock)
         if connection is None or connection.breaker.is_open():
             operation.stop()
@@ -176,6 +143,11 @@ class StorageIO:
         """What every live transfer has delivered; here deadlines are noticed, and the end of calls of old storages."""
         self._expire()
         return {transfer_id: operation.status() for transfer_id, operation in self._live.items()}
+
+    @property
+    def live(self) -> Mapping[int, StorageOperation]:
+        """What was started and not forgotten, by transfer id."""
+        return self._live
 
     def has_ended(self) -> bool:
         """Whether a live transfer will deliver nothing more."""
@@ -236,28 +208,29 @@ class StorageIO:
 
     def _start_store(self, connection: StorageConnection, operation: StorageOperation, move: Move) -> None:
         order = self._orders[move.component]
-        for batch in self._batches(move, BATCH_PAGES):
+        for batch in self._batches(move, self._batch_pages):
             values = self._values(move, batch)
-            copy = partial(self._store, connection.storage, operation, values)
-            pages = _Pages(copy, operation, move, values)
+            pages = _Pages(operation, move, values)
             after = order.before_read(move.src_page_ids[batch])
             for value, job in zip(values, pages.jobs, strict=True):
                 order.add_reader(move.src_page_ids[value], job)
-            self._submit(connection, operation, pages.run, after).add_done_callback(pages.job_ended)
+            steps = self._store(connection.storage, pages)
+            self._submit(connection, operation, steps, after).add_done_callback(pages.job_ended)
 
     def _start_fetch(self, connection: StorageConnection, operation: StorageOperation, move: Move) -> None:
         order = self._orders[move.component]
-        for batch in self._batches(move, BATCH_PAGES):
+        for batch in self._batches(move, self._batch_pages):
             each = [slice(i, i + 1) for i in range(batch.start, batch.stop)]
-            pages = _Pages(partial(self._fetch, connection.storage, batch), operation, move, each)
+            pages = _Pages(operation, move, each)
             after = order.before_write(move.dst_page_ids[batch])
             for page, job in zip(each, pages.jobs, strict=True):
                 order.add_writer(move.dst_page_ids[page], job)
-            self._submit(connection, operation, pages.run, after).add_done_callback(pages.job_ended)
+            steps = self._fetch(connection.storage, batch, pages)
+            self._submit(connection, operation, steps, after).add_done_callback(pages.job_ended)
 
     def _start_query(self, connection: StorageConnection, operation: StorageOperation, move: Move) -> None:
         for batch in self._batches(move, QUERY_PAGES):
-            self._submit(connection, operation, partial(self._query, connection.storage, operation, move, batch), ())
+            self._submit(connection, operation, self._query(connection.storage, operation, move, batch), ())
 
     def _numbers(self, move: Move, batch: slice) -> list[int]:
         """Where these pages stand in their prompt, counted from 0; of no interest where none share a value."""
@@ -276,23 +249,23 @@ class StorageIO:
         return [slice(start, stop) for start, stop in pairwise([0, *cuts, len(numbers)])]
 
     def _submit(
-        self, connection: StorageConnection, operation: StorageOperation, work: Callable[[], None], after: Sequence[Job]
+        self, connection: StorageConnection, operation: StorageOperation, steps: Steps, after: Sequence[Job]
     ) -> Job:
         operation.add_job()
         is_store = operation.transfer.kind is TransferKind.STORE
         graph = connection.stores if is_store else connection.jobs
-        job = graph.submit(partial(self._guarded, connection, operation, work), after)
+        job = graph.submit(self._guarded(connection, operation, steps), after)
         job.add_done_callback(operation.job_ended)
         return job
 
-    def _guarded(self, connection: StorageConnection, operation: StorageOperation, work: Callable[[], None]) -> None:
+    def _guarded(self, connection: StorageConnection, operation: StorageOperation, steps: Steps) -> Steps:
         """A worker's outermost frame: whatever storage raises becomes a miss, and no user of its host pages sees it."""
         if not operation.keep_going():
             return
-        start = time.perf_counter()
+        start = self._effects.now()
         try:
             with self._counters.busy(operation.transfer.kind.name.lower()):
-                work()
+                yield from steps
         except BaseException:
             operation.stop()
             self._failed(connection, storage_failures=1)
@@ -300,28 +273,33 @@ class StorageIO:
             if operation.keep_going():
                 connection.breaker.succeeded()
         finally:
-            operation.worked(time.perf_counter() - start)
+            operation.worked(self._effects.now() - start)
 
     def _values(self, move: Move, batch: slice) -> list[slice]:
         """The values that these pages are cut into, by their places in the move."""
+        if self._parts[move.component].unit == 1:
+            return [slice(i, i + 1) for i in range(batch.start, batch.stop)]
         ends = [0]
         for run in consecutive(self._numbers(move, batch)):
             ends += [len(pages) for pages in cut(run, self._parts[move.component].unit)]
         return [slice(start, stop) for start, stop in pairwise(np.cumsum(ends) + batch.start)]
 
-    def _store(
-        self, storage: Storage, operation: StorageOperation, values: Sequence[slice], move: Move
-    ) -> Iterator[tuple[slice, bool]]:
-        """Yields which pages are done and whether they are stored, value after value."""
-        part = self._parts[move.component]
-        for value in values:
-            with self.budget.turn(operation.keep_going) as may_store:
-                if not may_store:
-                    return
-                good = self._store_value(storage, part, move.page_keys[value.stop - 1], move.src_page_ids[value])
-            yield value, good
+    def _store(self, storage: Storage, pages: _Pages) -> Steps:
+        """Value after value, which are the groups of `pages`."""
+        move, part = pages.move, self._parts[pages.move.component]
+        for value in pages.groups:
+            turn = yield from self.budget.begin(pages.operation.keep_going)
+            if turn is None:
+                return
+            try:
+                key = move.page_keys[value.stop - 1]
+                good = yield from self._store_value(storage, part, key, move.src_page_ids[value])
+            finally:
+                self.budget.end(turn)
+            if not pages.deliver(value, good):
+                return
 
-    def _store_value(self, storage: Storage, part: Part, key: bytes, page_ids: np.ndarray) -> bool:
+    def _store_value(self, storage: Storage, part: Part, key: bytes, page_ids: np.ndarray) -> Answer:
         """One value of each cell that this process writes; `key` is that of the last page."""
         good = True
         for share in part.shares:
@@ -330,37 +308,44 @@ class StorageIO:
                     is_one = len(page_ids) == 1
                     value = cell.value(share.rows[page_ids[0]]) if is_one else cell.values(share.rows, page_ids)
                     name = _object_key(key, part.component, cell.name, len(page_ids))
+                    yield Pause(call="put", key=name)
                     good &= _answer(storage.put(name, memoryview(value.reshape(-1))))
                     self._counters.add(store_bytes=value.nbytes)
         self._counters.add(store_pages=len(page_ids), store_misses=0 if good else len(page_ids))
         return good
 
-    def _fetch(self, storage: Storage, batch: slice, move: Move) -> Iterator[tuple[slice, bool]]:
-        """Yields which pages are done and whether they have come, value after value."""
-        part = self._parts[move.component]
+    def _fetch(self, storage: Storage, batch: slice, pages: _Pages) -> Steps:
+        """Value after value, as storage has them."""
+        move, part = pages.move, self._parts[pages.move.component]
         page_ids = move.dst_page_ids
         if part.unit == 1:
             for i in range(batch.start, batch.stop):
-                yield slice(i, i + 1), self._fetch_page(storage, part, move.page_keys[i], page_ids[i])
+                good = yield from self._fetch_page(storage, part, move.page_keys[i], page_ids[i])
+                if not pages.deliver(slice(i, i + 1), good):
+                    return
             return
         numbers = self._numbers(move, batch)
         first = self._numbers(move, slice(0, 1))[0]
         keys = dict(enumerate([*move.page_keys, *move.later_keys], first))
-        for pages in sorted(_found(storage, part, keys, numbers), key=lambda pages: pages.start):
-            wanted = range(max(pages.start, numbers[0]), min(pages.stop, numbers[-1] + 1))
+        found = yield from _found(storage, part, keys, numbers)
+        for held in sorted(found, key=lambda held: held.start):
+            wanted = range(max(held.start, numbers[0]), min(held.stop, numbers[-1] + 1))
             done = slice(wanted.start - first, wanted.stop - first)
-            if len(pages) == 1:
-                yield done, self._fetch_page(storage, part, keys[pages[0]], page_ids[done.start])
+            if len(held) == 1:
+                good = yield from self._fetch_page(storage, part, keys[held[0]], page_ids[done.start])
             else:
-                yield done, self._fetch_value(storage, part, keys[pages[-1]], pages, wanted, page_ids[done])
+                good = yield from self._fetch_value(storage, part, keys[held[-1]], held, wanted, page_ids[done])
+            if not pages.deliver(done, good):
+                return
 
-    def _fetch_page(self, storage: Storage, part: Part, key: bytes, page_id: int) -> bool:
+    def _fetch_page(self, storage: Storage, part: Part, key: bytes, page_id: int) -> Answer:
         """Good only if every cell of every local share is; the first bad one decides."""
         for share in part.shares:
             row = share.rows[page_id]
             for cell in share.cells:
-                value = cell.room(row)
-                if not _answer(storage.get(_object_key(key, part.component, cell.name, 1), memoryview(value))):
+                value, name = cell.room(row), _object_key(key, part.component, cell.name, 1)
+                yield Pause(call="get", key=name, memory=value)
+                if not _answer(storage.get(name, memoryview(value))):
                     self._counters.add(fetch_misses=1)
                     return False
                 cell.put_back(value, row)
@@ -369,16 +354,16 @@ class StorageIO:
         return True
 
     def _fetch_value(
-        self, storage: Storage, part: Part, key: bytes, pages: range, wanted: range, page_ids: np.ndarray
-    ) -> bool:
-        """The same for a value that holds `pages`, of which `wanted` are for `page_ids`."""
-        mine = slice(wanted.start - pages.start, wanted.stop - pages.start)
+        self, storage: Storage, part: Part, key: bytes, held: range, wanted: range, page_ids: np.ndarray
+    ) -> Answer:
+        """The same for a value that holds the pages `held`, of which `wanted` are for `page_ids`."""
+        mine = slice(wanted.start - held.start, wanted.stop - held.start)
         for share in part.shares:
             for cell in share.cells:
-                values = np.empty((len(pages), cell.num_bytes), np.uint8)
-                if not _answer(
-                    storage.get(_object_key(key, part.component, cell.name, len(pages)), memoryview(values))
-                ):
+                values = np.empty((len(held), cell.num_bytes), np.uint8)
+                name = _object_key(key, part.component, cell.name, len(held))
+                yield Pause(call="get", key=name, memory=values)
+                if not _answer(storage.get(name, memoryview(values))):
                     self._counters.add(fetch_misses=len(page_ids))
                     return False
                 cell.put_values(values[mine], share.rows, page_ids)
@@ -386,15 +371,15 @@ class StorageIO:
         self._counters.add(fetch_pages=len(page_ids))
         return True
 
-    def _query(self, storage: Storage, operation: StorageOperation, move: Move, batch: slice) -> None:
+    def _query(self, storage: Storage, operation: StorageOperation, move: Move, batch: slice) -> Steps:
         part = self._parts[move.component]
         numbers = self._numbers(move, batch)
         keys = dict(zip(numbers, move.page_keys[batch], strict=True))
         if batch.stop == len(move.page_keys):
             keys |= dict(enumerate(move.later_keys, numbers[-1] + 1))
-        is_of_use = not move.in_order or _may_hold(storage, part, keys, numbers[0])
-        found = _found(storage, part, keys, numbers) if is_of_use else []
-        there = {page for pages in found for page in pages}
+        is_of_use = not move.in_order or (yield from _may_hold(storage, part, keys, numbers[0]))
+        found = (yield from _found(storage, part, keys, numbers)) if is_of_use else []
+        there = {page for held in found for page in held}
         good = np.array([number in there for number in numbers])
         operation.deliver(move.component, batch, good)
         self._counters.add(query_pages=len(good), query_misses=int((~good).sum()))
@@ -404,7 +389,9 @@ def _object_key(key: bytes, component: str, cell_name: str, num_pages: int) -> O
     return ObjectKey(key, component, cell_name if num_pages == 1 else f"{num_pages} x {cell_name}")
 
 
-def _found(storage: Storage, part: Part, keys: Mapping[int, bytes], wanted: Sequence[int]) -> list[range]:
+def _found(
+    storage: Storage, part: Part, keys: Mapping[int, bytes], wanted: Sequence[int]
+) -> Generator[Pause, None, list[range]]:
     """The values, by their pages, that are probably there and hold pages that are wanted, largest first.
 
     keys: page -> key, of all pages with which such a value may end
@@ -416,7 +403,10 @@ def _found(storage: Storage, part: Part, keys: Mapping[int, bytes], wanted: Sequ
         spans = [range(start, start + size) for start in starts if start + size - 1 in keys]
         for cell_name in part.cell_names:  # mostly the first says no to all
             names = [_object_key(keys[pages[-1]], part.component, cell_name, size) for pages in spans]
-            answers = storage.exists(names) if names else []
+            if not names:
+                break
+            yield Pause(call="exists", key=names[0])
+            answers = storage.exists(names)
             spans = [pages for pages, answer in zip(spans, answers, strict=True) if _answer(answer)]
         found += spans
         left.difference_update(page for pages in spans for page in pages)
@@ -424,7 +414,7 @@ def _found(storage: Storage, part: Part, keys: Mapping[int, bytes], wanted: Sequ
     return found
 
 
-def _may_hold(storage: Storage, part: Part, keys: Mapping[int, bytes], page: int) -> bool:
+def _may_hold(storage: Storage, part: Part, keys: Mapping[int, bytes], page: int) -> Answer:
     """Whether some value may hold this page: one call of a few names, since most prompts are new to storage."""
     if not part.cell_names:
         return True  # pages without arrays, of which nothing has to be stored
@@ -435,6 +425,7 @@ def _may_hold(storage: Storage, part: Part, keys: Mapping[int, bytes], page: int
         if last in keys:
             names.append(_object_key(keys[last], part.component, part.cell_names[0], size))
         size //= 2
+    yield Pause(call="exists", key=names[0])
     answers = [_answer(answer) for _, answer in zip(names, storage.exists(names), strict=True)]
     return any(answers)
 

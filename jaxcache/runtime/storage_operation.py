@@ -9,7 +9,6 @@ A job asks `keep_going` before every page. A native call cannot be interrupted: 
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -42,7 +41,7 @@ class StorageOperation:
     """Results of one transfer, filled by workers and read by the serving thread.
 
     connection: the storage that it began with, and stays with
-    clock:      monotonic seconds that its deadline goes by
+    now:        seconds that its deadline goes by
     """
 
     def __init__(
@@ -50,14 +49,14 @@ class StorageOperation:
         transfer: Transfer,
         connection: StorageConnection | None,
         deadline_s: float,
-        clock: Callable[[], float] = time.monotonic,
+        now: Callable[[], float],
     ):
         self.transfer = transfer
         self.connection = connection
         self._good = {move.component: np.zeros(len(move.page_keys), bool) for move in transfer.moves}
         self.busy_s = 0.0  # that threads have worked on it, all together
-        self._clock = clock
-        self._deadline = clock() + deadline_s
+        self._now = now
+        self._deadline = now() + deadline_s
         self._lock = threading.Lock()
         self._num_open = 0
         self._stopped = False
@@ -81,7 +80,7 @@ class StorageOperation:
     def expire(self) -> bool:
         """Stops it if its deadline has passed while it was running; True if so."""
         with self._lock:
-            if self._is_done() or self._clock() < self._deadline:
+            if self._is_done() or self._now() < self._deadline:
                 return False
             self._stop()
             return True
@@ -128,5 +127,6 @@ class StorageOperation:
 
 
 def _num_leading(good: np.ndarray) -> int:
-    """How many of the first entries are true."""
-    return len(good) if good.all() else int(np.argmin(good))
+    """How many of the first entries are true. good: bool[n]"""
+    num_pages = good.tobytes().find(b"\0")
+    return len(good) if num_pages < 0 else num_pages

@@ -31,20 +31,22 @@ class Delays:
     Bounds are [low, high): of one model step, one copy between device and host, one page of storage, one question.
     deadline_us: of a storage transfer
     rest_us:     how long the breaker stays open
-    piece_pages: pages of storage that are moved as one; num_threads: pieces of one transfer at a time
+    piece_pages: of one job of storage; num_threads: such jobs at a time
     declines:    whether ranks would now and then rather compute than fetch
+    copies_inline: one of so many copies between device and host is done at once, where it may be; 0: none
     """
 
     seed: int = 0
     steps: tuple[int, int] = (1_000, 10_000)
     copies: tuple[int, int] = (100, 30_000)
     pages: tuple[int, int] = (100, 4_000)
-    queries: tuple[int, int] = (100, 20_000)
+    queries: tuple[int, int] = (100, 4_000)
     deadline_us: int = 150_000
     rest_us: int = 100_000
     piece_pages: int = 3
     num_threads: int = 2
     declines: bool = False
+    copies_inline: int = 0
 
     def step_us(self, rank: int, step: int) -> int:
         return self._draw(self.steps, rank, step, 1)
@@ -52,15 +54,15 @@ class Delays:
     def copy_us(self, rank: int, step: int, page_id: int) -> int:
         return self._draw(self.copies, rank, step, page_id)
 
-    def page_us(self, rank: int, transfer_id: int, place: int) -> int:
-        return self._draw(self.pages, rank, transfer_id, place)
+    def copies_at_once(self, rank: int, step: int, page_id: int) -> bool:
+        """Whether a copy whose host pages no job uses is done at once, as it may be."""
+        return self.copies_inline > 0 and not mix(self.seed, rank, step, page_id, 2) % self.copies_inline
 
-    def query_us(self, rank: int, transfer_id: int) -> int:
-        return self._draw(self.queries, rank, transfer_id, 0)
+    def page_us(self, rank: int, step: int, page_key: bytes) -> int:
+        return self._draw(self.pages, rank, step, number_of(page_key))
 
-    def place(self, step: int, num_places: int) -> int:
-        """Which one, the same on every rank."""
-        return mix(self.seed, step) % num_places
+    def query_us(self, rank: int, step: int, page_key: bytes) -> int:
+        return self._draw(self.queries, rank, step, number_of(page_key))
 
     def _draw(self, bounds: tuple[int, int], *what: int) -> int:
         low, high = bounds

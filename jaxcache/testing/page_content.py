@@ -1,7 +1,7 @@
 """What a page holds: bytes that are a function of what it stands for, so that a wrong page is seen at the first read.
 
 content = | 12 bytes of the page key | component |      of a page that is not full: of its key and its tail
-row     = | content | rank |                            every rank has its own share of a page
+row     = | content | rank | zeros |                    every rank has its own share of a page
 
 A model step reads and writes such contents, the same ones on every rank.
 """
@@ -11,11 +11,14 @@ from __future__ import annotations
 from hashlib import blake2b
 from typing import NamedTuple
 
+import numpy as np
+
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.core.tokens import Sequence
 
 KEY_BYTES = 12
-GARBAGE = b"garbage"  # what a page holds while somebody writes it, or after it was written by mistake
+ROW_BYTES = 16
+GARBAGE_BYTE = 0xEE  # all that a page holds while somebody writes it, or after it was written by mistake
 
 
 def content(c: int, sequence: Sequence, num_tokens: int) -> bytes:
@@ -38,8 +41,13 @@ def contents(c: int, sequence: Sequence, start: int, stop: int, end: int) -> lis
     return pages if whole == stop else [*pages, content(c, sequence, end)]
 
 
+def row_of(c: int, key: bytes, rank: int) -> np.ndarray:
+    """uint8[ROW_BYTES]: a rank's share of the whole page."""
+    return np.frombuffer(page_content(c, key) + RANK[rank], np.uint8)
+
+
 COMPONENT = [bytes([c]) for c in range(256)]
-RANK = COMPONENT
+RANK = [bytes([rank]).ljust(ROW_BYTES - KEY_BYTES - 1, b"\0") for rank in range(256)]  # the rest of a row
 
 
 class ModelStep(NamedTuple):

@@ -1,8 +1,8 @@
 """A serving loop without a model: requests come, are admitted, run, branch, are aborted, on one or several ranks.
 
-Every rank has the real core, and its own fake data plane with its own delays and faults; all get the same calls, and
-tell each other what the product's lanes and reduction carry, one step late. After each step the digests are equal, and
-every page that a model step would read has the content it should have.
+Every rank has the core, the engine and the loop of the product, on a virtual plane with its own delays and faults; all
+get the same calls, and tell each other what the product's lanes and reduction carry, one step late. After each step the
+digests are equal, and every page that a model step would read has the content it should have.
 """
 
 from __future__ import annotations
@@ -12,19 +12,20 @@ from collections import Counter
 
 import numpy as np
 
-from jaxcache.components.base import Component
+from jaxcache.components.base import Component, Reach
 from jaxcache.config import CacheConfig
 from jaxcache.core.lease import Lease
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.core.tokens import Namespace, Sequence
+from jaxcache.pools.storage_units import cut
 from jaxcache.runtime.lanes import Lanes
 from jaxcache.testing.chance import Delays
-from jaxcache.testing.fake_plane import FakePlane
 from jaxcache.testing.page_content import model_step
 from jaxcache.testing.request import Request
 from jaxcache.testing.simulated_storage import SimulatedStorage
 from jaxcache.testing.storage_faults import StorageFaults
-from jaxcache.testing.virtual_rank import Exchange, VirtualRank
+from jaxcache.testing.virtual_plane import VirtualPlane
+from jaxcache.testing.virtual_rank import STORE_SHARES, Exchange, VirtualRank
 
 TENANTS = ("a", "b", "c")  # whose namespaces these are, where tenants have limits
 REMEMBERED = 40
@@ -32,7 +33,10 @@ MAX_WIND_DOWN = 2000
 
 
 class Scenario:
-    """waiting, running: requests. finished: token lists to branch from. published: keys of what may ever be found."""
+    """waiting, running: requests. finished: token lists to branch from.
+
+    published: what may ever be found, page key -> the key before it
+    """
 
     def __init__(
         self,
@@ -50,13 +54,19 @@ class Scenario:
         self.delays = delays or Delays(seed)
         self.cores = [PrefixCache(components, config) for _ in range(num_ranks)]
         components = self.core.components
-        self.storage = SimulatedStorage(num_ranks, len(components))
+        self.published: dict[bytes, bytes] = {}
+        names = tuple(component.name for component in components)
+        self.storage = SimulatedStorage(num_ranks, names, 1 + seed % 2, self.published)
         self.planes = [
-            FakePlane(core, self.storage, rank, self.faults, self.delays) for rank, core in enumerate(self.cores)
+            VirtualPlane(core, self.storage, rank, self.faults, self.delays) for rank, core in enumerate(self.cores)
         ]
-        lanes = Lanes(tuple(component.name for component in components), config.max_live_transfers)
+        lanes = Lanes(names, config.max_live_transfers)
         self.exchange = Exchange(dict(zip(("cp", "tp", "pp"), mesh_shape, strict=True)), lanes.num_unanimous)
-        self.ranks = [VirtualRank(core, plane, lanes) for core, plane in zip(self.cores, self.planes, strict=True)]
+        share = STORE_SHARES[seed // 2 % len(STORE_SHARES)]
+        self.ranks = [
+            VirtualRank(core, plane, lanes, num_ranks, share)
+            for core, plane in zip(self.cores, self.planes, strict=True)
+        ]
         self.agreed: np.ndarray | None = None
         if self.core.tiers.has_host:
             self.attach()
@@ -65,7 +75,6 @@ class Scenario:
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.finished: list[tuple[int, list[int]]] = []
-        self.published: dict[bytes, None] = {}
         self.weights_version = 0
         self.is_being_cleared = False
         self.cap_chance = 0.1  # of asking for less than what is cached
@@ -90,9 +99,9 @@ class Scenario:
         """Time passes, differently on every rank; outcomes of the step before are agreed, the next ones exchanged."""
         step = self.core.step_number
         if self.agreed is not None:  # nobody goes on before the last one has said its part
-            self._all_reach(max(plane.jobs.now_us for plane in self.planes))
+            self._all_reach(max(plane.time.now_us for plane in self.planes))
         for plane in self.planes:
-            plane.jobs.advance(plane.jobs.now_us + self.delays.step_us(plane.rank, step))
+            plane.time.advance(plane.time.now_us + self.delays.step_us(plane.rank, step))
         if self.is_being_cleared:
             self.storage.clear()
             self.is_being_cleared = False
@@ -102,7 +111,7 @@ class Scenario:
 
     def _all_reach(self, now_us: int) -> None:
         for plane in self.planes:
-            plane.jobs.advance(now_us)
+            plane.time.advance(now_us)
 
     def _same_digests(self) -> None:
         digest = self.core.planner.digest
@@ -110,8 +119,8 @@ class Scenario:
             assert core.planner.digest == digest, f"I8: digests={[core.digest for core in self.cores]}"
 
     def apply(self) -> None:
-        for plane in self.planes:
-            plane.apply()
+        for rank in self.ranks:
+            rank.apply()
 
     # ---- namespaces
 
@@ -146,9 +155,8 @@ class Scenario:
     def forget_device(self) -> None:
         """Those who run are to be admitted again; in a retired namespace they cannot be."""
         self.counts["lost_devices"] += 1
-        for core, plane in zip(self.cores, self.planes, strict=True):
-            core.forget_device()
-            plane.lose_device()
+        for rank in self.ranks:
+            rank.forget_device()
         for request in reversed(self.running):
             assert all(lease._released for lease in request.leases)
             request.forget_lease()
@@ -158,16 +166,14 @@ class Scenario:
 
     def attach(self) -> None:
         """Storage comes, or comes back."""
-        for core, plane in zip(self.cores, self.planes, strict=True):
-            core.attachment.attach()
-            plane.io.is_attached = True
+        for rank in self.ranks:
+            rank.attach()
 
     def detach(self) -> None:
         """Storage goes, with whatever is in flight."""
         self.counts["detaches"] += 1
-        for core, plane in zip(self.cores, self.planes, strict=True):
-            core.attachment.detach()
-            plane.io.is_attached = False
+        for rank in self.ranks:
+            rank.detach()
 
     def clear_storage(self) -> None:
         """Every rank empties it, the first one now and the last one just before it says its next part."""
@@ -217,14 +223,21 @@ class Scenario:
     def _store_elsewhere(self, sequence: Sequence, rng: random.Random) -> None:
         """Another replica has served this prompt and stored most of it."""
         num_ranks, step = len(self.ranks), self.core.step_number
-        for key in sequence.page_keys(sequence.num_tokens * 4 // sequence.page_bytes):
-            self.published[key] = None
-            for c in range(len(self.core.components)):
+        keys = self._publish(sequence, sequence.num_tokens)
+        for c, component in enumerate(self.core.components):
+            unit = self.core.config.unit_pages(component.name) if component.reach is not Reach.POINT else 1
+            for pages in cut(range(len(keys)), unit):
                 missing = rng.randrange(20 * num_ranks)
                 for rank in range(num_ranks):
                     if rank != missing:
-                        is_torn = self.faults.of_page(rank, step, key) == "torn"
-                        self.storage.put_share(rank, c, key, is_torn)
+                        is_torn = self.faults.of_call(rank, step, "put", keys[pages[-1]]) == "torn"
+                        self.storage.put_pages(rank, c, keys[pages.start : pages.stop], is_torn)
+
+    def _publish(self, sequence: Sequence, num_tokens: int) -> list[bytes]:
+        """The keys of the whole pages up to there, which may be found from now on."""
+        keys = sequence.page_keys(num_tokens // self.core.config.page_tokens)
+        self.published.update(zip(keys, [sequence.namespace.digest, *keys], strict=False))
+        return keys
 
     def admit(self, request: Request) -> bool:
         """Admits a waiting request on every rank; a Wait changes nothing."""
@@ -305,8 +318,7 @@ class Scenario:
         request.written.clear()
         for core, lease in zip(self.cores, request.leases, strict=True):
             core.insert(lease, request.num_computed, states=states, priority=priority, retain_steps=retain_steps)
-        for key in request.sequences[0].page_keys(request.num_computed // self.core.config.page_tokens):
-            self.published[key] = None
+        self._publish(request.sequences[0], request.num_computed)
         if states:
             self._check_state(request, states[-1])
 
@@ -346,6 +358,9 @@ class Scenario:
     def _release(self, request: Request) -> None:
         for core, lease in zip(self.cores, request.leases, strict=True):
             core.release(lease)
+        for rank in self.ranks:
+            if not rank.core.leases:
+                rank.engine.serves(False)
         request.forget_lease()
         self.running.remove(request)
 
@@ -376,7 +391,8 @@ class Scenario:
         else:
             raise AssertionError(f"after {MAX_WIND_DOWN} more steps transfers {self.core.live_transfers()} go on")
         self.step()
-        assert not any(plane.io.live for plane in self.planes), "a transfer has ended that its rank goes on with"
+        live = [rank.engine.storage_io.live for rank in self.ranks]
+        assert not any(live), "a transfer has ended that its rank goes on with"
         self._check_accounts()
 
     def _check_accounts(self) -> None:

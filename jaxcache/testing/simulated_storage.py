@@ -1,61 +1,203 @@
-"""One storage that all ranks share: one cell per page, component and rank. Values are checked like real ones.
+"""One storage that all ranks share, in memory, with the records of the product; and how one rank meets it.
 
-value = | row | crc32 |      what does not fit its checksum is a miss, and may be written again
+SimulatedStorage  rank -> key -> record      a value that does not fit its record is a miss, and may be written again
+RankStorage       what the rank's engine calls: real answers, or what a fault makes of them
 """
 
 from __future__ import annotations
 
-from zlib import crc32
+from collections.abc import Mapping, Sequence
 
-from jaxcache.testing.page_content import RANK, page_content
+import numpy as np
 
-CHECKSUM_BYTES = 4
+from jaxcache.pools.cells import Cell
+from jaxcache.runtime.job_graph import Pause
+from jaxcache.storage import record
+from jaxcache.storage.base import ObjectKey, Storage, StorageError
+from jaxcache.testing.chance import Delays
+from jaxcache.testing.page_content import GARBAGE_BYTE, ROW_BYTES, row_of
+from jaxcache.testing.storage_faults import StorageFaults
+
+SLOWLY = 40  # times as long
+CLAIM_BYTES, CRC_BYTES = 104, 4  # of a record's header; between them are zeros, which are not kept here
+
+
+def row_cells(rank: int, num_cells: int) -> tuple[Cell, ...]:
+    """One rank's rows, in so many parts of one size."""
+    size = ROW_BYTES // num_cells
+    return tuple(Cell(f"rank {rank} @{first}", (), size, first, is_writer=True) for first in range(0, ROW_BYTES, size))
 
 
 class SimulatedStorage:
-    """capacity: cells of a rank and component; the oldest leave, on each rank when its own puts push them out."""
+    """parents: page key -> the one before it, of all that was published: what is put is compared with what its key says
 
-    def __init__(self, num_ranks: int, num_components: int, capacity: int = 10_000):
+    capacity: values of a rank; the oldest leave, on each rank when its own puts push them out
+    """
+
+    def __init__(
+        self,
+        num_ranks: int,
+        components: Sequence[str],
+        num_cells: int = 1,
+        parents: Mapping[bytes, bytes] | None = None,
+        capacity: int = 20_000,
+    ):
+        self.numbers = {name: c for c, name in enumerate(components)}
+        self.components = tuple(components)
+        self.cells = [row_cells(rank, num_cells) for rank in range(num_ranks)]
+        self.parents = parents or {}
         self.capacity = capacity
-        self.cells: list[list[dict[bytes, bytes]]] = [[{} for _ in range(num_components)] for _ in range(num_ranks)]
+        self.values: list[dict[ObjectKey, bytes]] = [{} for _ in range(num_ranks)]
 
-    def exists(self, rank: int, c: int, keys: tuple[bytes, ...]) -> list[bool]:
-        """Whether a cell is there, whole or not."""
-        cells = self.cells[rank][c]
-        return [key in cells for key in keys]
-
-    def put(self, rank: int, c: int, key: bytes, row: bytes, is_torn: bool = False) -> None:
+    def put(self, rank: int, key: ObjectKey, payload: bytes, is_torn: bool = False) -> None:
         """First writer wins, unless what is there is broken. is_torn: the writer dies half-way."""
-        cells = self.cells[rank][c]
-        there = cells.get(key)
-        if there is not None and (is_torn or checked(there) is not None):
+        values = self.values[rank]
+        there = values.get(key)
+        if there is not None and (is_torn or checked(key, there) is not None):
             return
-        value = row + crc32(row).to_bytes(CHECKSUM_BYTES)
-        cells[key] = value[: len(value) // 2] if is_torn else value
-        if len(cells) > self.capacity:
-            del cells[next(iter(cells))]
+        header = record.pack_header(key, memoryview(payload))
+        value = header[:CLAIM_BYTES] + header[-CRC_BYTES:] + payload
+        values[key] = value[: -len(payload) // 2] if is_torn else value
+        if len(values) > self.capacity:
+            del values[next(iter(values))]
 
-    def put_share(self, rank: int, c: int, key: bytes, is_torn: bool = False) -> None:
-        """What somebody else has computed and stored."""
-        self.put(rank, c, key, page_content(c, key) + RANK[rank], is_torn)
+    def put_pages(self, rank: int, c: int, keys: Sequence[bytes], is_torn: bool = False) -> None:
+        """What somebody else has computed and stored: consecutive pages, in one value of each cell."""
+        rows = np.stack([row_of(c, key, rank) for key in keys])
+        for cell in self.cells[rank]:
+            name = cell.name if len(keys) == 1 else f"{len(keys)} x {cell.name}"
+            payload = np.ascontiguousarray(cell.values(rows, np.arange(len(keys)))).tobytes()
+            self.put(rank, ObjectKey(keys[-1], self.components[c], name), payload, is_torn)
 
     def clear(self) -> None:
         """Empties it for all ranks, whoever asks."""
-        for components in self.cells:
-            for cells in components:
-                cells.clear()
+        for values in self.values:
+            values.clear()
 
-    def get(self, rank: int, c: int, key: bytes) -> bytes | None:
-        """The value as it is, whole or not."""
-        return self.cells[rank][c].get(key)
+    def page_keys(self, rank: int = 0, component: str = "full") -> list[bytes]:
+        """Of the last pages of all values, in the order in which they came."""
+        return list(dict.fromkeys(key.page_key for key in self.values[rank] if key.component == component))
+
+    def lose(self, rank: int, component: str, page_key: bytes) -> None:
+        """All values that end with this page."""
+        values = self.values[rank]
+        lost = [key for key in values if (key.component, key.page_key) == (component, page_key)]
+        assert lost, f"{component} of rank {rank} has no such page"
+        for key in lost:
+            del values[key]
 
 
-def checked(value: bytes) -> bytes | None:
-    """The row in a value, or None if it is broken."""
-    row, checksum = value[:-CHECKSUM_BYTES], value[-CHECKSUM_BYTES:]
-    return row if crc32(row).to_bytes(CHECKSUM_BYTES) == checksum else None
+def num_pages_of(key: ObjectKey) -> int:
+    """That share the value of this name."""
+    return int(key.cell.rpartition(" x ")[0] or 1)
+
+
+def checked(key: ObjectKey, value: bytes) -> bytes | None:
+    """The payload of a value, or None if it is broken."""
+    start = CLAIM_BYTES + CRC_BYTES
+    payload = value[start:]
+    header = value[:CLAIM_BYTES].ljust(record.HEADER_BYTES - CRC_BYTES, b"\0") + value[CLAIM_BYTES:start]
+    return payload if record.check(header, key, memoryview(payload)) else None
 
 
 def corrupted(value: bytes) -> bytes:
     """With one bit turned."""
-    return bytes([value[0] ^ 1]) + value[1:]
+    return value[:-1] + bytes([value[-1] ^ 1])
+
+
+class RankStorage(Storage):
+    """step: of the rank, which says which faults strike. wrong: what its engine should not have put."""
+
+    secret = b"simulated"
+
+    def __init__(self, shared: SimulatedStorage, rank: int, faults: StorageFaults, delays: Delays):
+        self.shared, self.rank, self.faults, self.delays = shared, rank, faults, delays
+        self.step = 0
+        self.num_calls = 0
+        self.wrong: list[str] = []
+        self._begun: dict[tuple[str, ObjectKey], str] = {}
+        self._cells = {cell.name: cell for cell in shared.cells[rank]}
+
+    def begin(self, pause: Pause) -> int:
+        """The call that follows the pause begins. Returns how long it takes, in microseconds.
+
+        What it may write is undefined from here on, until it returns.
+        """
+        call, key = pause.call, pause.key
+        assert key is not None
+        fault = self.faults.of_call(self.rank, self.step, call, key.page_key)
+        self._begun[call, key] = fault
+        self.num_calls += 1
+        pause.memory[...] = GARBAGE_BYTE
+        if call == "exists":
+            us = self.delays.query_us(self.rank, self.step, key.page_key)
+        else:
+            us = num_pages_of(key) * self.delays.page_us(self.rank, self.step, key.page_key)
+        if fault == "slow":
+            self.faults.struck(fault)
+            return SLOWLY * us
+        return self.delays.deadline_us + SLOWLY * us if fault == "stalled" else us
+
+    def _fault(self, call: str, key: ObjectKey) -> str:
+        """What has struck the call that returns now."""
+        fault = self._begun.pop((call, key), "")
+        if fault in ("stalled", "refused"):
+            self.faults.struck(fault)
+        if fault == "refused":
+            raise StorageError("refused")
+        return fault
+
+    def exists(self, keys: Sequence[ObjectKey]) -> list[bool]:
+        fault = self._fault("exists", keys[0])
+        values = self.shared.values[self.rank]
+        found = [key in values for key in keys]
+        if fault == "short" and len(keys) > 1:
+            self.faults.struck(fault)
+            found[len(keys) // 2 :] = [False] * (len(keys) - len(keys) // 2)
+        return found
+
+    def get(self, key: ObjectKey, buffer: memoryview) -> bool:
+        fault = self._fault("get", key)
+        target = np.frombuffer(buffer, np.uint8).reshape(-1)
+        target[:] = GARBAGE_BYTE
+        value = self.shared.values[self.rank].get(key)
+        if fault == "stalled" or value is None:
+            return False
+        if fault in ("lost", "short"):
+            self.faults.struck(fault)
+            if fault == "short":
+                half = len(target) // 2
+                target[:half] = np.frombuffer(value[CLAIM_BYTES + CRC_BYTES :][:half].ljust(half), np.uint8)
+            return False
+        payload = checked(key, corrupted(value) if fault == "corrupt" else value)
+        if payload is None:
+            self.faults.struck("corrupt" if fault == "corrupt" else "torn")
+            return False
+        if len(payload) != len(target):
+            return False
+        target[:] = np.frombuffer(payload, np.uint8)
+        return True
+
+    def put(self, key: ObjectKey, buffer: memoryview) -> bool:
+        fault = self._fault("put", key)
+        payload = bytes(buffer)
+        self._check_content(key, payload)
+        if fault == "short":
+            self.faults.struck(fault)
+            return False
+        self.shared.put(self.rank, key, payload, fault == "torn")
+        return fault != "torn"
+
+    def clear(self) -> None:
+        self.shared.clear()
+
+    def _check_content(self, key: ObjectKey, payload: bytes) -> None:
+        """Raising would be a failure of the storage to the engine that calls: so it is noted."""
+        page_key, keys = key.page_key, [key.page_key]
+        for _ in range(num_pages_of(key) - 1):
+            page_key = self.shared.parents[page_key]
+            keys.insert(0, page_key)
+        c, cell = self.shared.numbers[key.component], self._cells[key.cell.rpartition(" x ")[2]]
+        expected = b"".join(cell.room(row_of(c, key, self.rank)).tobytes() for key in keys)
+        if payload != expected:
+            self.wrong.append(f"rank {self.rank}: STORE put {payload} under {key}, {expected} should be there")

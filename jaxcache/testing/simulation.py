@@ -151,7 +151,7 @@ class Simulation:
             settings.seed,
             settings.mesh,
             self.faults,
-            delays or Delays(settings.seed, declines=True),
+            delays or Delays(settings.seed, declines=True, copies_inline=8),
         )
         self.scenario.num_namespaces = 3
         self.scenario.decode_tokens = (1, *[2 * page_tokens] * 7)
@@ -179,7 +179,8 @@ class Simulation:
                 progress(PROGRESS_STEPS)
         seconds = time.process_time() - start
         counts = self._finish()
-        faults = {kind: self.faults.counts[kind] for kind in settings.possible_faults}
+        struck = self.faults.counts + self._noticed()
+        faults = {kind: struck[kind] for kind in settings.possible_faults}
         num_rank_steps = settings.num_steps * settings.num_ranks
         digest = self.scenario.core.digest
         return Report(digest, num_rank_steps, seconds, counts, faults)
@@ -256,6 +257,12 @@ class Simulation:
         for core in scenario.cores:
             invariants.check_empty(core)
         return counts
+
+    def _noticed(self) -> Counter[str]:
+        """By the engines of all ranks."""
+        stats = [rank.engine.stats() for rank in self.scenario.ranks]
+        names = {"unasked": "storage_not_asked", "timeout": "storage_timeouts"}
+        return Counter({kind: int(sum(own.get(name, 0) for own in stats)) for kind, name in names.items()})
 
     def _counts(self) -> dict[str, int]:
         scenario = self.scenario

@@ -1,4 +1,4 @@
-"""A small cache to try one behaviour on: `Server` computes prompts on a fake plane that checks what it reads."""
+"""A small cache to try one behaviour on: `Server` computes prompts on a virtual plane that checks what it reads."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.core.tokens import Namespace, Sequence
 from jaxcache.runtime.lanes import Lanes
 from jaxcache.testing.chance import Delays
-from jaxcache.testing.fake_plane import FakePlane
 from jaxcache.testing.page_content import model_step
 from jaxcache.testing.simulated_storage import SimulatedStorage
+from jaxcache.testing.storage_faults import StorageFaults
+from jaxcache.testing.virtual_plane import VirtualPlane
 from jaxcache.testing.virtual_rank import Exchange, VirtualRank
 from jaxcache.types import Match, Transfer, TransferKind, Wait
 
@@ -48,14 +49,14 @@ def make_core(*components: Component, **fields: Any) -> PrefixCache:
 
 
 class Server:
-    """One rank: a core, a fake plane without faults, one namespace. Checks the invariants after each call."""
+    """One rank of a fleet, on a plane without faults, with one namespace. Checks the invariants after each call."""
 
     def __init__(self, *components: Component, **fields: Any):
         self.core = make_core(*components, **fields)
-        self.storage = SimulatedStorage(1, len(self.core.components))
-        self.plane = FakePlane(self.core, self.storage, delays=DELAYS)
-        lanes = Lanes(tuple(self.plane.numbers), self.core.config.max_live_transfers)
-        self.rank = VirtualRank(self.core, self.plane, lanes)
+        names = tuple(component.name for component in self.core.components)
+        self.storage = SimulatedStorage(1, names)
+        self.plane = VirtualPlane(self.core, self.storage, 0, StorageFaults(), DELAYS)
+        self.rank = VirtualRank(self.core, self.plane, Lanes(names, self.core.config.max_live_transfers), 2)
         self.namespace = self.core.new_namespace(model="test")
         self.agreed: Any = None
         self.chunk_ends: dict[int, list[int]] = {}  # by lease id: where model steps ended
@@ -121,7 +122,7 @@ class Server:
             self.step()
         begin = lease.num_computed
         while begin < end:
-            self.plane.apply()
+            self.rank.apply()
             stop = lease.next_stop
             chunk_end = min(end, lease.num_tokens, end if stop is None else stop)
             self.plane.model_step(lease, model_step(self.core, lease.sequence, begin, chunk_end))
@@ -164,7 +165,7 @@ class Server:
         full_pages = min(device.available() for device in paged)
         lease = self.admit(prompt(full_pages * PAGE, 900_000))
         self.release(lease)
-        self.plane.apply()
+        self.rank.apply()
 
     # ---- storage
 
@@ -172,7 +173,7 @@ class Server:
         """Another replica has stored every page, window and state of this prompt."""
         for key in self.sequence(tokens).page_keys(len(tokens) // PAGE):
             for c in range(len(self.core.components)):
-                self.storage.put_share(0, c, key)
+                self.storage.put_pages(0, c, [key])
 
     def prefetch(self, tokens: list[int]) -> Ticket:
         ticket = self.core.prefetch(self.sequence([*tokens, NEXT]))
@@ -183,7 +184,7 @@ class Server:
 
 def server_with_storage(*components: Component, **fields: Any) -> Server:
     server = Server(*components, **{"host_pages": 64, "prefetch_host_share": 1.0, **fields})
-    server.core.attachment.attach()
+    server.rank.attach()
     return server
 
 
@@ -191,11 +192,11 @@ def step_all(servers: list[Server], agreed: Any = None, num_storage_pages: int =
     """One step of servers that are ranks of one fleet. agreed: what the step before returned."""
     rows = []
     for server, row in zip(servers, [None] * len(servers) if agreed is None else agreed, strict=True):
-        server.plane.apply()
-        jobs = server.plane.jobs
-        jobs.advance(jobs.now_us + num_storage_pages * PAGE_US)
+        server.rank.apply()
+        time = server.plane.time
+        time.advance(time.now_us + num_storage_pages * PAGE_US)
         rows.append(server.rank.step(row))
-        server.plane.apply()
+        server.rank.apply()
         server.check()
     assert len({server.core.digest for server in servers}) == 1
     return Exchange({"cp": len(servers), "tp": 1, "pp": 1}, servers[0].rank.lanes.num_unanimous).reduce(rows)

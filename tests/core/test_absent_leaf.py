@@ -52,9 +52,8 @@ def left_host_memory(components: tuple) -> Server:
     server = Server(*components, device_pages=200, host_pages=pages(components, FEW_ON_HOST))
     serve_both(server)
     server.prefill(prompt(LONG, 1000))
-    server.plane.apply()
-    server.core.forget_device()
-    server.plane.lose_device()
+    server.rank.apply()
+    server.rank.forget_device()
     return server
 
 
@@ -68,7 +67,7 @@ def did_not_come_from_storage(components: tuple) -> Server:
         server.step(0)
     last = server.sequence(prompt(LONG)).page_keys(LONG // PAGE)[-1]
     for component in components[1:]:
-        del server.storage.cells[0][server.plane.numbers[component.name]][last]
+        server.storage.lose(0, component.name, last)
     server.settle()
     server.core.cancel(ticket)
     return server

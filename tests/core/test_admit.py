@@ -117,9 +117,8 @@ def test_a_hit_served_entirely_from_host_has_every_component():
     """X1, X3: pages, window and state come back together."""
     server = Server(FULL, window(6), state(), host_pages=32)
     server.prefill(prompt(24))
-    server.plane.apply()
-    server.core.forget_device()
-    server.plane.lose_device()
+    server.rank.apply()
+    server.rank.forget_device()
     lease = server.admit(prompt(30))
     assert (lease.num_cached_tokens, lease.host_tokens) == (24, 24)
     (load,) = server.planned(TransferKind.LOAD_BACK)
@@ -157,7 +156,7 @@ def test_pages_being_loaded_stay_although_their_lease_is_released():
     server = Server(device_pages=8, host_pages=32)
     on_host_only(server, prompt(16))
     server.release(server.admit(prompt(17)))
-    server.plane.apply()
+    server.rank.apply()
     assert not server.try_admit(prompt(20, 1000))
     other = server.admit(prompt(16, 1000))
     server.compute(other, 12)
@@ -184,12 +183,12 @@ def test_tables_are_refused_while_a_plan_is_unapplied():
     running, lease = server.admit(prompt(4, 1000)), server.admit(prompt(17))
     with pytest.raises(RuntimeError, match="apply"):
         _ = running.page_tables
-    server.plane.apply()
+    server.rank.apply()
     assert len(running.page_tables["full"]) == 1
     server.core.commit({})  # now the scatter is due
     with pytest.raises(RuntimeError, match="apply"):
         _ = lease.page_tables
-    server.plane.apply()
+    server.rank.apply()
     server.compute(lease, 17)
 
 

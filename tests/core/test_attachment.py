@@ -18,29 +18,29 @@ def test_what_host_memory_has_is_stored_when_storage_comes(components):
     for attach_first in (True, False):
         server = Server(*components, host_pages=64)
         if attach_first:
-            server.core.attachment.attach()
+            server.rank.attach()
         for first in (0, 1000):
             server.prefill(prompt(24, first))
             server.prefill([*prompt(12, first), *prompt(12, first + 500)])
         server.settle()
         if not attach_first:
-            assert not any(server.storage.cells[0])
-            server.core.attachment.attach()
+            assert not server.storage.values[0]
+            server.rank.attach()
             server.settle()
-        stored.append([set(cells) for cells in server.storage.cells[0]])
+        stored.append(set(server.storage.values[0]))
         server.check_empty()
     assert stored[0] == stored[1] and stored[0]
 
 
 def num_stored(server: Server) -> int:
-    return len(server.storage.cells[0][0])
+    return len(server.storage.page_keys())
 
 
 def test_back_filling_loses_nothing_and_lets_newcomers_go_first():
     server = Server(host_pages=256, device_pages=256, max_queued_stores=2, max_stores=1)
     for first in range(8):
         server.prefill(prompt(8, 1000 * first))
-    server.core.attachment.attach()
+    server.rank.attach()
     server.prefill(prompt(8, 50_000))
     server.core.stores.start()
     (store,) = server.planned(TransferKind.STORE)
@@ -54,7 +54,7 @@ def test_back_filling_goes_from_the_root_down():
     server = Server(host_pages=64, max_stores=1)
     for end in (8, 16, 24):
         server.prefill(prompt(end))
-    server.core.attachment.attach()
+    server.rank.attach()
     order = []
     while server.core.stores.is_waiting or server.core.stores.live:
         server.step()
@@ -65,7 +65,7 @@ def test_back_filling_goes_from_the_root_down():
 def test_a_node_that_is_split_before_its_turn_is_stored_whole():
     server = Server(host_pages=64)
     server.prefill(prompt(24))
-    server.core.attachment.attach()
+    server.rank.attach()
     server.prefill([*prompt(12), *prompt(4, 3000)])
     server.settle()
     assert num_stored(server) == 7
@@ -75,7 +75,7 @@ def test_a_large_tree_is_visited_in_many_steps():
     server = Server(device_pages=400, host_pages=8, write_policy=WritePolicy.NONE)
     for first in range(300):
         server.prefill(prompt(4, 1000 * first))
-    server.core.attachment.attach()
+    server.rank.attach()
     num_steps = 0
     while server.core.stores.is_waiting:
         server.core.commit({})
@@ -92,7 +92,7 @@ def test_detach_with_a_prefetch_in_flight(when):
     while ticket.state is not when:
         server.step(0)
     assert server.try_admit(ticket.sequence, ticket=ticket) == Wait("prefetch")
-    server.core.attachment.detach()
+    server.rank.detach()
     server.check()
     assert server.core.live_transfers() and server.host_free() < 64
     lease = server.admit(ticket.sequence, ticket=ticket)
@@ -110,10 +110,10 @@ def test_stores_under_way_end_and_queued_ones_are_dropped():
     server = server_with_storage(max_stores=1)
     for first in (0, 1000, 2000):
         server.prefill(prompt(8, first))
-    server.plane.apply()
+    server.rank.apply()
     server.core.commit({})
     assert (len(server.core.stores.live), len(server.core.stores.queue)) == (1, 2)
-    server.core.attachment.detach()
+    server.rank.detach()
     assert not server.core.stores.queue and server.core.counters["dropped_stores"] == 2
     server.prefill(prompt(8, 3000))
     server.settle()
@@ -129,11 +129,11 @@ def test_what_the_old_storage_got_is_not_believed_of_the_new_one():
     server.prefill(prompt(8, 1000))
     server.step(0)
     assert server.core.stores.live
-    server.core.attachment.detach()
+    server.rank.detach()
     server.settle()
     assert not server.core.stores.believed
-    server.storage.cells[0][0].clear()
-    server.core.attachment.attach()
+    [server.storage.lose(0, "full", key) for key in server.storage.page_keys()]
+    server.rank.attach()
     server.settle()
     assert num_stored(server) == 4
 
@@ -163,7 +163,7 @@ def test_what_was_accepted_and_is_not_quiet_yet(call):
     server.core.take_plan()
     server.core.commit({ticket.prefetch.id: Outcome(True, False, {"full": 6})})
     if call == "detach":
-        server.core.attachment.detach()
+        server.rank.detach()
     else:
         server.core.reset()
     lease = server.admit(ticket.sequence, ticket=ticket)
@@ -174,9 +174,9 @@ def test_what_was_accepted_and_is_not_quiet_yet(call):
 def test_an_old_storage_that_hangs_does_not_use_up_the_stores_of_the_new_one():
     server = server_with_storage(max_stores=1)
     server.prefill(prompt(8))
-    server.plane.apply()
+    server.rank.apply()
     server.core.commit({})
-    server.core.attachment.detach()
+    server.rank.detach()
     server.core.attachment.attach("another")
     server.core.commit({})
     assert len(server.core.stores.live) == 2
@@ -194,7 +194,7 @@ def test_attaching_twice_or_to_nothing_is_refused():
     server = server_with_storage()
     digest = server.core.digest
     with pytest.raises(RuntimeError, match="detach it first"):
-        server.core.attachment.attach()
+        server.rank.attach()
     assert server.core.digest == digest
     core = make_core()
     with pytest.raises(ValueError, match="host_pages"):

@@ -68,7 +68,7 @@ def test_integers_of_numpy_decide_as_those_of_python_do():
 )
 def test_a_wish_that_is_refused_changes_nothing(server, wish: dict[str, Any]):
     lease = server.admit(prompt(40))
-    server.plane.apply()
+    server.rank.apply()
     before = everything(server), lease.num_computed
     with pytest.raises(ValueError, match="must be an int"):
         server.core.insert(lease, 40, **wish)

@@ -88,7 +88,7 @@ def test_reset_with_a_planned_load_back():
     server.check()
     assert server.free() == 8 - 4
     other = server.admit(prompt(16, 1000))
-    server.plane.apply()
+    server.rank.apply()
     server.compute(other, 12)
     server.step()
     assert server.free() == 8 - 4
@@ -104,12 +104,12 @@ def test_no_model_step_between_a_reset_and_the_scatter_that_was_on_its_way():
     server.flush_device()
     server.settle()
     server.release(server.admit(prompt(17)))
-    server.plane.apply()
+    server.rank.apply()
     server.core.reset()
     server.core.commit({})
     assert server.free() == 8
     assert not server.core.plan_is_applied()
-    server.plane.apply()
+    server.rank.apply()
     assert server.core.plan_is_applied()
     server.prefill(prompt(16, 1000))
     server.check_empty()
@@ -122,9 +122,8 @@ def test_when_the_device_is_lost_running_leases_end(write_policy):
     server.prefill(prompt(24))
     server.settle()
     leases = [server.admit(prompt(25)), server.admit(prompt(12, 1000))]
-    server.plane.apply()
-    server.core.forget_device()
-    server.plane.lose_device()
+    server.rank.apply()
+    server.rank.forget_device()
     server.check()
     for lease in leases:
         with pytest.raises(ValueError, match="was released"):
@@ -168,14 +167,14 @@ def test_pages_of_a_load_back_are_free_after_its_scatter_whatever_storage_does()
     server.prefill(prompt(8, 7000))
     server.step(0)
     server.core.commit({})
-    server.plane.apply()
+    server.rank.apply()
     assert server.core.live_transfers()  # and they hang
     server.release(server.admit(prompt(17)))
-    server.plane.apply()
+    server.rank.apply()
     server.core.reset()
     assert server.free() < 8 and server.core.is_busy()
     server.core.commit({})
-    server.plane.apply()
+    server.rank.apply()
     server.check()
     assert server.free() == 8 and not server.core.is_busy()
     assert isinstance(server.try_admit(prompt(32, 1000)), Lease)
@@ -188,14 +187,14 @@ def test_pages_on_their_way_back_make_the_cache_busy():
     server.flush_device()
     server.settle()
     server.release(server.admit(prompt(17)))
-    server.plane.apply()
+    server.rank.apply()
     server.core.reset()
     assert server.free() < 8
     assert server.core.is_busy()
     assert isinstance(server.try_admit(prompt(32, 1000)), Wait)
     server.core.commit({})
     assert not server.core.is_busy()
-    server.plane.apply()
+    server.rank.apply()
     assert isinstance(server.try_admit(prompt(32, 1000)), Lease)
 
 
@@ -207,9 +206,8 @@ def test_dropping_the_device_keeps_what_host_memory_has():
     """Design: after a failed donated step, requests come back and load what was backed up."""
     server = Server(FULL, window(6), state(), host_pages=32)
     server.prefill(prompt(24))
-    server.plane.apply()
-    server.core.forget_device()
-    server.plane.lose_device()
+    server.rank.apply()
+    server.rank.forget_device()
     server.check()
     assert server.match(prompt(24)) == Match(24, 0, 24, 0, ())
     lease = server.admit(prompt(30))
@@ -225,15 +223,13 @@ def test_dropping_the_device_loses_what_was_not_dispatched():
     server.settle()
     server.prefill(prompt(24))
     assert server.planned(TransferKind.BACKUP)
-    server.core.forget_device()
-    server.plane.lose_device()
+    server.rank.forget_device()
     server.check()
     assert not server.core.planner.transfers
     assert server.match(prompt(24)) == Match(16, 0, 16, 0, ())
     assert server.host_free() == 64 - 4
     server.release(server.admit(prompt(17)))
-    server.core.forget_device()
-    server.plane.lose_device()
+    server.rank.forget_device()
     server.check()
     assert server.free() == 32
     server.check_empty()
@@ -266,15 +262,14 @@ def test_a_store_that_was_withdrawn_is_planned_again():
     """L1: dropping the device takes back a STORE that was not dispatched; host memory still has what it named."""
     server = server_with_storage()
     server.prefill(prompt(16))
-    server.plane.apply()
+    server.rank.apply()
     server.core.commit({})
     assert server.planned(TransferKind.STORE)
-    server.core.forget_device()
-    server.plane.lose_device()
+    server.rank.forget_device()
     server.check()
     assert not server.planned(TransferKind.STORE)
     server.settle()
-    assert list(server.storage.cells[0][0]) == server.sequence(prompt(16)).page_keys(4)
+    assert server.storage.page_keys() == server.sequence(prompt(16)).page_keys(4)
     assert server.core.counters["stored_pages"] == server.core.counters["store_pages"] == 4
     server.check_empty()
 
@@ -282,11 +277,10 @@ def test_a_store_that_was_withdrawn_is_planned_again():
 def test_a_store_that_was_withdrawn_after_storage_had_gone_is_not():
     server = server_with_storage()
     server.prefill(prompt(16))
-    server.plane.apply()
+    server.rank.apply()
     server.core.commit({})
-    server.core.attachment.detach()
-    server.core.forget_device()
-    server.plane.lose_device()
+    server.rank.detach()
+    server.rank.forget_device()
     server.settle()
-    assert not server.storage.cells[0][0]
+    assert not server.storage.page_keys()
     server.check_empty()

@@ -207,10 +207,9 @@ def test_a_retired_namespace_is_gone_at_once():
 def test_without_the_device_host_memory_stays():
     server = Watched(FULL, window(6), state(), host_pages=32)
     server.prefill(prompt(24))
-    server.plane.apply()
+    server.rank.apply()
     before = held(server, Tier.HOST)
-    server.core.forget_device()
-    server.plane.lose_device()
+    server.rank.forget_device()
     server.check()
     assert not held(server)
     assert held(server, Tier.HOST) == before != []

@@ -17,7 +17,7 @@ def test_write_through_drops_from_the_device_what_host_memory_has():
     """E1: nothing is copied at eviction."""
     server = Server(device_pages=4, host_pages=16)
     server.prefill(prompt(16))
-    server.plane.apply()
+    server.rank.apply()
     server.admit(prompt(16, 1000))
     assert server.match(prompt(16)).host_tokens == 16
     assert not server.core.planner.transfers

@@ -200,7 +200,7 @@ def test_the_part_of_a_window_that_is_there_is_named_with_its_tier():
     server = Server(FULL, window(12), device_pages={"full": 64, "window": 6}, host_pages={"full": 64, "window": 2})
     server.prefill(prompt(9))
     server.prefill(prompt(17))
-    server.plane.apply()
+    server.rank.apply()
     server.release(server.admit(prompt(24, 1000)))
     (missing,) = explain(server).missing
     assert (missing.span, missing.held) == (Span(4, 8), (("HOST", Span(8, 16)),))

@@ -54,7 +54,7 @@ def test_duplicates_are_freed_once_and_the_table_is_replaced():
 
 
 def contents_of(server: Server, c: int, page_ids: np.ndarray) -> list[bytes]:
-    return [server.plane.device[c][page_id] for page_id in page_ids]
+    return [server.plane.device[c][page_id].tobytes() for page_id in page_ids]
 
 
 @pytest.mark.parametrize("components", [(FULL,), (FULL, window(6)), (FULL, window(6), state())])
@@ -302,7 +302,7 @@ def test_a_state_that_the_loop_does_not_say_it_has_written_is_not_published():
     server = Server(FULL, state(4))
     lease = server.admit(prompt(10))
     assert dict(lease.checkpoints) == {8: 1}
-    server.plane.apply()
+    server.rank.apply()
     server.plane.model_step(lease, model_step(server.core, lease.sequence, 0, 10))  # not in two chunks
     server.core.insert(lease, 8)
     server.core.insert(lease, 10)

@@ -81,7 +81,7 @@ def test_stored_keys_are_the_keys_of_the_namespace():
     server = server_with_storage()
     salted = server.core.new_namespace(model="test", tenant_salt="s")
     server.prefill(server.sequence(prompt(8), salted))
-    server.plane.apply()
+    server.rank.apply()
     server.core.commit({})
     (store,) = server.planned(TransferKind.STORE)
     assert list(store.moves[0].page_keys) == server.sequence(prompt(8), salted).page_keys(2)

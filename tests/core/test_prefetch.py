@@ -22,9 +22,7 @@ def until(server: Server, ticket: Ticket, wanted: PrefetchState) -> None:
 
 def forget(server: Server, component: str, tokens: list[int]) -> None:
     """Storage loses the page (or state) that ends with these tokens."""
-    del server.storage.cells[0][server.plane.numbers[component]][
-        server.sequence(tokens).page_keys(len(tokens) // PAGE)[-1]
-    ]
+    server.storage.lose(0, component, server.sequence(tokens).page_keys(len(tokens) // PAGE)[-1])
 
 
 def unfulfilled(server: Server) -> dict[str, int]:
@@ -99,7 +97,7 @@ def test_only_what_is_not_there_is_asked_for():
     """L3: full pages beyond the match, and the windows at every possible end."""
     server = server_with_storage(FULL, window(6))
     server.prefill(prompt(16))
-    server.plane.apply()
+    server.rank.apply()
     ticket = server.prefetch(prompt(32))
     (query,) = server.planned(TransferKind.QUERY)
     ends = {move.component: list(move.page_ends) for move in query.moves}
@@ -129,7 +127,7 @@ def test_a_fetch_names_all_values_that_may_hold_its_pages():
     ticket = server.prefetch(prompt(60))
     server.step()
     server.step()
-    fetch = server.plane.io.live[ticket.prefetch.id].transfer
+    fetch = server.rank.engine.storage_io.live[ticket.prefetch.id].transfer
     assert fetch.kind is TransferKind.FETCH
     full, of_state = fetch.moves
     keys = server.sequence(prompt(60)).page_keys(15)
@@ -267,7 +265,7 @@ def test_best_effort_takes_what_has_come_so_far():
     server.store(prompt(40))
     ticket = server.prefetch(prompt(40))
     until(server, ticket, PrefetchState.FETCH)
-    server.plane.apply()
+    server.rank.apply()
     server.step(3)
     server.step(0)
     lease = server.admit(ticket.sequence, ticket=ticket)
@@ -296,10 +294,10 @@ def test_admitting_while_a_window_is_still_being_read():
     server.store(prompt(32))
     ticket = server.prefetch(prompt(32))
     until(server, ticket, PrefetchState.FETCH)
-    server.plane.apply()
+    server.rank.apply()
     server.step(8)  # full attention comes first
     server.step(0)
-    assert not server.plane.io.live[ticket.prefetch.id].status().quiet
+    assert not server.rank.engine.storage_io.live[ticket.prefetch.id].status().quiet
     reserved = set(ticket.prefetch.pages[1].tolist())
     lease = server.admit(ticket.sequence, ticket=ticket)
     assert lease.num_cached_tokens == 0

@@ -17,8 +17,8 @@ from jaxcache.core.eviction import POLICIES
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.core.restoring import Placement, Restoring, check_quiet, placements
 from jaxcache.core.tree_record import findable_nodes, record_of, sources_of
-from jaxcache.testing.fake_plane import FakePlane
 from jaxcache.testing.page_content import page_content
+from jaxcache.testing.virtual_plane import VirtualPlane
 from jaxcache.types import ServingEnded, WritePolicy
 from tests.core.consumer import Consumer
 from tests.core.driver import MIXTURES, draw_components, draw_config, iterate
@@ -31,12 +31,12 @@ Rows = list[list[bytes]]  # by component, in the order of the snapshot
 class Snapshot:
     """A core as its snapshot has it, with the content of the pages that a fake plane holds."""
 
-    def __init__(self, core: PrefixCache, plane: FakePlane):
+    def __init__(self, core: PrefixCache, plane: VirtualPlane):
         check_quiet(core)
         sources, origins = sources_of(core)
         self.record = record_of(core, origins)
         self.rows: Rows = [
-            [plane.device[c][page] for page in found.device_ids] + [plane.host[c][page] for page in found.host_ids]
+            [row.tobytes() for row in (*plane.device[c][found.device_ids], *plane.host[c][found.host_ids])]
             for c, found in enumerate(sources)
         ]
 
@@ -83,7 +83,7 @@ def served(seed: int, num_steps: int, mixture: tuple[str, ...], **overrides: Any
             scenario.retire(rng.randrange(2))
     scenario.wind_down()
     for plane in scenario.planes:
-        plane.jobs.advance(plane.jobs.now_us + 10**9)  # every copy ends
+        plane.time.advance(plane.time.now_us + 10**9)  # every copy ends
     return scenario
 
 

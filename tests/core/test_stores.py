@@ -107,7 +107,7 @@ def test_a_split_while_a_store_waits_stores_every_page_once():
     server.release(server.admit([*prompt(4), 77]))
     server.settle()
     keys = set(server.sequence(prompt(16)).page_keys(4))
-    assert server.storage.cells[0][0].keys() >= keys
+    assert set(server.storage.page_keys()) >= keys
     assert server.core.counters["stored_pages"] == server.core.counters["store_pages"] == 2 + 2 + 4 + 3
 
 
@@ -141,7 +141,7 @@ def test_what_is_left_of_a_node_that_was_split_in_the_queue_is_stored(leaving):
     only_in_front(server, *leaving)
     server.settle()
     keys = server.sequence(prompt(16)).page_keys(4)
-    assert [key in server.storage.cells[0][0] for key in keys] == [True, True, False, False]
+    assert [key in server.storage.page_keys() for key in keys] == [True, True, False, False]
 
 
 @LEAVING
@@ -149,10 +149,10 @@ def test_what_is_left_of_a_node_that_was_split_before_the_walk_came_is_stored(le
     """L1, L7."""
     server = Server(host_pages=64)
     server.prefill(prompt(16))
-    server.core.attachment.attach()
+    server.rank.attach()
     only_in_front(server, *leaving)
     server.settle()
-    assert list(server.storage.cells[0][0]) == server.sequence(prompt(16)).page_keys(2)
+    assert server.storage.page_keys() == server.sequence(prompt(16)).page_keys(2)
 
 
 def test_a_run_that_came_back_longer_is_stored_once():
@@ -165,7 +165,7 @@ def test_a_run_that_came_back_longer_is_stored_once():
     server.core.tiers.drop_subtree(server.core.tiers.tree.walk(server.sequence([7] * 16), 8)[0][0])
     server.prefill([7] * 32)
     server.settle()
-    assert server.storage.cells[0][0].keys() >= set(server.sequence([7] * 32).page_keys(8))
+    assert set(server.storage.page_keys()) >= set(server.sequence([7] * 32).page_keys(8))
     assert server.core.counters["stored_pages"] == server.core.counters["store_pages"] == 2 + 8
 
 
@@ -175,11 +175,11 @@ def test_a_store_of_a_storage_that_is_gone_is_cancelled():
     server.prefill(prompt(40))
     server.step(0)
     (store,) = server.core.live_transfers()
-    server.core.attachment.detach()
+    server.rank.detach()
     assert server.core.unwanted_transfers() == [store]
     server.step(2)
     assert server.core.tiers.host[0].num_pinned == 10
     server.settle()
-    assert 0 < len(server.storage.cells[0][0]) < 10
+    assert 0 < len(server.storage.page_keys()) < 10
     assert server.core.tiers.host[0].num_pinned == server.core.counters["failed_store_pages"] == 0
     server.check_empty()

@@ -30,7 +30,7 @@ def test_when_a_prompt_is_backed_up(policy, backed_up):
     for _ in backed_up:
         server.prefill(prompt(9))
         counts.append(num_backed_up(server))
-        server.plane.apply()
+        server.rank.apply()
     assert counts == backed_up
     server.flush_device()
     expected = {WritePolicy.NONE: 0}.get(policy, 8)
@@ -104,7 +104,7 @@ def test_a_late_state_is_backed_up_alone():
     """W2: its node was backed up before it had one."""
     server = Server(FULL, state(), host_pages=32)
     server.prefill(prompt(16))
-    server.plane.apply()
+    server.rank.apply()
     lease = server.admit([*prompt(8), *prompt(4, 1000)])
     server.compute(lease, 12)
     server.insert(lease, 12)
@@ -126,8 +126,7 @@ def test_backup_then_evict_then_reuse_in_one_step():
     lease = server.admit([*prompt(8), 77])  # loaded back to where the other's pages are being backed up
     assert lease.num_cached_tokens == 0  # its windows end at 12 and 16
     server.release(lease)
-    server.core.forget_device()
-    server.plane.lose_device()
+    server.rank.forget_device()
     server.settle()
     assert server.match(prompt(16)).host_tokens == 16
 
@@ -149,11 +148,10 @@ def test_a_split_while_the_copy_is_under_way_changes_nothing():
     server.prefill(prompt(16))
     leases = [server.admit([*prompt(end), 77]) for end in (12, 8, 4)]
     assert server.planned(BACKUP)
-    server.plane.apply()
+    server.rank.apply()
     for lease in leases:
         server.release(lease)
-    server.core.forget_device()
-    server.plane.lose_device()
+    server.rank.forget_device()
     lease = server.admit(prompt(20))
     assert lease.num_cached_tokens == 16
     server.compute(lease, 20)
@@ -190,7 +188,7 @@ def hanging_store(server: Server, num_prompts: int = 1) -> list[int]:
     server.core.commit({})
     stores = list(server.core.stores.live)
     assert stores
-    server.plane.apply()
+    server.rank.apply()
     return stores
 
 
@@ -204,7 +202,7 @@ def test_write_back_with_a_storage_that_hangs_makes_room_on_the_device(how, host
     assert isinstance(server.try_admit(prompt(32, 9000)), Wait), "the path above what is stored is pinned"
     assert server.core.is_busy()
     if how == "detach":
-        server.core.attachment.detach()
+        server.rank.detach()
     else:
         server.core.commit({store: Outcome(done=True, quiet=False) for store in stores})
     server.check()

@@ -260,7 +260,7 @@ class Driver:
     def edit_host(self, edit: Callable[[np.ndarray], None], component: str = "full") -> None:
         """Changes the host rows of every device in place, uint8[pages, row_bytes]."""
         self.cache.engine.drain()
-        for rows in self.cache.engine.host_pools[component].rows.values():
+        for rows in self.cache.engine.effects.host_pools[component].rows.values():
             edit(rows)
 
 

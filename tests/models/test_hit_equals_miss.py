@@ -16,7 +16,7 @@ import pytest
 
 import jaxcache
 from jaxcache.pools.storage_cells import storage_cells
-from jaxcache.runtime import transfer_engine
+from jaxcache.runtime import device_effects
 from jaxcache.storage.base import ObjectKey
 from tests.models.serving import (
     DEVICE_PAGES,
@@ -258,8 +258,8 @@ def test_host_row_of_another_request_shows(rig):
 
 def by_programs(monkeypatch):
     """Copies as GPUs have them; CPU devices do without the programs where they can."""
-    monkeypatch.setattr(transfer_engine, "back_up_now", lambda *args: False)
-    monkeypatch.setattr(transfer_engine, "load_back_now", lambda *args: None)
+    monkeypatch.setattr(device_effects, "back_up_now", lambda *args: False)
+    monkeypatch.setattr(device_effects, "load_back_now", lambda *args: None)
 
 
 @pytest.mark.mutation
@@ -269,7 +269,7 @@ def test_load_back_to_the_wrong_pages_shows(rig, tier, monkeypatch):
     keys carry their positions, and attention sees all of them.)"""
     by_programs(monkeypatch)
     with cached(rig, tier, "whole") as driver:
-        mover, scatter = driver.cache.engine.mover, driver.cache.engine.mover.scatter
+        mover, scatter = driver.cache.engine.effects.mover, driver.cache.engine.effects.mover.scatter
 
         def misdirected(name, pools, page_ids, staging):
             page_ids = page_ids.copy()
@@ -287,7 +287,7 @@ def test_load_back_that_never_lands_shows(rig, tier, monkeypatch):
     by_programs(monkeypatch)
     with cached(rig, tier, "whole") as driver:
         driver.edit_pool(lambda pool: pool.fill(0))
-        monkeypatch.setattr(driver.cache.engine.mover, "scatter", lambda name, pools, ids, staging: pools)
+        monkeypatch.setattr(driver.cache.engine.effects.mover, "scatter", lambda name, pools, ids, staging: pools)
         must_differ(rig, driver, tier)
 
 
@@ -297,7 +297,7 @@ def test_backup_of_pages_that_were_overwritten_shows(rig, monkeypatch):
     by_programs(monkeypatch)
     with rig.cache() as cache:
         driver = Driver(rig, cache)
-        mover, gather, late = cache.engine.mover, cache.engine.mover.gather, cache.init_pools()
+        mover, gather, late = cache.engine.effects.mover, cache.engine.effects.mover.gather, cache.init_pools()
         monkeypatch.setattr(mover, "gather", lambda name, pools, page_ids: gather(name, late[name], page_ids))
         driver.ask(PROMPT)
         driver.fill_device()
@@ -307,7 +307,7 @@ def test_backup_of_pages_that_were_overwritten_shows(rig, monkeypatch):
 @pytest.mark.mutation
 def test_fetch_into_the_wrong_row_shows(rig, monkeypatch):
     with cached(rig, "storage", "whole") as driver:
-        storage_io, fetch = driver.cache.engine._storage_io, driver.cache.engine._storage_io._fetch_page
+        storage_io, fetch = driver.cache.engine.storage_io, driver.cache.engine.storage_io._fetch_page
         keys = driver.sequence(PROMPT).page_keys(11)
 
         def misdirected(storage, name, key, row):

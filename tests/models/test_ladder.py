@@ -285,7 +285,7 @@ def spoil_device(ladder: Ladder, component: str, server: ListeningServer) -> Non
 def spoil_host(ladder: Ladder, component: str, server: ListeningServer) -> None:
     mine, other = (page_id(ladder, server, prompt, component, "host") for prompt in ladder.prompts)
     server.cache.engine.drain()
-    for rows in server.cache.engine.host_pools[component].rows.values():
+    for rows in server.cache.engine.effects.host_pools[component].rows.values():
         rows[mine] = rows[other]
 
 

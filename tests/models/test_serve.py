@@ -179,7 +179,7 @@ def corrupt(server: Server, tier: str, page: int) -> None:
     """Other finite numbers in one page."""
     if tier == "host":
         server.cache.engine.drain()
-        for rows in server.cache.engine.host_pools["full"].rows.values():
+        for rows in server.cache.engine.effects.host_pools["full"].rows.values():
             rows[page] ^= 0x80
         return
     kv = server.pools["full"]["kv"]

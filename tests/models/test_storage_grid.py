@@ -71,12 +71,12 @@ def test_one_wrong_cell_shows(make_mesh, monkeypatch):
     write(make_mesh(1, 2, 1), storage, (1, 2, 1))
     mesh = make_mesh()
     with rig_on(mesh).cache(storage, storage_grid=(1, 2, 1)) as cache:
-        part = cache.engine._storage_io._parts["full"]
+        part = cache.engine.storage_io._parts["full"]
         (share,) = part.shares
         names = [cell.name for cell in share.cells]
         swapped = tuple(replace(cell, name=name) for cell, name in zip(share.cells, names[::-1], strict=True))
         swapped_part = replace(part, shares=(replace(share, cells=swapped),))
-        monkeypatch.setitem(cache.engine._storage_io._parts, "full", swapped_part)
+        monkeypatch.setitem(cache.engine.storage_io._parts, "full", swapped_part)
         got = Driver(rig_on(mesh), cache).ask_storage(PROMPT)
     assert got.hits == (0, 0, NUM_STORED)
     with pytest.raises(AssertionError):

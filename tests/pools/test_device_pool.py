@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxcache.components import FieldSpec, FullAttention
-from jaxcache.pools.device_pool import PageMover, bucket_pages, chunks, init_pools
+from jaxcache.pools.device_pool import PageMover, bucket_pages, init_pools
 from jaxcache.pools.page_layout import page_layouts
 from jaxcache.runtime.compiles import compile_count
 
@@ -109,8 +109,7 @@ def test_scatter_needs_no_temporary_pool(make_mesh):
     assert program.memory_analysis().temp_size_in_bytes < pools["index"].nbytes / 4
 
 
-def test_chunks_and_buckets():
-    assert list(chunks(5, 2)) == [slice(0, 2), slice(2, 4), slice(4, 5)]
+def test_buckets():
     assert [bucket_pages(n) for n in (1, 2, 3, 4, 5)] == [1, 2, 4, 4, 8]
     mover_buckets = PageMover({}, None, {}, 100).buckets()
     assert mover_buckets == [1, 2, 4, 8, 16, 32, 64]

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 import jaxcache
 from jaxcache.pools.page_layout import page_layout
-from jaxcache.pools.storage_units import MAX_UNIT_PAGES, VALUE_BYTES, cut, unit_pages
+from jaxcache.pools.storage_cells import MAX_UNIT_PAGES, VALUE_BYTES, unit_pages
+from jaxcache.pools.storage_units import chunks, cut
 
 UNITS = st.sampled_from([1, 2, 8, 64])
 
@@ -34,6 +35,10 @@ def test_no_two_neighbours_could_be_one(start, num_pages, unit):
 def test_a_long_run_is_mostly_whole_units():
     assert cut(range(3, 1024), 8)[:4] == [range(3, 4), range(4, 8), range(8, 16), range(16, 24)]
     assert len(cut(range(3, 1024), 8)) == 2 + (1024 - 8) // 8
+
+
+def test_chunks():
+    assert list(chunks(5, 2)) == [slice(0, 2), slice(2, 4), slice(4, 5)]
 
 
 def component(page_bytes: int) -> jaxcache.Component:

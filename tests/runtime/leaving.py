@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 import jaxcache
-from jaxcache.runtime import transfer_engine
+from jaxcache.runtime import device_effects
 from jaxcache.runtime.process_end import is_exiting
 
 KV = jaxcache.FieldSpec("kv", (2, 2, 4, 1, 64), "float32", ("layers", None, "slots", "heads", None))
@@ -103,7 +103,7 @@ def fail(cache: jaxcache.Cache) -> None:
 
 def main(how: str, kind: str, folder: str) -> None:
     assert not is_exiting()
-    transfer_engine.EXIT_S = 1.0
+    device_effects.EXIT_S = 1.0
     cache = jaxcache.Cache(
         [jaxcache.FullAttention("full", (KV,))], jaxcache.one_device_mesh(), CONFIG, storage_of(kind, folder)
     )

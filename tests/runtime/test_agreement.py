@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from jaxcache.runtime import reduction
-from jaxcache.runtime.agreement import Agreement
+from jaxcache.runtime import collective as collective_module
+from jaxcache.runtime.collective import CollectiveReduction, agreement_on, collective
 from jaxcache.runtime.lanes import FIRST_SLOT, ID, NEUTRAL, Agreed, Lanes
-from jaxcache.runtime.reduction import CollectiveReduction, LocalReduction, collective, reduce_rows
+from jaxcache.runtime.reduction import LocalReduction, reduce_rows
 from jaxcache.types import Outcome, RanksDiverged, TransferFault
 
 MESHES = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2, 2), (2, 2, 2), (1, 1, 4)]
@@ -134,14 +134,14 @@ def forwards_nothing(value, num_stages):
 def test_every_axis_matters(make_mesh, rng, monkeypatch, name, mutant):
     mesh = make_mesh(2, 2, 2)
     rows = random_rows(rng, mesh.size)
-    monkeypatch.setattr(reduction, name, mutant)
+    monkeypatch.setattr(collective_module, name, mutant)
     reduced = np.asarray(collective.__wrapped__(mesh, 30)(rows))
     assert not np.array_equal(reduced, np.broadcast_to(reduce_rows(rows, dict(mesh.shape), 30), rows.shape))
 
 
 @pytest.mark.parametrize("form", [None, CollectiveReduction])
 def test_issue_and_read(make_mesh, form):
-    agreement = Agreement(make_mesh(2, 2, 2), ("full", "window", "state"), 3, form)
+    agreement = agreement_on(make_mesh(2, 2, 2), ("full", "window", "state"), 3, form)
     assert agreement.read(60.0) is None
     agreement.issue(4, 99, OUTCOMES, 1234, True)
     with pytest.raises(AssertionError, match="has not been read"):
@@ -152,7 +152,7 @@ def test_issue_and_read(make_mesh, form):
 
 @pytest.mark.parametrize("form", [None, CollectiveReduction])
 def test_a_fault_here_is_raised_at_the_read(make_mesh, form):
-    agreement = Agreement(make_mesh(1, 2, 1), ("full",), 1, form)
+    agreement = agreement_on(make_mesh(1, 2, 1), ("full",), 1, form)
     agreement.issue(4, 99, {}, 0, False)
     with pytest.raises(TransferFault, match="step=4"):
         agreement.read(60.0)

@@ -266,7 +266,7 @@ def test_a_process_that_cannot_allocate_says_so_in_the_agreement(make_mesh, monk
     def fails(*args):
         raise MemoryError("no room for the host pool")
 
-    monkeypatch.setattr("jaxcache.runtime.transfer_engine.HostPool", fails)
+    monkeypatch.setattr("jaxcache.runtime.device_effects.HostPool", fails)
     with pytest.raises(MemoryError, match="no room for the host pool"):
         jaxcache.Cache([COMPONENT], make_mesh(), CONFIG)
     assert said.ours[1] == 0
@@ -391,7 +391,7 @@ def test_in_one_process_an_error_is_nobody_elses(cache, monkeypatch):
     def fails(arrays, timeout_s, is_reported):
         raise RankUnresponsive(f"failed: {own}") from own
 
-    monkeypatch.setattr("jaxcache.runtime.controller.wait_until_ready", fails)
+    monkeypatch.setattr("jaxcache.runtime.fleet.wait_until_ready", fails)
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
         cache.wait(jax.numpy.ones(2))
     cache._controller.fleet.processes, cache.core.serving.ended = [0, 1], None

@@ -9,20 +9,20 @@ import weakref
 
 import pytest
 
-from jaxcache.runtime.job_graph import JobGraph
+from jaxcache.runtime.job_graph import JobGraph, Threads, at_once
 
 
 @pytest.fixture
 def graph():
-    graph = JobGraph(1, "test")
+    graph = JobGraph(Threads(1, "test"))
     yield graph
     graph.close()
 
 
 def test_a_job_runs_after_its_dependencies(graph):
     order, gate = [], threading.Event()
-    first = graph.submit(lambda: gate.wait() and order.append("first"))
-    last = graph.submit(lambda: order.append("last"), [first])
+    first = graph.submit(at_once(lambda: gate.wait() and order.append("first")))
+    last = graph.submit(at_once(lambda: order.append("last")), [first])
     assert not last.done()
     gate.set()
     last.result()
@@ -33,8 +33,8 @@ def test_waiting_jobs_occupy_no_thread(graph):
     from concurrent.futures import Future
 
     gate = Future()
-    waiting = [graph.submit(lambda: "late", [gate]) for _ in range(10)]
-    assert graph.submit(lambda: "now").result(10) == "now"
+    waiting = [graph.submit(at_once(lambda: "late"), [gate]) for _ in range(10)]
+    assert graph.submit(at_once(lambda: "now")).result(10) == "now"
     assert graph.num_open == 10
     gate.set_result(None)
     assert [job.result(10) for job in waiting] == ["late"] * 10
@@ -46,9 +46,9 @@ def test_a_failed_dependency_fails_its_dependents_without_running_them(graph):
     def fail():
         raise OSError("disk")
 
-    first = graph.submit(fail)
-    second = graph.submit(lambda: ran.append(1), [first])
-    third = graph.submit(lambda: ran.append(1), [second])
+    first = graph.submit(at_once(fail))
+    second = graph.submit(at_once(lambda: ran.append(1)), [first])
+    third = graph.submit(at_once(lambda: ran.append(1)), [second])
     assert isinstance(third.exception(10), OSError)
     assert ran == []
 
@@ -59,23 +59,23 @@ def test_a_long_failed_chain_does_not_recurse(graph):
     gate = Future()
     job = gate
     for _ in range(5000):
-        job = graph.submit(lambda: None, [job])
+        job = graph.submit(at_once(lambda: None), [job])
     gate.set_exception(OSError("disk"))
     assert isinstance(job.exception(30), OSError)
 
 
 def test_diamonds_on_few_threads():
-    graph = JobGraph(2, "test")
-    layers = [[graph.submit(lambda: 1)]]
+    graph = JobGraph(Threads(2, "test"))
+    layers = [[graph.submit(at_once(lambda: 1))]]
     for _ in range(50):
-        layers.append([graph.submit(lambda: 1, layers[-1]) for _ in range(4)])
+        layers.append([graph.submit(at_once(lambda: 1), layers[-1]) for _ in range(4)])
     assert [job.result(10) for job in layers[-1]] == [1] * 4
     graph.close()
 
 
 def test_drain_reports_a_timeout(graph):
     gate = threading.Event()
-    graph.submit(gate.wait)
+    graph.submit(at_once(gate.wait))
     assert not graph.drain(0.01)
     gate.set()
     assert graph.drain(10)
@@ -83,17 +83,17 @@ def test_drain_reports_a_timeout(graph):
 
 def test_what_has_not_begun_at_the_end_never_runs(graph):
     gate, began, ran = threading.Event(), threading.Event(), []
-    graph.submit(lambda: (began.set(), gate.wait()))
-    graph.submit(lambda: ran.append(1))
+    graph.submit(at_once(lambda: (began.set(), gate.wait())))
+    graph.submit(at_once(lambda: ran.append(1)))
     assert began.wait(10)
     (thread,) = graph.end()
     thread.join(0.05)
     assert thread.is_alive()
     gate.set()
     thread.join(10)
-    late = graph.submit(lambda: ran.append(2))
+    late = graph.submit(at_once(lambda: ran.append(2)))
     assert (thread.is_alive(), late.done(), ran) == (False, False, [])
-    graph._num_open = 0  # for the fixture
+    graph._open.clear()  # for the fixture
 
 
 @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), GeneratorExit()], ids=repr)
@@ -101,18 +101,18 @@ def test_no_error_of_a_job_ends_its_thread(graph, error):
     def fail():
         raise error
 
-    assert graph.submit(fail).exception(10) is error
-    assert graph.submit(lambda: "next").result(10) == "next"
+    assert graph.submit(at_once(fail)).exception(10) is error
+    assert graph.submit(at_once(lambda: "next")).result(10) == "next"
 
 
 def test_a_graph_that_is_dropped_ends_its_threads_and_keeps_nothing_alive():
     class Page:
         pass
 
-    page, graph = Page(), JobGraph(2, "test")
+    page, graph = Page(), JobGraph(Threads(2, "test"))
     gone = weakref.ref(page)
-    graph.submit(lambda page=page: page).result(10)
-    threads = graph._threads
+    graph.submit(at_once(lambda page=page: page)).result(10)
+    threads = graph.workers._threads
     del page
     deadline = time.monotonic() + 10
     while gone() is not None and time.monotonic() < deadline:
@@ -132,8 +132,8 @@ def test_a_refused_priority_is_no_end(monkeypatch):
         raise PermissionError("setpriority")
 
     monkeypatch.setattr(os, "setpriority", refuse)
-    graph = JobGraph(1, "test", niceness=10)
-    assert graph.submit(lambda: 7).result(10) == 7
+    graph = JobGraph(Threads(1, "test", niceness=10))
+    assert graph.submit(at_once(lambda: 7)).result(10) == 7
     graph.close()
 
 
@@ -142,6 +142,6 @@ def test_threads_of_lower_priority():
     def priority() -> int:
         return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 
-    graph = JobGraph(1, "test", niceness=3)
-    assert graph.submit(priority).result(10) == min(priority() + 3, 19)
+    graph = JobGraph(Threads(1, "test", niceness=3))
+    assert graph.submit(at_once(priority)).result(10) == min(priority() + 3, 19)
     graph.close()

@@ -89,7 +89,7 @@ def test_leaving_after_an_error_that_ended_serving_waits_for_no_storage(tmp_path
 def test_a_cache_that_was_closed_leaves_nothing_to_do_at_exit(make_mesh, monkeypatch):
     handlers = []
     fake = SimpleNamespace(register=handlers.append, unregister=handlers.remove)
-    monkeypatch.setattr("jaxcache.runtime.transfer_engine.atexit", fake)
+    monkeypatch.setattr("jaxcache.runtime.device_effects.atexit", fake)
     with jaxcache.Cache([jaxcache.FullAttention("full", (KV,))], make_mesh(), CONFIG, jaxcache.MemoryStorage()):
         assert len(handlers) == 1
     assert not handlers
@@ -98,7 +98,7 @@ def test_a_cache_that_was_closed_leaves_nothing_to_do_at_exit(make_mesh, monkeyp
 def test_a_cache_that_is_dropped_without_close_frees_its_memory_and_ends_its_threads(make_mesh):
     before = set(threading.enumerate())
     cache = jaxcache.Cache([jaxcache.FullAttention("full", (KV,))], make_mesh(), CONFIG, jaxcache.MemoryStorage())
-    pool = weakref.ref(cache.engine.host_pools["full"])
+    pool = weakref.ref(cache.engine.effects.host_pools["full"])
     own = set(threading.enumerate()) - before
     assert own
     del cache

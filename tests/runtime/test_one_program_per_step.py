@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import jaxcache
-from jaxcache.runtime import agreement
+from jaxcache.runtime import collective as collective_module
+from jaxcache.runtime.collective import CollectiveReduction, collective
 from jaxcache.runtime.lanes import Lanes
-from jaxcache.runtime.reduction import CollectiveReduction, collective
 
 MESHES = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2, 2), (2, 2, 2), (1, 1, 4)]
 COLLECTIVE = re.compile(r"\s(all-\w+|collective-\w+|reduce-scatter)(?:-start)?\(")
@@ -56,7 +56,7 @@ def launches(monkeypatch) -> list[tuple[int, ...]]:
             program = self._program
             self._program = lambda rows: (shapes.append(rows.shape), program(rows))[1]
 
-    monkeypatch.setattr(agreement, "reduction_of", lambda mesh: Counted)
+    monkeypatch.setattr(collective_module, "reduction_of", lambda mesh: Counted)
     return shapes
 
 

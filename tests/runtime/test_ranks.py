@@ -18,8 +18,8 @@ from jaxcache.core.lease import Lease
 from jaxcache.core.prefetch import PrefetchState, Ticket
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.pools.storage_cells import storage_cells
+from jaxcache.runtime.collective import collective
 from jaxcache.runtime.lanes import Lanes
-from jaxcache.runtime.reduction import collective
 from jaxcache.types import Outcome, PrefetchPolicy, TransferKind
 from tests.models.serving import rig_on
 
@@ -240,11 +240,11 @@ def test_r6_one_mesh_reaches_every_part(make_mesh):
     """No part is told cp, tp or pp by anybody else."""
     mesh = make_mesh(2, 2, 2)
     with rig_on(mesh).cache(jaxcache.MemoryStorage()) as cache:
-        layout, pool = cache.layouts["full"], cache.engine.host_pools["full"]
+        layout, pool = cache.layouts["full"], cache.engine.effects.host_pools["full"]
         assert layout.mesh is mesh and pool.layout is layout and set(pool.devices) == set(mesh.devices.flat)
         cells = {cell.name for at in np.ndindex(mesh.devices.shape) for cell in storage_cells(layout, at)}
         assert {
-            c.name for share in cache.engine._storage_io._parts["full"].shares for c in share.cells
+            c.name for share in cache.engine.storage_io._parts["full"].shares for c in share.cells
         } == cells and len(cells) == 8
 
 

@@ -16,21 +16,20 @@ PROMPT = random_tokens(1, 20 * PAGE_TOKENS + 1)
 
 
 def test_without_measurements_all_is_fetched():
-    assert Rates().pays(NO_PROBE)
+    assert Rates(time.perf_counter).pays(NO_PROBE)
 
 
 @pytest.mark.parametrize(("fetch_s", "is_worth_it"), [(0.9e-3, True), (1.1e-3, False)])
 def test_the_faster_way_is_taken(fetch_s, is_worth_it):
-    rates = Rates()
+    rates = Rates(time.perf_counter)
     rates.compute_s, rates.fetch_s = 1e-3, fetch_s
     assert rates.pays(NO_PROBE) == is_worth_it
     assert rates.pays(3 * PROBE_EVERY), "or nobody would ever notice that storage is fast again"
 
 
-def test_prefill_is_measured_in_busy_steps_that_prefill(monkeypatch):
+def test_prefill_is_measured_in_busy_steps_that_prefill():
     now = 0.0
-    monkeypatch.setattr(time, "perf_counter", lambda: now)
-    rates = Rates()
+    rates = Rates(lambda: now)
     for num_tokens, seconds, is_busy in [(100, 0.2, True), (MIN_PREFILL_TOKENS - 1, 9.0, True), (100, 9.0, False)]:
         rates.step(True)
         rates.prefills(num_tokens)

@@ -126,7 +126,7 @@ def test_a_breach_is_a_counted_miss_and_serving_goes_on(rig, call, how):
         driver.drain()
         assert 0 < cache.stats()["transfers"]["storage_failures"] <= storage.num_breaches
         storage.breaks = ""
-        cache.engine._storage_io._connection.breaker._open_until = 0.0
+        cache.engine.storage_io._connection.breaker._open_until = 0.0
         cache.clear_storage()
         for _ in range(2):
             driver.fill_device()

@@ -4,10 +4,28 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 
+from jaxcache.runtime.job_graph import carry_out
 from jaxcache.runtime.store_budget import SLICE_S, StoreBudget
+
+
+def budget_of(share: float) -> StoreBudget:
+    return StoreBudget(share, time.monotonic, time.thread_time)
+
+
+@contextmanager
+def turn(budget: StoreBudget, keep_going: Callable[[], bool]) -> Iterator[bool]:
+    """Around what a worker does for a STORE. False: `keep_going` has said no."""
+    begun = carry_out(budget.begin(keep_going))
+    try:
+        yield begun is not None
+    finally:
+        if begun is not None:
+            budget.end(begun)
 
 
 def spin(seconds: float) -> None:
@@ -17,7 +35,7 @@ def spin(seconds: float) -> None:
 
 
 def work(budget: StoreBudget, seconds: float) -> None:
-    with budget.turn(lambda: True) as may_store:
+    with turn(budget, lambda: True) as may_store:
         assert may_store
         spin(seconds)
 
@@ -25,12 +43,12 @@ def work(budget: StoreBudget, seconds: float) -> None:
 def rested_s(budget: StoreBudget) -> float:
     """How long a worker that goes on in any case has to rest now."""
     start = time.monotonic()
-    with budget.turn(lambda: True):
+    with turn(budget, lambda: True):
         return time.monotonic() - start
 
 
 def test_work_is_made_up_for_by_rest():
-    budget = StoreBudget(0.2)
+    budget = budget_of(0.2)
     budget.serves(True)
     work(budget, 0.02)
     clock = budget.clock()
@@ -40,13 +58,13 @@ def test_work_is_made_up_for_by_rest():
 
 @pytest.mark.parametrize("share", [0.001, 1.0])
 def test_nothing_rests_while_no_request_runs(share):
-    budget = StoreBudget(share)
+    budget = budget_of(share)
     work(budget, 0.02)
     assert rested_s(budget) < SLICE_S
 
 
 def test_without_a_limit_nothing_rests():
-    budget = StoreBudget(1.0)
+    budget = budget_of(1.0)
     budget.serves(True)
     work(budget, 0.02)
     assert rested_s(budget) < SLICE_S
@@ -54,13 +72,13 @@ def test_without_a_limit_nothing_rests():
 
 @pytest.mark.parametrize("end", ["the last request", "a cancel"])
 def test_a_rest_ends_with(end):
-    budget = StoreBudget(0.0001)
+    budget = budget_of(0.0001)
     budget.serves(True)
     work(budget, 0.02)  # 200 s of rest
     is_wanted = True
 
     def take_turn():
-        with budget.turn(lambda: is_wanted) as may_store:
+        with turn(budget, lambda: is_wanted) as may_store:
             assert may_store == is_wanted
 
     worker = threading.Thread(target=take_turn, daemon=True)
@@ -78,14 +96,14 @@ def test_a_rest_ends_with(end):
 def test_workers_take_turns_and_all_they_do_counts():
     """Four at once, each with work beside its turns: storing ends no earlier than the share allows. A rest is 99 times
     the work, so that a busy machine does not make a turn longer than its rest."""
-    budget = StoreBudget(0.01)
+    budget = budget_of(0.01)
     budget.serves(True)
     at_once, most, lock = 0, 0, threading.Lock()
 
     def worker():
         nonlocal at_once, most
         for _ in range(2):
-            with budget.turn(lambda: True):
+            with turn(budget, lambda: True):
                 with lock:
                     at_once += 1
                     most = max(most, at_once)
@@ -108,11 +126,11 @@ def test_workers_take_turns_and_all_they_do_counts():
 
 def test_a_turn_that_takes_longer_than_its_rest_holds_up_nobody():
     """A storage that hangs in one call."""
-    budget, hangs = StoreBudget(0.5), threading.Event()
+    budget, hangs = budget_of(0.5), threading.Event()
     budget.serves(True)
 
     def hang():
-        with budget.turn(lambda: True):
+        with turn(budget, lambda: True):
             hangs.wait(20)
 
     worker = threading.Thread(target=hang, daemon=True)
@@ -125,14 +143,14 @@ def test_a_turn_that_takes_longer_than_its_rest_holds_up_nobody():
 
 
 def test_what_was_done_while_no_request_ran_is_not_made_up_for():
-    budget = StoreBudget(0.001)
+    budget = budget_of(0.001)
     work(budget, 0.02)
     budget.serves(True)
     assert rested_s(budget) < SLICE_S
 
 
 def test_the_clock_of_deadlines_stands_still_in_rests_only():
-    budget = StoreBudget(0.001)
+    budget = budget_of(0.001)
     budget.serves(True)
     work(budget, 0.02)  # 20 s of rest
     clock = budget.clock()

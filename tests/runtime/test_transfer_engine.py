@@ -12,8 +12,10 @@ import pytest
 from jaxcache.components import FieldSpec, FullAttention, RecurrentState
 from jaxcache.pools.device_pool import bucket_pages, init_pools
 from jaxcache.pools.page_layout import page_layouts
-from jaxcache.runtime import transfer_engine
+from jaxcache.runtime import device_effects
 from jaxcache.runtime.compiles import compile_count
+from jaxcache.runtime.device_effects import DeviceEffects
+from jaxcache.runtime.job_graph import at_once
 from jaxcache.runtime.shard_copies import MemoryCopies
 from jaxcache.runtime.storage_connection import MAX_FAILURES
 from jaxcache.runtime.storage_io import BATCH_PAGES
@@ -82,9 +84,8 @@ class Rig:
         self.layouts = page_layouts(COMPONENTS, mesh)
         num_pages = dict.fromkeys(self.layouts, DEVICE_PAGES)
         host_pages = dict.fromkeys(self.layouts, HOST_PAGES)
-        self.engine = TransferEngine(
-            self.layouts, mesh, num_pages, host_pages, storage, deadline_s, num_threads, max_bucket
-        )
+        self.effects = DeviceEffects(self.layouts, mesh, num_pages, host_pages, max_bucket)
+        self.engine = TransferEngine(self.effects, self.effects.parts({}), storage, deadline_s, num_threads)
         self.pools = init_pools(self.layouts, num_pages, mesh)
         self.step, self.next_id = 0, 0
 
@@ -94,7 +95,7 @@ class Rig:
 
     def shard_copies(self):
         """Of the only device."""
-        (copies,) = self.engine._shard_copies.values()
+        (copies,) = self.effects._shard_copies.values()
         return copies
 
     def transfer(self, kind, src=(), dst=(), keys=(), ends=(), component="full"):
@@ -127,7 +128,7 @@ class Rig:
             pages[: len(page_ids)] = parts[0] if len(parts) == 1 else np.stack(parts, axis=1)
             staging[f.spec.name] = jax.device_put(pages, self.layouts[component].staging_shardings()[f.spec.name])
         ids = np.array(page_ids, np.int32)
-        self.pools[component] = self.engine.mover.scatter(component, self.pools[component], ids, staging)
+        self.pools[component] = self.effects.mover.scatter(component, self.pools[component], ids, staging)
 
     def values(self, page_ids, seed, component="full"):
         rng = np.random.default_rng(seed)
@@ -171,8 +172,8 @@ def way(request, monkeypatch):
 
 
 def staged_only(monkeypatch):
-    monkeypatch.setattr(transfer_engine, "back_up_now", lambda *args: False)
-    monkeypatch.setattr(transfer_engine, "load_back_now", lambda *args: None)
+    monkeypatch.setattr(device_effects, "back_up_now", lambda *args: False)
+    monkeypatch.setattr(device_effects, "load_back_now", lambda *args: None)
 
 
 @pytest.fixture
@@ -212,7 +213,7 @@ def test_a_backup_is_a_snapshot_even_if_it_is_copied_late(make_rig):
     """Insert, evict and reuse of the same device pages in one step."""
     rig = make_rig((2, 2, 2), num_threads=1)
     gate = threading.Event()
-    rig.engine._copies.submit(lambda: gate.wait(WAIT_S))
+    rig.engine.copies.submit(at_once(gate.wait, WAIT_S))
     rig.write([3, 1], 1)
     rig.apply(rig.backup([3, 1], [0, 1]))
     rig.write([3, 1], 2)
@@ -292,7 +293,7 @@ def test_discarded_load_backs_are_not_scattered(make_rig):
 @pytest.mark.parametrize("shape", MESHES)
 def test_pools_stay_where_they_are_and_nothing_compiles(make_rig, shape):
     rig = make_rig(shape)
-    rig.pools = rig.engine.warmup(rig.pools)
+    rig.pools = rig.effects.warmup(rig.pools)
     before, num_compiles = rig.buffers(), compile_count()
     for step in range(3):
         old = rig.pools["full"]
@@ -322,9 +323,9 @@ class StagedCopies(MemoryCopies):
 def test_copies_that_fill_staging(make_rig, monkeypatch, platform, shape):
     staged_only(monkeypatch)
     if platform == "cpu":
-        monkeypatch.setattr(transfer_engine, "shard_copies", StagedCopies)
+        monkeypatch.setattr(device_effects, "shard_copies", StagedCopies)
     rig = make_rig(shape)
-    rig.pools = rig.engine.warmup(rig.pools)
+    rig.pools = rig.effects.warmup(rig.pools)
     num_compiles = compile_count()
     for value, (device, host, back) in enumerate((([3, 1, 7], [0, 1, 2], [8, 9, 10]), ([4, 2], [5, 4], [11, 0])), 1):
         rig.write(device, value)
@@ -390,7 +391,7 @@ def test_a_page_counts_only_up_to_the_first_gap_and_on_all_ranks(make_rig, stora
     store = rig.store([0, 1, 2], keys(1, 2, 3))
     rig.apply(store)
     rig.wait(store)
-    cell = rig.engine._storage_io._parts["full"].shares[1].cells[0].name
+    cell = rig.engine.storage_io._parts["full"].shares[1].cells[0].name
     key = storage.object_name(transfer_key(2, cell))
     del storage.values[key]
     query, fetch = rig.query(keys(1, 2, 3)), rig.fetch([4, 5, 6], keys(1, 2, 3))
@@ -496,7 +497,7 @@ def test_failures_are_misses_and_open_the_breaker(make_rig, storage):
     assert storage.num_calls == num_calls
     assert (stats["breaker_openings"], stats["storage_not_asked"], stats["storage_failures"]) == (1, 1, MAX_FAILURES)
     storage.broken = False
-    rig.engine._storage_io._connection.breaker._open_until = 0.0
+    rig.engine.storage_io._connection.breaker._open_until = 0.0
     again = rig.query(keys(1))
     rig.apply(again)
     assert rig.wait(again).ok

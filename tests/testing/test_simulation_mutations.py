@@ -22,8 +22,8 @@ from jaxcache.runtime import carried
 from jaxcache.runtime.lanes import DONE, LANE_BYTES, Lanes
 from jaxcache.testing import scenario, simulation
 from jaxcache.testing.simulation import RATES, Settings, Simulation
-from jaxcache.testing.virtual_rank import Exchange, VirtualRank
-from jaxcache.types import DECLINED, NO_PAGES, Outcome, PrefetchPolicy, WritePolicy
+from jaxcache.testing.virtual_rank import Exchange, VirtualRank, WatchedAgreement
+from jaxcache.types import CLOCK_MODULUS, DECLINED, NO_PAGES, Outcome, PrefetchPolicy, WritePolicy
 
 MESH = (2, 2, 2)
 NUM_STEPS = 600
@@ -69,14 +69,15 @@ def stage_1_decides_by_itself(patch: Patch) -> None:
 
 
 def wall_clock_on_a_follower(patch: Patch) -> None:
-    leader = VirtualRank.leader_clock_ms
-    patch.setattr(
-        VirtualRank, "leader_clock_ms", lambda self, agreed: self.clock_ms if is_last(self) else leader(self, agreed)
-    )
+    read, last = WatchedAgreement.read, MESH[0] * MESH[1] * MESH[2] - 1
 
+    def own_clock(self: WatchedAgreement, *args):
+        agreed, plane = read(self, *args), self.engine.effects
+        if agreed is None or plane.rank != last:
+            return agreed
+        return agreed._replace(clock_ms=int(plane.now() * 1000) % CLOCK_MODULUS)
 
-def is_last(rank: VirtualRank) -> bool:
-    return rank.plane.rank == MESH[0] * MESH[1] * MESH[2] - 1
+    patch.setattr(WatchedAgreement, "read", own_clock)
 
 
 # ---- who takes part, and what it says
@@ -87,7 +88,8 @@ def a_rank_skips_the_exchange_because_nothing_of_its_own_is_in_flight(patch: Pat
 
     def skips(self: VirtualRank, agreed: np.ndarray | None) -> np.ndarray | None:
         row = step(self, agreed)
-        return row if any(operation.num_open for operation in self.plane.io.live.values()) else None
+        live = self.engine.storage_io.live.values()
+        return row if any(not operation.status().quiet for operation in live) else None
 
     patch.setattr(VirtualRank, "step", skips)
 

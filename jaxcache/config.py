@@ -87,9 +87,9 @@ class CacheConfig:
     max_stores:             STORE transfers in flight; later ones queue
     max_queued_stores:      queued ones; later ones are dropped and counted
     max_stored_beliefs:     pages remembered as already stored
-    max_live_transfers:     storage transfers that one agreement carries, at least two more than max_stores; of more,
-                            the undecided ones take all lanes but one, in the order of their ids, and those that await
-                            only quiet share that one by turns
+    max_live_transfers:     storage transfers that one agreement carries, at least two more than max_stores. With 16 and
+                            20 live ones, of which 18 are undecided: the 15 oldest of those, and in the 16th lane one of
+                            the two that await only quiet, by turns
     agreement_every_steps:  with no storage transfer live, the digest is exchanged every so many steps; ranks that
                             differ are found within twice as many
     agreement_timeout_s:    bound on waiting for the other ranks: then one of them is unresponsive, and serving ends

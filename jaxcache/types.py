@@ -55,7 +55,7 @@ class WritePolicy(enum.Enum):
 class PrefetchPolicy(enum.Enum):
     """What `admit` does with a ticket that is still running."""
 
-    BEST_EFFORT = "best_effort"  # takes what has come, unless others want the rest, too: then this request goes without
+    BEST_EFFORT = "best_effort"  # takes what has come; of a prefetch that two share nothing: the other may want it all
     WAIT_COMPLETE = "wait_complete"  # waits for the end
     TIMEOUT = "timeout"  # waits for so long, then as best_effort
 

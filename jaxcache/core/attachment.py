@@ -1,7 +1,7 @@
 """Whether there is a storage, and how it is used: both may change while transfers are in flight.
 
 Every rank does the same in the same step; the digest notes it. Nothing here waits: a transfer under way ends when every
-rank is quiet, as always, and what it says of a storage that is gone is not believed of the next.
+rank is quiet, as always, and what it says of a storage that is gone does not count for the next.
 """
 
 from __future__ import annotations

@@ -182,10 +182,10 @@ class Lease:
         return (computed // grid + 1) * grid
 
     def note_room(self, num_computed: int) -> None:
-        """Notes up to where it may grow without anything but numbers changing, from `num_computed` on.
+        """Notes up to where it may grow by moving numbers alone.
 
-        New pages are needed where the tables end (all end at the same place); windows are left behind, and states kept,
-        where a page ends.
+        With pages of 16, 20 tokens computed and tables of 3 pages: up to 48, where the tables end; with a window or a
+        state up to 31, since at 32 a page ends: windows are left behind there, and states kept.
         """
         tiers = self._tiers
         if self.first_step > tiers.step:

@@ -224,7 +224,7 @@ class Residency(ABC):
 
     def _candidate(self, node: Node) -> None:
         if node.is_output and self.output_leaves_first:
-            self.order.add_oldest(node)
+            self.order.add_as_next_victim(node)
         else:
             self.order.add(node)
 
@@ -271,9 +271,9 @@ class Residency(ABC):
                     self.num_pinned -= len(pages)
                     if not node.resident_children[index]:
                         if not is_use:
-                            order.add_back(node)
+                            order.readmit(node)
                         elif node.is_output and output_leaves_first:
-                            order.add_oldest(node)
+                            order.add_as_next_victim(node)
                         else:
                             order.add(node)
             node = node.parent  # pyright: ignore[reportAssignmentType]
@@ -297,7 +297,7 @@ class Residency(ABC):
         """Leaves before all others, if it is a candidate: the next use makes it an ordinary one again."""
         if node in self.order:
             self.order.discard(node)
-            self.order.add_oldest(node)
+            self.order.add_as_next_victim(node)
         if self.groups is not None:
             self.groups.note(node.group)
 

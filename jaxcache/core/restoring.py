@@ -228,6 +228,6 @@ def _restore_order(order: EvictionOrder, recorded: list[Node]) -> None:
     for node in nodes:
         order.discard(node)
     for node in leading[::-1]:
-        order.add_oldest(node)
+        order.add_as_next_victim(node)
     for node in nodes[len(leading) :]:
         order.add(node)

@@ -26,8 +26,9 @@ MAX_EMPTY = 256  # nodes with nothing to store that one step looks at
 class Waiting(NamedTuple):
     """A run of pages, named by the node that it follows and by its tokens: at least its first page's.
 
-    The node at its end would not do: after a split that is only the end of the run, and it may leave before the rest
-    has had its turn. `above` still ends there after any split, and if it leaves, then after all below it.
+    above --[ p0 p1 p2 p3 ]-- node      a split makes      above --[ p0 p1 ]-- new --[ p2 p3 ]-- node
+
+    So `above` and the tokens name all four pages before and after; `node` only the last two, and it may leave first.
     """
 
     above: Node
@@ -57,7 +58,7 @@ class Run(NamedTuple):
 class Stores:
     """live: STORE id -> what it pins. attached: whether there is a storage at all.
 
-    believed:              pages that are stored, and whether a run of one STORE ended with them
+    known_stored:          pages that are stored, and whether a run of one STORE ended with them
     units:                 pages of a unit of storage, by component: so many may share a value
     queue:                 runs of one path that have just been backed up; they go first
     unvisited:             nodes, by their first pages, whose host pages are still to be stored, and all below them
@@ -74,7 +75,7 @@ class Stores:
         self.unvisited: list[Waiting] = []
         self.num_awaited_exchanges = 0
         self.live: dict[int, LiveStore] = {}
-        self.believed: OrderedDict[PageName, bool] = OrderedDict()
+        self.known_stored: OrderedDict[PageName, bool] = OrderedDict()
         self.units = [kind.unit_pages() for kind in kinds]
 
     def later(self, nodes: list[Node]) -> None:
@@ -158,8 +159,8 @@ class Stores:
         self.num_awaited_exchanges -= self.num_awaited_exchanges > 0
 
     def forget(self) -> None:
-        """What was believed stored, and what is being stored, may not be there."""
-        self.believed.clear()
+        """What was known to be stored, and what is being stored, may not be there."""
+        self.known_stored.clear()
         self.live = {id: LiveStore(store.holds, {}, frozenset()) for id, store in self.live.items()}
         for store in self.live.values():
             self.tiers.let_go_of_device(store.holds)
@@ -201,7 +202,7 @@ class Stores:
         return self.tiers.components[c].name
 
     def _runs(self, c: int, nodes: list[Node]) -> list[Run]:
-        """The host pages of component c that are there and not believed stored. nodes: of one path, top first
+        """The host pages of component c that are there and not known to be stored. nodes: of one path, top first
 
         A run that begins inside a unit, where no run has ended, may leave another prompt inside one of its values,
         which is of no use here: what is before it in the unit comes, too, as a run of its own that later ones find.
@@ -215,7 +216,7 @@ class Stores:
                 continue
             keys = self.tiers.tree.keys(node)[-len(page_ids) :]
             first = node.end - len(page_ids) * page_tokens
-            for part in consecutive([i for i, key in enumerate(keys) if (self._name(c), key) not in self.believed]):
+            for part in consecutive([i for i, key in enumerate(keys) if (self._name(c), key) not in self.known_stored]):
                 start = first + part.start * page_tokens
                 if not (found and found[-1].end(page_tokens) == start):
                     above += self._above(c, node, start)
@@ -251,7 +252,7 @@ class Stores:
     def _run_ended(self, c: int, key: bytes) -> bool:
         """Whether a stored run, or one on its way, ends with this page."""
         name = (self._name(c), key)
-        return self.believed.get(name, False) or any(name in store.run_ends for store in self.live.values())
+        return self.known_stored.get(name, False) or any(name in store.run_ends for store in self.live.values())
 
     def _move(self, c: int, runs: list[Run]) -> Move:
         page = self.tiers.page_tokens
@@ -269,24 +270,24 @@ class Stores:
         self.tiers.let_go(holds)
         for component, page_keys in keys.items():
             good = outcome.pages.get(component, 0)
-            self.believe(component, page_keys[:good], run_ends)
+            self.mark_stored(component, page_keys[:good], run_ends)
             self.counters["stored_pages"] += good
             self.counters["failed_store_pages"] += len(page_keys) - good
         self.planner.note("stored", store)
 
-    def believe(self, component: str, page_keys: tuple[bytes, ...], run_ends: frozenset[PageName]) -> None:
+    def mark_stored(self, component: str, page_keys: tuple[bytes, ...], run_ends: frozenset[PageName]) -> None:
         """These need not be written again."""
         for key in page_keys:
             name = (component, key)
-            self.believed[name] = self.believed.get(name, False) or name in run_ends
-            self.believed.move_to_end(name)
-        while len(self.believed) > self.tiers.config.max_stored_beliefs:
-            self.believed.popitem(last=False)
+            self.known_stored[name] = self.known_stored.get(name, False) or name in run_ends
+            self.known_stored.move_to_end(name)
+        while len(self.known_stored) > self.tiers.config.max_stored_beliefs:
+            self.known_stored.popitem(last=False)
 
     def mark_lost(self, component: str, page_keys: tuple[bytes, ...]) -> None:
         """Storage has lost these: write them again when there is an occasion."""
         for key in page_keys:
-            self.believed.pop((component, key), None)
+            self.known_stored.pop((component, key), None)
 
 
 def joined(page_ids: list[PageIds]) -> PageIds:

@@ -19,7 +19,7 @@ from jaxcache.components.base import Component, Reach
 from jaxcache.config import CacheConfig
 from jaxcache.core.change_log import ChangeLog
 from jaxcache.core.eviction import policy
-from jaxcache.core.eviction.order import Place
+from jaxcache.core.eviction.order import OrderContext
 from jaxcache.core.eviction.reuse_profile import ReuseProfile
 from jaxcache.core.limits.tenants import Groups, Tenants
 from jaxcache.core.missing import Cause, Eviction
@@ -106,8 +106,8 @@ class Tiers:
         component, order = self.components[c], policy(self.config.eviction_policy)
         num_pages = num_pages_of(component, tier, self.config)
         index = c + tier * len(self.components)
-        place = Place(index, num_pages, tier, c != FULL, self.profile)
-        by_account = order(place) if self.tenants is None else Groups(place, order, self.tenants)
+        context = OrderContext(index, num_pages, tier, c != FULL, self.profile)
+        by_account = order(context) if self.tenants is None else Groups(context, order, self.tenants)
         make = residencies[component.reach]
         return make(component, tier, index, num_pages, by_account, self.clock, self.log)
 

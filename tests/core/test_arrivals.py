@@ -42,11 +42,11 @@ def test_only_what_a_fetch_asked_for_and_did_not_get_is_doubted():
     server.core.reset()
     ticket = reading(server, prompt(32))
     server.core.take_plan()
-    before = list(server.core.stores.believed)
+    before = list(server.core.stores.known_stored)
     server.core.commit({ticket.prefetch.id: Outcome(True, True, {"full": 8, "window": 1})})
     lost = ("window", server.sequence(prompt(32)).page_keys(8)[7])
     assert lost in before
-    assert list(server.core.stores.believed) == [belief for belief in before if belief != lost]
+    assert list(server.core.stores.known_stored) == [belief for belief in before if belief != lost]
 
 
 # ---- what is backed up for it

@@ -131,7 +131,7 @@ def test_what_the_old_storage_got_is_not_believed_of_the_new_one():
     assert server.core.stores.live
     server.rank.detach()
     server.settle()
-    assert not server.core.stores.believed
+    assert not server.core.stores.known_stored
     [server.storage.lose(0, "full", key) for key in server.storage.page_keys()]
     server.rank.attach()
     server.settle()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jaxcache.core.eviction import POLICIES
-from jaxcache.core.eviction.duel import Duel
+from jaxcache.core.eviction.duel import SetDuel
 from tests.core.driver import MIXTURES, drive
 
 ROOT = Path(__file__).parent.parent.parent
@@ -87,10 +87,10 @@ def test_adaptive_that_often_changes_its_mind(seed, monkeypatch):
     """Between what it learned and lru, at any time."""
     calls = count()
 
-    def use(duel: Duel, slots: np.ndarray, capacity: int) -> None:
+    def use(duel: SetDuel, slots: np.ndarray, capacity: int) -> None:
         duel.learned_leads = next(calls) % 7 < 5
 
-    monkeypatch.setattr(Duel, "use", use)
+    monkeypatch.setattr(SetDuel, "use", use)
     for i in range(4):
         drive(1000 * seed + 900 + i, 100, num_ranks=1, eviction_policy="adaptive")
     assert next(calls) > 100

@@ -202,7 +202,7 @@ MUTATIONS = (
     ),
     Mutation("a hit is not pinned", Prefix, "pin", "pins[c] += 1", "pass", PLAIN),
     Mutation("pinned pages are not counted", Prefix, "pin", "device.num_pinned += len(page_ids)", "pass", PLAIN),
-    Mutation("a victim's parent never leaves", PrefixResidency, "take", "self.order.add_back(parent)", "pass", PLAIN),
+    Mutation("a victim's parent never leaves", PrefixResidency, "take", "self.order.readmit(parent)", "pass", PLAIN),
     Mutation("the wrong end is trimmed", Residency, "_cut", "pages[num_pages:]", "pages[:-num_pages]", PLAIN),
     Mutation("own pages are not given back", Prefix, "release", "first < len(lease.table)", "False", PLAIN),
     Mutation(

@@ -11,7 +11,7 @@ import pytest
 from jaxcache.core.eviction import POLICIES, policy
 from jaxcache.core.eviction.adaptive import Adaptive
 from jaxcache.core.eviction.lru import Lru
-from jaxcache.core.eviction.order import EvictionOrder, Place
+from jaxcache.core.eviction.order import EvictionOrder, OrderContext
 from jaxcache.core.eviction.queues import S3Fifo
 from jaxcache.core.eviction.reuse_profile import ReuseProfile
 from jaxcache.core.node import Node
@@ -21,7 +21,7 @@ NUM_PAGES = 100
 
 
 def make(name: str) -> EvictionOrder:
-    return policy(name)(Place(0, NUM_PAGES, Tier.DEVICE, False, ReuseProfile(16, 16 * NUM_PAGES, 0, True)))
+    return policy(name)(OrderContext(0, NUM_PAGES, Tier.DEVICE, False, ReuseProfile(16, 16 * NUM_PAGES, 0, True)))
 
 
 class Watched(Node):
@@ -41,8 +41,8 @@ class Candidates:
         node = Watched(self.num, self.root, bytes(64), b"", 16, 1)
         node.pages[0] = np.arange(num_pages, dtype=np.int32)
         node.last_used, node.hits = last_used, hits
-        assert self.order.place.profile is not None
-        self.order.place.profile.arrived(node)
+        assert self.order.context.profile is not None
+        self.order.context.profile.arrived(node)
         return node
 
 
@@ -54,7 +54,7 @@ def churn(order: EvictionOrder, num: int) -> list[weakref.ref[Watched]]:
     gone = []
     for i in range(num):
         node = candidates.node(last_used=10 + i, hits=i % 3)
-        (order.add_back if i % 2 else order.add)(node)
+        (order.readmit if i % 2 else order.add)(node)
         order.discard(node)
         gone.append(weakref.ref(node))
     return gone
@@ -67,10 +67,10 @@ def test_lru_forgets_parents_that_left_though_nobody_asks_who_is_first():
     order.add(candidates.node())
     kept = [candidates.node(last_used=1 + i) for i in range(10)]
     for node in kept:
-        order.add_back(node)
+        order.readmit(node)
     for i in range(1000):
         parent = candidates.node(last_used=100 + i)
-        order.add_back(parent)
+        order.readmit(parent)
         order.discard(parent)
     assert len(order._heap) <= 2 * len(order._back) + 64
     assert list(order)[1:] == kept

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from jaxcache.core.eviction.duel import Duel
+from jaxcache.core.eviction.duel import SetDuel
 from jaxcache.core.eviction.reuse_profile import NUM_KINDS, PAUSES, SHARES, USES, ReuseProfile, age_edges, index, kind
 from jaxcache.core.invariants import all_nodes
 from jaxcache.replay import workloads
@@ -169,7 +169,7 @@ def test_windows_and_hosts_learn_from_the_same_points():
     server, profile = server_with_profile(FULL, window(8), host_pages=16)
     for _ in range(2):
         server.prefill(prompt(17))
-    assert all(residency.order.place.profile is profile for residency in server.core.tiers.residencies)
+    assert all(residency.order.context.profile is profile for residency in server.core.tiers.residencies)
     assert {duel.capacity_tokens for duel in profile.duels} == {16 * PAGE}
 
 
@@ -177,7 +177,7 @@ def test_windows_and_hosts_learn_from_the_same_points():
 
 
 def test_a_duel_starts_with_lru_and_follows_who_finds_more():
-    duel = Duel(64)
+    duel = SetDuel(64)
     duel.grow(64)
     assert not duel.learned_leads
     hot = np.arange(8)
@@ -193,7 +193,7 @@ def test_a_duel_starts_with_lru_and_follows_who_finds_more():
 
 def test_a_lead_is_bounded():
     """So that a change of habits is noticed in time."""
-    duel = Duel(64)
+    duel = SetDuel(64)
     duel.grow(64)
     hot = np.arange(2)
     for _ in range(1000):
@@ -203,7 +203,7 @@ def test_a_lead_is_bounded():
 
 
 def test_room_is_made_by_the_smallest_keys():
-    duel = Duel(64)
+    duel = SetDuel(64)
     duel.grow(8)
     ghost = duel.by_use
     assert ghost.use(np.arange(6)) == 0

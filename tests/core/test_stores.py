@@ -55,7 +55,7 @@ def test_a_failed_store_is_not_believed():
     (store,) = server.planned(STORE)
     server.core.take_plan()
     commit(server, {store.id: Outcome(done=True, quiet=True, pages={"full": 3})})
-    assert list(server.core.stores.believed) == [("full", key) for key in store.moves[0].page_keys[:3]]
+    assert list(server.core.stores.known_stored) == [("full", key) for key in store.moves[0].page_keys[:3]]
     assert server.core.counters["failed_store_pages"] == 1
 
 
@@ -66,8 +66,8 @@ def test_beliefs_are_bounded():
         server.prefill(prompt(8, first))
         server.settle()
     last = server.sequence(prompt(8, 2000)).page_keys(2)
-    assert [key for _, key in server.core.stores.believed][-2:] == last
-    assert len(server.core.stores.believed) == 3
+    assert [key for _, key in server.core.stores.known_stored][-2:] == last
+    assert len(server.core.stores.known_stored) == 3
 
 
 def test_stores_in_flight_are_capped_and_then_dropped():

@@ -15,9 +15,9 @@ import pytest
 from jaxcache.config import TenantShare
 from jaxcache.core import invariants
 from jaxcache.core.eviction import POLICIES
-from jaxcache.core.eviction.duel import Duel
+from jaxcache.core.eviction.duel import SetDuel
 from jaxcache.core.eviction.lru import Lru
-from jaxcache.core.eviction.order import Place
+from jaxcache.core.eviction.order import OrderContext
 from jaxcache.core.lease import Lease
 from jaxcache.core.limits.tenants import ABOVE_FLOOR, OVER_QUOTA, RETIRED, Groups, Victims
 from jaxcache.core.node import Node
@@ -88,10 +88,10 @@ def often_change_the_mind(patch: pytest.MonkeyPatch) -> None:
     """Adaptive goes back and forth between what it learned and lru."""
     calls = count()
 
-    def use(duel: Duel, slots: np.ndarray, capacity: int) -> None:
+    def use(duel: SetDuel, slots: np.ndarray, capacity: int) -> None:
         duel.learned_leads = next(calls) % 7 < 5
 
-    patch.setattr(Duel, "use", use)
+    patch.setattr(SetDuel, "use", use)
 
 
 # ---- random operations on many namespaces
@@ -272,7 +272,7 @@ def test_every_call_of_a_residency_notes_the_account(call, mixture):
 
 def test_out_of_date_entries_do_not_pile_up():
     """An account that is used all the time, while the victim of another one stays first, keeps the heap small."""
-    orders: list[Any] = [Lru(Place(0, 8, Tier.DEVICE, False, None)) for _ in range(4)]
+    orders: list[Any] = [Lru(OrderContext(0, 8, Tier.DEVICE, False, None)) for _ in range(4)]
     victims = Victims(1, orders)
     for account in range(4):
         victims.open(account, 0)

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from jaxcache.core.eviction.keyed import use
 from jaxcache.core.eviction.lru import Lru
-from jaxcache.core.eviction.order import EvictionOrder, Place
+from jaxcache.core.eviction.order import EvictionOrder, OrderContext
 from jaxcache.core.node import Node
 
 Cell = tuple[int, int, int]  # weight (a power of two), kind, age
@@ -29,34 +29,34 @@ class Adaptive(EvictionOrder):
 
     remembers: ClassVar[bool] = True
 
-    def __init__(self, place: Place):
-        super().__init__(place)
-        assert place.profile is not None, "the policy remembers"
-        self.profile = place.profile
+    def __init__(self, context: OrderContext):
+        super().__init__(context)
+        assert context.profile is not None, "the policy remembers"
+        self.profile = context.profile
         self._cells: dict[Cell, OrderedDict[Node, None]] = {}
         self._cell_of: dict[Node, Cell] = {}
         self._heap: list[tuple[float, Cell]] = []  # every cell that is not empty, and some that are
         self._version = -1
-        self.duel = place.profile.duels[place.tier]
-        self._lru = Lru(place)
+        self.duel = context.profile.duels[context.tier]
+        self._lru = Lru(context)
 
     @staticmethod
-    def moment(place: Place) -> int:
+    def moment(context: OrderContext) -> int:
         """0 while lru decides; else what was learned by then."""
-        assert place.profile is not None, "the policy remembers"
-        return place.profile.version if place.profile.duels[place.tier].learned_leads else 0
+        assert context.profile is not None, "the policy remembers"
+        return context.profile.version if context.profile.duels[context.tier].learned_leads else 0
 
     def add(self, node: Node) -> None:
         self._put(node, self._cell(node))
         self._lru.add(node)
 
-    def add_oldest(self, node: Node) -> None:
+    def add_as_next_victim(self, node: Node) -> None:
         self._put(node, self._cell(node))
-        self._lru.add_oldest(node)
+        self._lru.add_as_next_victim(node)
 
-    def add_back(self, node: Node) -> None:
+    def readmit(self, node: Node) -> None:
         self._put(node, self._cell(node))
-        self._lru.add_back(node)
+        self._lru.readmit(node)
 
     def _cell(self, node: Node) -> Cell:
         at, kind = use(node).at, use(node).kind
@@ -64,12 +64,12 @@ class Adaptive(EvictionOrder):
 
     def _weight(self, node: Node) -> int:
         """log2 of tokens spared per page: those down from the nearest entry above."""
-        if not self.place.is_partial:
+        if not self.context.is_partial:
             return 0
         above = node.parent
-        while above is not None and above.parent is not None and above.pages[self.place.index] is None:
+        while above is not None and above.parent is not None and above.pages[self.context.index] is None:
             above = above.parent
-        pages = node.pages[self.place.index]
+        pages = node.pages[self.context.index]
         assert above is not None and pages is not None, f"{node=} is no candidate"
         return ((node.end - above.end) // len(pages)).bit_length()
 

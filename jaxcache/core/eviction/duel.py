@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import numpy as np
 
-BAND = 32  # what was learned is followed once it leads by this share of a cache, until it does not lead any more
-EVIDENCE = 2  # prompts of usual length, at least: one hit more or less says nothing
-LIMIT = 2  # the lead counts up to this share of a cache
-SLACK = 32  # a full cache drops this share at once
+BAND = 32  # with 3,200 points in a cache, what was learned decides from a lead of 100 on, until the lead is 0
+EVIDENCE = 2  # the lead needed is at least two prompts of usual length: one hit more or less says nothing
+LIMIT = 2  # with 3,200 points the lead stays within -1,600 and 1,600
+SLACK = 32  # a cache of 3,200 points that is full drops 100 at once
 STAMP_BITS = 48
 
 
-class Ghost:
+class ShadowCache:
     """Which points one order would keep. resident: bool[slots]"""
 
     def __init__(self):
@@ -50,7 +50,7 @@ class Ghost:
         self.leave(slots[keys <= last])
 
 
-class Duel:
+class SetDuel:
     """Of the order by value against the order by use, in a cache of `capacity_tokens`.
 
     lead: points that the former found and the latter did not; learned_leads: whether to follow the former
@@ -58,7 +58,7 @@ class Duel:
 
     def __init__(self, capacity_tokens: int):
         self.capacity_tokens = capacity_tokens
-        self.by_value, self.by_use = Ghost(), Ghost()
+        self.by_value, self.by_use = ShadowCache(), ShadowCache()
         self._num_prompts = 0
         self._num_points = 0
         self.lead = 0

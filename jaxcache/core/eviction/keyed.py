@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from heapq import heapify, heappop, heappush
 from typing import Any, ClassVar
 
-from jaxcache.core.eviction.order import EvictionOrder, Place
+from jaxcache.core.eviction.order import EvictionOrder, OrderContext
 from jaxcache.core.node import Node
 
 GENERATED, USUAL = 0, 1  # generated text leaves before all else, if the cache is configured so
@@ -16,8 +16,8 @@ GENERATED, USUAL = 0, 1  # generated text leaves before all else, if the cache i
 class Keyed(EvictionOrder):
     """The smallest key leaves first. An entry of the heap whose key is not the node's present one is out of date."""
 
-    def __init__(self, place: Place):
-        super().__init__(place)
+    def __init__(self, context: OrderContext):
+        super().__init__(context)
         self._keys: dict[Node, tuple] = {}
         self._heap: list[tuple[tuple, int, Node]] = []
 
@@ -28,12 +28,12 @@ class Keyed(EvictionOrder):
     def add(self, node: Node) -> None:
         self._add(node, (USUAL, *self.key(node)))
 
-    def add_oldest(self, node: Node) -> None:
+    def add_as_next_victim(self, node: Node) -> None:
         self._add(node, (GENERATED, *self.key(node)))
 
-    def add_back(self, node: Node) -> None:
+    def readmit(self, node: Node) -> None:
         if node.last_used < 0:
-            self.add_oldest(node)
+            self.add_as_next_victim(node)
         else:
             self.add(node)
 

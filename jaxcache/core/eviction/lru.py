@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from heapq import heapify, heappop, heappush, merge
 from typing import Any
 
-from jaxcache.core.eviction.order import EvictionOrder, Place
+from jaxcache.core.eviction.order import EvictionOrder, OrderContext
 from jaxcache.core.node import Node
 
 MISSING: Any = object()
@@ -20,8 +20,8 @@ class Lru(EvictionOrder):
     child belongs somewhere in the middle: it waits in a heap, O(log n), which is rare.
     """
 
-    def __init__(self, place: Place):
-        super().__init__(place)
+    def __init__(self, context: OrderContext):
+        super().__init__(context)
         self._nodes: OrderedDict[Node, None] = OrderedDict()
         self._back: dict[Node, int] = {}  # parents in the heap, by last use; other entries of the heap are out of date
         self._heap: list[tuple[int, int, Node]] = []
@@ -29,14 +29,14 @@ class Lru(EvictionOrder):
     def add(self, node: Node) -> None:
         self._nodes[node] = None
 
-    def add_oldest(self, node: Node) -> None:
+    def add_as_next_victim(self, node: Node) -> None:
         self._nodes[node] = None
         self._nodes.move_to_end(node, last=False)
 
-    def add_back(self, node: Node) -> None:
+    def readmit(self, node: Node) -> None:
         oldest = next(iter(self._nodes), None)
         if oldest is None or node.last_used <= oldest.last_used:
-            self.add_oldest(node)
+            self.add_as_next_victim(node)
         else:
             self._back[node] = node.last_used
             heappush(self._heap, (node.last_used, node.id, node))

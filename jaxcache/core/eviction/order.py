@@ -15,8 +15,8 @@ from jaxcache.core.node import Node
 from jaxcache.types import Tier
 
 
-class Place(NamedTuple):
-    """Where an order stands: its residency's place in the nodes' arrays and its pages; whether entries have a size.
+class OrderContext(NamedTuple):
+    """What an order of eviction knows: it is of `node.pages[index]`, a tier with `num_pages` pages.
 
     profile: what is known about the reuse of pages, also of those that left (None unless the policy remembers)
     is_partial: entries are windows or states, which spare the tokens up to the entry above
@@ -38,11 +38,11 @@ class EvictionOrder(ABC):
     remembers: ClassVar[bool] = False
     by_priority: ClassVar[bool] = False
 
-    def __init__(self, place: Place):
-        self.place = place
+    def __init__(self, context: OrderContext):
+        self.context = context
 
     @staticmethod
-    def moment(place: Place) -> int:
+    def moment(context: OrderContext) -> int:
         """Changes whenever `first` of an order here may answer otherwise although nothing happened to its entries."""
         return 0
 
@@ -51,12 +51,13 @@ class EvictionOrder(ABC):
         """A candidate that has just been used."""
 
     @abstractmethod
-    def add_oldest(self, node: Node) -> None:
+    def add_as_next_victim(self, node: Node) -> None:
         """A candidate that should leave before all others (generated text)."""
 
     @abstractmethod
-    def add_back(self, node: Node) -> None:
-        """A parent whose last child has left: its place, in its queue if there are several, is by its own last use."""
+    def readmit(self, node: Node) -> None:
+        """A parent whose last child has left. Used at 7, it comes before a node that was used at 9, though it is added
+        later."""
 
     @abstractmethod
     def discard(self, node: Node) -> None:

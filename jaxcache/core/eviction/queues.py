@@ -1,4 +1,6 @@
-"""Policies of several queues. Sizes are in pages: as they were when a node joined its queue, or was its oldest.
+"""Policies of several queues, whose sizes are in pages.
+
+A node of 8 pages counts 8 from when it joins a queue; trimmed to 5 it counts 8 until it is the queue's oldest.
 
 S3Fifo:    new --> small --> main <--> (chances)       Slru:  new --> probation <--> protected <-- hit
 """
@@ -13,16 +15,16 @@ from typing import ClassVar
 
 from jaxcache.core.eviction.keyed import use
 from jaxcache.core.eviction.lru import Lru
-from jaxcache.core.eviction.order import EvictionOrder, Place
+from jaxcache.core.eviction.order import EvictionOrder, OrderContext
 from jaxcache.core.node import Node
 
 
 class Queue:
     """Nodes, oldest first, and their pages together; a parent comes in where its last use belongs (see Lru)."""
 
-    def __init__(self, place: Place):
-        self.index = place.index
-        self.order = Lru(place)
+    def __init__(self, context: OrderContext):
+        self.index = context.index
+        self.order = Lru(context)
         self.sizes: dict[Node, int] = {}
         self.num_pages = 0
 
@@ -31,11 +33,11 @@ class Queue:
         self._count(node)
 
     def push_oldest(self, node: Node) -> None:
-        self.order.add_oldest(node)
+        self.order.add_as_next_victim(node)
         self._count(node)
 
     def push_back(self, node: Node) -> None:
-        self.order.add_back(node)
+        self.order.readmit(node)
         self._count(node)
 
     def _count(self, node: Node) -> None:
@@ -80,9 +82,9 @@ class Queued(EvictionOrder):
     Iterates in that order too; where the queues compete, the order of leaving is only decided by `first`.
     """
 
-    def __init__(self, place: Place, num_queues: int):
-        super().__init__(place)
-        self.queues = tuple(Queue(place) for _ in range(num_queues))
+    def __init__(self, context: OrderContext, num_queues: int):
+        super().__init__(context)
+        self.queues = tuple(Queue(context) for _ in range(num_queues))
 
     @abstractmethod
     def queue_of(self, node: Node) -> Queue:
@@ -91,12 +93,12 @@ class Queued(EvictionOrder):
     def add(self, node: Node) -> None:
         self.queue_of(node).push(node)
 
-    def add_oldest(self, node: Node) -> None:
+    def add_as_next_victim(self, node: Node) -> None:
         self.queues[0].push_oldest(node)
 
-    def add_back(self, node: Node) -> None:
+    def readmit(self, node: Node) -> None:
         if node.last_used < 0:
-            self.add_oldest(node)
+            self.add_as_next_victim(node)
         else:
             self.queue_of(node).push_back(node)
 
@@ -133,8 +135,8 @@ class Slru(Queued):
 
     PROTECTED_SHARE = 0.8
 
-    def __init__(self, place: Place):
-        super().__init__(place, 2)
+    def __init__(self, context: OrderContext):
+        super().__init__(context, 2)
         self.probation, self.protected = self.queues
 
     def queue_of(self, node: Node) -> Queue:
@@ -144,12 +146,12 @@ class Slru(Queued):
         super().add(node)
         self._bound()
 
-    def add_back(self, node: Node) -> None:
-        super().add_back(node)
+    def readmit(self, node: Node) -> None:
+        super().readmit(node)
         self._bound()
 
     def _bound(self) -> None:
-        while self.protected.exceeds(self.PROTECTED_SHARE * self.place.num_pages):
+        while self.protected.exceeds(self.PROTECTED_SHARE * self.context.num_pages):
             oldest = self.protected.oldest()
             assert oldest is not None
             self.move(oldest, self.protected, self.probation)
@@ -168,8 +170,8 @@ class S3Fifo(Queued):
     MAX_CHANCES = 3
     MIN_AWAY = 64
 
-    def __init__(self, place: Place):
-        super().__init__(place, 2)
+    def __init__(self, context: OrderContext):
+        super().__init__(context, 2)
         self.small, self.main = self.queues
         self.spent: dict[Node, int] = {}
         self.away: OrderedDict[int, int] = OrderedDict()  # pinned ones, which come back, and some that left
@@ -192,7 +194,7 @@ class S3Fifo(Queued):
     def first(self) -> Node | None:
         small, main = self.small, self.main
         while True:
-            from_small = small.exceeds(self.SMALL_SHARE * self.place.num_pages) or not main
+            from_small = small.exceeds(self.SMALL_SHARE * self.context.num_pages) or not main
             node = small.oldest() if from_small else main.oldest()
             if node is None:
                 return None

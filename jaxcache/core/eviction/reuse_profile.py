@@ -20,7 +20,7 @@ from zlib import crc32
 
 import numpy as np
 
-from jaxcache.core.eviction.duel import STAMP_BITS, Duel
+from jaxcache.core.eviction.duel import STAMP_BITS, SetDuel
 from jaxcache.core.node import Node
 from jaxcache.core.tokens import Sequence
 
@@ -32,7 +32,7 @@ CONTEXT_BYTES = 128  # tokens that tell points at the same position apart
 USES, SHARES, PAUSES = 4, 6, 8  # how many of each a kind tells apart; the last share is generated text
 NUM_KINDS = USES * SHARES * PAUSES
 GENERATED = SHARES - 1
-TOLERATED = 5  # quarters of what is remembered, when much is generated between two recounts
+MAX_OVERFULL = 1.25  # with room for 1,000 points, 1,250 are kept between two recounts
 RECOUNTS = 4  # while as many tokens come as the device holds
 HALVE_REQUESTS = 4096  # older counts weigh half
 AGES_BELOW, AGES_ABOVE = 4, 4  # octaves around the capacity of the device that ages tell apart
@@ -60,7 +60,7 @@ class ReuseProfile:
     def __init__(self, page_tokens: int, device_tokens: int, host_tokens: int, outputs_first: bool):
         largest_tokens = max(device_tokens, host_tokens)
         self.outputs_first = outputs_first
-        self.duels = Duel(device_tokens), Duel(host_tokens)
+        self.duels = SetDuel(device_tokens), SetDuel(host_tokens)
         self.stride = max(page_tokens, min(MIN_STRIDE_TOKENS, device_tokens // MIN_POINTS // page_tokens * page_tokens))
         while REMEMBERED * largest_tokens // self.stride > MAX_POINTS:
             self.stride *= 2
@@ -158,7 +158,7 @@ class ReuseProfile:
         self._cut(sequence, first, np.minimum(count, USES - 1))
         columns = zip(count.tolist(), kinds.tolist(), strict=True)
         sequence.uses += [(self.now, c, k) for c, k in columns]
-        if len(self._slots) > self.max_points * TOLERATED // 4:
+        if len(self._slots) > self.max_points * MAX_OVERFULL:
             self._forget()
 
     def _cut(self, sequence: Sequence, first: int, levels: np.ndarray) -> None:

@@ -44,7 +44,7 @@ class PrefixResidency(Residency):
         page_ids = self._leave(node)
         parent.resident_children[index] = siblings = parent.resident_children[index] - 1
         if not siblings and parent.pages[index] is not None and not parent.pins[index]:
-            self.order.add_back(parent)
+            self.order.readmit(parent)
         return page_ids
 
     def shorten(self, node: Node, num_pages: int) -> PageIds:

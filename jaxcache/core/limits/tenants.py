@@ -15,7 +15,7 @@ from heapq import heapify, heappop, heappush
 from itertools import chain
 
 from jaxcache.config import TenantShare, pages_of_share
-from jaxcache.core.eviction.order import EvictionOrder, Place
+from jaxcache.core.eviction.order import EvictionOrder, OrderContext
 from jaxcache.core.node import Node
 from jaxcache.core.tokens import Namespace
 
@@ -109,19 +109,19 @@ class Groups(EvictionOrder):
     own_only: nobody else has to give any
     """
 
-    def __init__(self, place: Place, make: type[EvictionOrder], tenants: Tenants):
-        super().__init__(place)
+    def __init__(self, context: OrderContext, make: type[EvictionOrder], tenants: Tenants):
+        super().__init__(context)
         self.tenants = tenants
         self.make = make
-        self.floors = [pages_of_share(share.floor, place.num_pages) for share in tenants.shares]
-        self.quotas = [pages_of_share(share.quota, place.num_pages) for share in tenants.shares]
+        self.floors = [pages_of_share(share.floor, context.num_pages) for share in tenants.shares]
+        self.quotas = [pages_of_share(share.quota, context.num_pages) for share in tenants.shares]
         self.resident = [0] * len(tenants.shares)
         self.pinned = self.resident.copy()
         self.owned = self.resident.copy()
         self.retained = self.resident.copy()
         self.orders: list[EvictionOrder] = []
         self.victims = Victims(len(tenants.shares) + 1, self.orders)
-        self._moment = make.moment(place)
+        self._moment = make.moment(context)
         self.num_resident: list[int] = []
         self.num_pinned: list[int] = []
         self.num_owned: list[int] = []
@@ -134,7 +134,7 @@ class Groups(EvictionOrder):
 
     def open(self, account: int, tenant: int) -> None:
         """A new account, or an empty one that is used again. Policies see its quota as the size of the cache."""
-        order = self.make(self.place._replace(num_pages=self.quotas[tenant]))
+        order = self.make(self.context._replace(num_pages=self.quotas[tenant]))
         if account == len(self.orders):
             self.orders.append(order)
             for counts in (self.num_resident, self.num_pinned, self.num_owned):
@@ -194,7 +194,7 @@ class Groups(EvictionOrder):
             return False
         total = sum(self.retained) + num_pages
         beside = (total - kept + floor for kept, floor in zip(self.retained, self.floors, strict=True))
-        return all(t == tenant or num <= self.place.num_pages for t, num in enumerate(beside))
+        return all(t == tenant or num <= self.context.num_pages for t, num in enumerate(beside))
 
     # ---- who leaves
 
@@ -209,7 +209,8 @@ class Groups(EvictionOrder):
         return max(0, min(num_pages, self.resident[tenant] - self.floors[tenant]))
 
     def leaving(self, victim: Node, num_pages: int) -> int:
-        """How many of the pages of `first` may leave when `num_pages` are needed."""
+        """How many of a victim's pages may leave when `num_pages` are needed: of a tenant with 10 resident pages and a
+        floor of 8, for another tenant's sake, 2."""
         account = victim.group
         tenant = self.tenants.tenant_of[account]
         rank = self._rank(self.tenants.queue_of(account))
@@ -232,7 +233,7 @@ class Groups(EvictionOrder):
     def first(self) -> Node | None:
         """Retired ones, then those over their quota, then what was used longest ago; in an account the policy says."""
         self.tenants.tell()
-        moment = self.make.moment(self.place)
+        moment = self.make.moment(self.context)
         if moment != self._moment:
             self._moment = moment
             self.victims.all_changed()
@@ -251,11 +252,11 @@ class Groups(EvictionOrder):
     def add(self, node: Node) -> None:
         self.orders[node.group].add(node)
 
-    def add_oldest(self, node: Node) -> None:
-        self.orders[node.group].add_oldest(node)
+    def add_as_next_victim(self, node: Node) -> None:
+        self.orders[node.group].add_as_next_victim(node)
 
-    def add_back(self, node: Node) -> None:
-        self.orders[node.group].add_back(node)
+    def readmit(self, node: Node) -> None:
+        self.orders[node.group].readmit(node)
 
     def discard(self, node: Node) -> None:
         self.orders[node.group].discard(node)

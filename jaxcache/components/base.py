@@ -89,11 +89,15 @@ def np_dtype(name: str) -> np.dtype:
 
 @dataclass(frozen=True)
 class Component(ABC):
-    """A kind of state, declared: its name, its arrays, and what must be present to resume."""
+    """A kind of state, declared: its name, its arrays, and what must be present to resume.
+
+    is_paged: has a page for each page of tokens; otherwise one entry stands for all that is before it
+    """
 
     name: str
     fields: tuple[FieldSpec, ...]
     reach: ClassVar[Reach]
+    is_paged: ClassVar[bool] = True
 
     def __post_init__(self):
         if not self.name.isidentifier():

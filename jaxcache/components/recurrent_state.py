@@ -20,6 +20,7 @@ class RecurrentState(Component):
 
     chunk_tokens: int = 1
     reach: ClassVar[Reach] = Reach.POINT
+    is_paged: ClassVar[bool] = False
 
     def __post_init__(self):
         super().__post_init__()

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from jaxcache.components.base import Reach
 from jaxcache.core import change_log
 from jaxcache.core.tiers import Tiers
 from jaxcache.core.tokens import chain
@@ -63,7 +62,7 @@ class EventStream:
         self._log = tiers.log
         self._page_tokens = tiers.page_tokens
         self._page_bytes = tiers.tree.page_bytes
-        self._residencies = [(r.tier, r.component.name, r.component.reach is Reach.POINT) for r in tiers.residencies]
+        self._residencies = [(r.tier, r.component.name, r.component.is_paged) for r in tiers.residencies]
         self._nodes: dict[int, MirrorNode] = {}
         self._lock = threading.Lock()
         self._events: list[Event] = []
@@ -98,8 +97,8 @@ class EventStream:
     def _say_stored(self, node: MirrorNode, index: int) -> None:
         if node.space.retired:
             return
-        tier, component, is_point = self._residencies[index]
-        first = len(node.keys) - 1 if is_point else 0
+        tier, component, is_paged = self._residencies[index]
+        first = 0 if is_paged else len(node.keys) - 1
         parent_key = node.keys[first - 1] if first else node.parent_key
         token_ids = np.frombuffer(node.edge, np.int32)[first * self._page_tokens :]
         keys = tuple(node.keys[first:])
@@ -109,8 +108,8 @@ class EventStream:
     def _say_removed(self, node: MirrorNode, index: int, first: int = 0) -> None:
         if node.space.retired:
             return
-        tier, component, is_point = self._residencies[index]
-        first = len(node.keys) - 1 if is_point else first
+        tier, component, is_paged = self._residencies[index]
+        first = first if is_paged else len(node.keys) - 1
         self._events.append(BlockRemoved(tier, component, tuple(node.keys[first:])))
 
     def _say_all_removed(self, node: MirrorNode, first: int = 0) -> None:
@@ -153,7 +152,7 @@ class EventStream:
         edge = memoryview(node.edge)
         cut = num_pages * self._page_bytes
         pairs = zip(node.holds, self._residencies, strict=True)
-        holds = [held and not is_point for held, (_, _, is_point) in pairs]
+        holds = [held and is_paged for held, (_, _, is_paged) in pairs]
         prefix = MirrorNode(space, node.parent_key, compact(edge[:cut]), node.keys[:num_pages], holds)
         node.edge, node.keys, node.parent_key = compact(edge[cut:]), node.keys[num_pages:], prefix.keys[-1]
         self._nodes[prefix_id] = space.nodes[prefix_id] = prefix

@@ -25,7 +25,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxcache import __version__
-from jaxcache.components.base import Component, Reach
+from jaxcache.components.base import Component
 from jaxcache.config import CacheConfig
 from jaxcache.pools.page_layout import PageLayout, check_axes, page_layouts
 from jaxcache.pools.storage_cells import unit_pages
@@ -141,8 +141,7 @@ def _units(config: CacheConfig, components: Sequence[Component], layouts: Mappin
     units = {}
     for component in components:
         asked = None if config.storage_unit_pages is None else config.unit_pages(component.name)
-        is_state = component.reach is Reach.POINT
-        units[component.name] = 1 if is_state else asked or unit_pages(layouts[component.name])
+        units[component.name] = 1 if not component.is_paged else asked or unit_pages(layouts[component.name])
     return units
 
 

@@ -12,7 +12,7 @@ from collections import Counter
 
 import numpy as np
 
-from jaxcache.components.base import Component, Reach
+from jaxcache.components.base import Component
 from jaxcache.config import CacheConfig
 from jaxcache.core.lease import Lease
 from jaxcache.core.prefix_cache import PrefixCache
@@ -225,7 +225,7 @@ class Scenario:
         num_ranks, step = len(self.ranks), self.core.step_number
         keys = self._publish(sequence, sequence.num_tokens)
         for c, component in enumerate(self.core.components):
-            unit = self.core.config.unit_pages(component.name) if component.reach is not Reach.POINT else 1
+            unit = self.core.config.unit_pages(component.name) if component.is_paged else 1
             for pages in cut(range(len(keys)), unit):
                 missing = rng.randrange(20 * num_ranks)
                 for rank in range(num_ranks):

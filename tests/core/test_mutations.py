@@ -244,8 +244,8 @@ MUTATIONS = (
     Mutation("events: a retired namespace", RadixTree, "retire", "self.log is not None", "False", EVENTS),
     Mutation("events: an entry comes", Residency, "_come", "self.log is not None", "False", EVENTS),
     Mutation("events: an entry leaves", Residency, "_leave", "self.log is not None", "False", EVENTS),
-    Mutation("events: a split takes the state along", EventStream, "_split", "held and not is_point", "held", EVENTS),
-    Mutation("events: a state is all pages of its node", EventStream, "_say_stored", "if is_point", "if False", EVENTS),
+    Mutation("events: a split takes the state along", EventStream, "_split", "held and is_paged", "held", EVENTS),
+    Mutation("events: a state is all pages of its node", EventStream, "_say_stored", "if is_paged", "if True", EVENTS),
     Mutation("events: a retired namespace goes on", EventStream, "_retired", "space.retired = True", "pass", EVENTS),
     Mutation(
         "events: a restart forgets what is there", ChangeLog, "restart", "if pages is not None", "if False", OVERFLOW

@@ -393,6 +393,8 @@ class Scenario:
         self.step()
         live = [rank.engine.storage_io.live for rank in self.ranks]
         assert not any(live), "a transfer has ended that its rank goes on with"
+        for rank in self.ranks:
+            rank.check_failures()
         self._check_accounts()
 
     def _check_accounts(self) -> None:

@@ -29,8 +29,9 @@ def row_cells(rank: int, num_cells: int) -> tuple[Cell, ...]:
 
 
 class SimulatedStorage:
-    """parents: page key -> the one before it, of all that was published: what is put is compared with what its key says
+    """What is put is compared with what its key says.
 
+    parents:  page key -> the one before it, of all that was published; None: not known
     capacity: values of a rank; the oldest leave, on each rank when its own puts push them out
     """
 
@@ -45,7 +46,7 @@ class SimulatedStorage:
         self.numbers = {name: c for c, name in enumerate(components)}
         self.components = tuple(components)
         self.cells = [row_cells(rank, num_cells) for rank in range(num_ranks)]
-        self.parents = parents or {}
+        self.parents = parents
         self.capacity = capacity
         self.values: list[dict[ObjectKey, bytes]] = [{} for _ in range(num_ranks)]
 
@@ -106,14 +107,17 @@ def corrupted(value: bytes) -> bytes:
 
 
 class RankStorage(Storage):
-    """step: of the rank, which says which faults strike. wrong: what its engine should not have put."""
+    """step: of the rank, which says which faults strike. wrong: what its engine should not have put.
+
+    num_refused: how often it raised
+    """
 
     secret = b"simulated"
 
     def __init__(self, shared: SimulatedStorage, rank: int, faults: StorageFaults, delays: Delays):
         self.shared, self.rank, self.faults, self.delays = shared, rank, faults, delays
         self.step = 0
-        self.num_calls = 0
+        self.num_calls = self.num_refused = 0
         self.wrong: list[str] = []
         self._begun: dict[tuple[str, ObjectKey], str] = {}
         self._cells = {cell.name: cell for cell in shared.cells[rank]}
@@ -144,6 +148,7 @@ class RankStorage(Storage):
         if fault in ("stalled", "refused"):
             self.faults.struck(fault)
         if fault == "refused":
+            self.num_refused += 1
             raise StorageError("refused")
         return fault
 
@@ -194,10 +199,10 @@ class RankStorage(Storage):
     def _check_content(self, key: ObjectKey, payload: bytes) -> None:
         """Raising would be a failure of the storage to the engine that calls: so it is noted."""
         page_key, keys = key.page_key, [key.page_key]
-        for _ in range(num_pages_of(key) - 1):
-            page_key = self.shared.parents[page_key]
+        for _ in range(num_pages_of(key) - 1 if self.shared.parents is not None else 0):
+            page_key = self.shared.parents.get(page_key, b"")
             keys.insert(0, page_key)
         c, cell = self.shared.numbers[key.component], self._cells[key.cell.rpartition(" x ")[2]]
         expected = b"".join(cell.room(row_of(c, key, self.rank)).tobytes() for key in keys)
-        if payload != expected:
+        if not payload.endswith(expected) or (self.shared.parents is not None and len(payload) > len(expected)):
             self.wrong.append(f"rank {self.rank}: STORE put {payload} under {key}, {expected} should be there")

@@ -29,7 +29,7 @@ from jaxcache.testing.storage_faults import StorageFaults
 from jaxcache.testing.virtual_time import VirtualTime, VirtualWorkers
 from jaxcache.types import CLOCK_MODULUS, PageIds
 
-MAX_PAGES = 8  # of one copy
+MAX_PAGES = 3  # of one copy
 COPIES_AT_ONCE = 64  # so many that none waits for another's worker
 COMPONENT_BYTE = 12  # of a row; no component has the number GARBAGE_BYTE
 CALL_S = 1e-4  # of processor time, that a call of storage takes
@@ -76,7 +76,7 @@ class VirtualPlane(Effects):
 
     def load(self, pools: Pools, component: str, src: PageIds, dst: PageIds, is_free: bool) -> Loading:
         host, first, step = self.host[self.numbers[component]], ~int(src[0]), self.core.step_number
-        staged = np.empty((len(src), ROW_BYTES), np.uint8)
+        staged = _garbage(len(src))
         if is_free and self.delays.copies_at_once(self.rank, step, first):
             staged[:] = host[src]
             self.scatter(pools, component, dst, staged)

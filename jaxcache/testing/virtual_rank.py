@@ -94,6 +94,11 @@ class VirtualRank:
 
     # ---- what must hold
 
+    def check_failures(self) -> None:
+        """L8: whatever a worker raises is a miss, so a mistake of the engine would look like one of storage."""
+        failures, refused = self.engine.stats().get("storage_failures", 0), self.plane.storage.num_refused
+        assert failures == refused, f"rank {self.plane.rank}: {failures} jobs of storage failed, {refused} calls did"
+
     def _check_stored(self) -> None:
         wrong = self.plane.storage.wrong
         assert not wrong, wrong[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from jaxcache.agreement.lanes import Lanes
 from jaxcache.components import FullAttention, RecurrentState, SlidingWindow
 from jaxcache.components.base import Component
 from jaxcache.config import CacheConfig
@@ -13,7 +14,6 @@ from jaxcache.core.page_hash import Namespace
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.core.sequence import Sequence
 from jaxcache.core.ticket import Ticket
-from jaxcache.runtime.lanes import Lanes
 from jaxcache.testing.chance import Delays
 from jaxcache.testing.page_content import model_step
 from jaxcache.testing.simulated_storage import SimulatedStorage

@@ -22,8 +22,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
 
 import jaxcache
+from jaxcache.engine.jobs import JobGraph
 from jaxcache.launch import join
-from jaxcache.runtime.job_graph import JobGraph
 from jaxcache.storage import file
 from tests import strict_jax
 from tests.models.serving import Driver, Rig, conversations, rig_on, serve

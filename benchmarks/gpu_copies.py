@@ -19,10 +19,10 @@ from jax.sharding import SingleDeviceSharding
 
 from benchmarks.timing import seconds
 from jaxcache.components import FieldSpec, FullAttention
+from jaxcache.engine.device_effects import DeviceEffects
+from jaxcache.engine.transfer_engine import TransferEngine
 from jaxcache.pools.device_pool import init_pools
 from jaxcache.pools.page_layout import page_layouts
-from jaxcache.runtime.device_effects import DeviceEffects
-from jaxcache.runtime.transfer_engine import TransferEngine
 from jaxcache.types import Move, Transfer, TransferKind
 
 PAGE_KIB = (64, 256, 1024, 4096)

@@ -21,10 +21,10 @@ import numpy as np
 
 from benchmarks.timing import seconds
 from jaxcache.components import FieldSpec, FullAttention
+from jaxcache.engine.device_effects import DeviceEffects
+from jaxcache.engine.transfer_engine import TransferEngine
 from jaxcache.pools.device_pool import init_pools
 from jaxcache.pools.page_layout import page_layouts
-from jaxcache.runtime.device_effects import DeviceEffects
-from jaxcache.runtime.transfer_engine import TransferEngine
 from jaxcache.types import Move, Transfer, TransferKind
 
 MESHES = {8: (2, 2, 2), 4: (2, 2, 1), 2: (1, 2, 1), 1: (1, 1, 1)}

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from jaxcache.core.lease import Lease
     from jaxcache.core.prefetch import Ticket
     from jaxcache.core.tokens import Namespace, Sequence
+    from jaxcache.fleet.process_end import end_process
     from jaxcache.pools.page_layout import pool_shardings
     from jaxcache.runtime.compiles import compile_count
-    from jaxcache.runtime.process_end import end_process
     from jaxcache.storage.base import Storage, StorageError
     from jaxcache.storage.file import FileStorage
     from jaxcache.storage.memory import MemoryStorage
@@ -45,7 +45,7 @@ _HOMES = {
     "jaxcache.core.tokens": ("Namespace", "Sequence"),
     "jaxcache.pools.page_layout": ("pool_shardings",),
     "jaxcache.runtime.compiles": ("compile_count",),
-    "jaxcache.runtime.process_end": ("end_process",),
+    "jaxcache.fleet.process_end": ("end_process",),
     "jaxcache.storage.base": ("Storage", "StorageError"),
     "jaxcache.storage.file": ("FileStorage",),
     "jaxcache.storage.memory": ("MemoryStorage",),

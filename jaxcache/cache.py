@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxcache.agreement.collective import agreement_on
 from jaxcache.components import Component
 from jaxcache.config import CacheConfig
 from jaxcache.core.bad_input import count, said
@@ -22,18 +23,17 @@ from jaxcache.core.serving import RefusedCall, RefusedType, changes
 from jaxcache.core.tiers import validate, with_spine
 from jaxcache.core.tokens import Namespace
 from jaxcache.core.tokens import Sequence as TokenSequence
+from jaxcache.engine.device_effects import DeviceEffects
+from jaxcache.engine.transfer_engine import TransferEngine
+from jaxcache.fleet.fleet import Fleet
+from jaxcache.fleet.start import agree_on_start, all_or_none
 from jaxcache.pools.device_pool import DevicePools, init_pools
 from jaxcache.pools.pools_check import PoolsCheck
 from jaxcache.runtime.batch_tables import BatchTables, state_slots_of, tables_of
-from jaxcache.runtime.collective import agreement_on
 from jaxcache.runtime.controller import Controller
-from jaxcache.runtime.device_effects import DeviceEffects
 from jaxcache.runtime.events import EventStream
-from jaxcache.runtime.fleet import Fleet
 from jaxcache.runtime.garbage import GarbageControl
 from jaxcache.runtime.snapshot import Snapshots
-from jaxcache.runtime.start_agreement import agree_on_start, all_or_none
-from jaxcache.runtime.transfer_engine import TransferEngine
 from jaxcache.storage.base import Storage
 from jaxcache.types import CLOCK_MODULUS, Event, Match, PrefetchPolicy, StateSlots, Tier, Wait, WritePolicy
 

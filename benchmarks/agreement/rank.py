@@ -15,9 +15,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.measure import WALL
 from jaxcache import launch
+from jaxcache.agreement.agreement import Agreement
+from jaxcache.agreement.collective import CollectiveReduction, agreement_on
 from jaxcache.config import CacheConfig
-from jaxcache.runtime.agreement import Agreement
-from jaxcache.runtime.collective import CollectiveReduction, agreement_on
 from jaxcache.types import Outcome
 
 AXES = ("cp", "tp", "pp")

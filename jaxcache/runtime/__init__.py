@@ -1,1 +1,1 @@
-"""What acts: the transfer engine (the only threads) and the agreement (the only collective)."""
+"""The loop, where core, engine, agreement and fleet meet; and what a serving loop asks beside it."""

@@ -12,15 +12,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
+from jaxcache.agreement import local_outcomes
+from jaxcache.agreement.agreement import Agreement
+from jaxcache.agreement.lanes import Agreed
+from jaxcache.agreement.peers import Peers, State
 from jaxcache.core import bad_input
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.core.serving import changes
-from jaxcache.runtime import carried
-from jaxcache.runtime.agreement import Agreement
-from jaxcache.runtime.effects import Effects, Pools
-from jaxcache.runtime.lanes import Agreed
-from jaxcache.runtime.peers import Peers, State
-from jaxcache.runtime.transfer_engine import TransferEngine
+from jaxcache.engine.effects import Effects, Pools
+from jaxcache.engine.transfer_engine import TransferEngine
 from jaxcache.types import RanksDiverged, RankUnresponsive, ServingEnded, TransferFault
 
 P = TypeVar("P", bound=Pools)
@@ -81,12 +81,12 @@ class Controller(Generic[E]):
         """Nothing is exchanged by a process that has nobody to differ from and nothing new to say."""
         core = self.core
         is_alone = len(self.fleet.processes) == 1
-        if not (self._has_news() if is_alone else carried.is_due(core)):
+        if not (self._has_news() if is_alone else local_outcomes.is_due(core)):
             return
-        outcomes = carried.outcomes(core, self.engine.poll(), self._pays)
+        outcomes = local_outcomes.outcomes(core, self.engine.poll(), self._pays)
         ok = self.engine.fault is None
         try:
-            self.agreement.issue(core.step_number, carried.digest(core), outcomes, self._clock_ms(), ok)
+            self.agreement.issue(core.step_number, local_outcomes.digest(core), outcomes, self._clock_ms(), ok)
         except RankUnresponsive as error:
             raise self._unresponsive("the agreement", error) from error
 
@@ -158,7 +158,7 @@ class Controller(Generic[E]):
         decisions = [decision for decision in planner.recent.copy() if decision[0] >= since]
         ids = f"transfers {sorted(agreed.outcomes)}" if agreed.outcomes else "no transfers"
         last = f"last agreed in step {agreed.step} on {ids}"
-        return State(core.step_number, carried.digest(core), last, since, decisions, core.counts())
+        return State(core.step_number, local_outcomes.digest(core), last, since, decisions, core.counts())
 
     def apply(self, pools: P) -> P:
         """Dispatches everything planned so far, in plan order; load-backs of earlier steps are scattered first.

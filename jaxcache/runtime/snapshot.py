@@ -26,14 +26,14 @@ from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.core.restoring import Placement, Restoring, check_quiet, placements
 from jaxcache.core.serving import RefusedCall, RefusedValue
 from jaxcache.core.tree_record import NOWHERE, Sources, TreeRecord, record_of, sources_of
+from jaxcache.engine.device_effects import DeviceEffects
+from jaxcache.fleet.start import all_or_none
 from jaxcache.pools.device_pool import DevicePools, Staging, bucket_pages, init_pools
 from jaxcache.pools.storage_units import chunks
 from jaxcache.pools.whole_pages import abstract_words, page_sums, staged, whole
 from jaxcache.runtime.controller import Controller
-from jaxcache.runtime.device_effects import DeviceEffects
 from jaxcache.runtime.snapshot_files import Pages, SnapshotFiles
 from jaxcache.runtime.snapshot_manifest import Manifest, checked, checksum, manifest_of
-from jaxcache.runtime.start_agreement import all_or_none
 from jaxcache.types import RanksDiverged, Tier
 
 PART_BYTES = 1 << 28  # of pages that one checkpoint holds, so that few files are large and few pages wait

@@ -12,13 +12,13 @@ from collections import Counter
 
 import numpy as np
 
+from jaxcache.agreement.lanes import Lanes
 from jaxcache.components.base import Component
 from jaxcache.config import CacheConfig
 from jaxcache.core.lease import Lease
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.core.tokens import Namespace, Sequence
 from jaxcache.pools.storage_units import cut
-from jaxcache.runtime.lanes import Lanes
 from jaxcache.testing.chance import Delays
 from jaxcache.testing.page_content import model_step
 from jaxcache.testing.request import Request
@@ -56,7 +56,7 @@ class Scenario:
         components = self.core.components
         self.published: dict[bytes, bytes] = {}
         names = tuple(component.name for component in components)
-        self.storage = SimulatedStorage(num_ranks, names, 1 + seed % 2, self.published)
+        self.storage = SimulatedStorage(num_ranks, names, 2 if seed % 4 == 3 else 1, self.published)
         self.planes = [
             VirtualPlane(core, self.storage, rank, self.faults, self.delays) for rank, core in enumerate(self.cores)
         ]

@@ -1,6 +1,6 @@
-"""One storage that all ranks share, in memory, with the records of the product; and how one rank meets it.
+"""One storage that all ranks share, in memory; and how one rank meets it, which checks values as real storage does.
 
-SimulatedStorage  rank -> key -> record      a value that does not fit its record is a miss, and may be written again
+SimulatedStorage  rank -> key -> value       one that is torn is a miss, and may be written again
 RankStorage       what the rank's engine calls: real answers, or what a fault makes of them
 """
 
@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from jaxcache.engine.jobs import Pause
 from jaxcache.pools.cells import Cell
-from jaxcache.runtime.job_graph import Pause
 from jaxcache.storage import record
 from jaxcache.storage.base import ObjectKey, Storage, StorageError
 from jaxcache.testing.chance import Delays
@@ -19,7 +19,6 @@ from jaxcache.testing.page_content import GARBAGE_BYTE, ROW_BYTES, row_of
 from jaxcache.testing.storage_faults import StorageFaults
 
 SLOWLY = 40  # times as long
-CLAIM_BYTES, CRC_BYTES = 104, 4  # of a record's header; between them are zeros, which are not kept here
 
 
 def row_cells(rank: int, num_cells: int) -> tuple[Cell, ...]:
@@ -51,14 +50,12 @@ class SimulatedStorage:
         self.values: list[dict[ObjectKey, bytes]] = [{} for _ in range(num_ranks)]
 
     def put(self, rank: int, key: ObjectKey, payload: bytes, is_torn: bool = False) -> None:
-        """First writer wins, unless what is there is broken. is_torn: the writer dies half-way."""
+        """First writer wins, unless what is there is torn. is_torn: the writer dies half-way."""
         values = self.values[rank]
         there = values.get(key)
-        if there is not None and (is_torn or checked(key, there) is not None):
+        if there is not None and (is_torn or len(there) == len(payload)):
             return
-        header = record.pack_header(key, memoryview(payload))
-        value = header[:CLAIM_BYTES] + header[-CRC_BYTES:] + payload
-        values[key] = value[: -len(payload) // 2] if is_torn else value
+        values[key] = payload[: len(payload) // 2] if is_torn else payload
         if len(values) > self.capacity:
             del values[next(iter(values))]
 
@@ -91,14 +88,6 @@ class SimulatedStorage:
 def num_pages_of(key: ObjectKey) -> int:
     """That share the value of this name."""
     return int(key.cell.rpartition(" x ")[0] or 1)
-
-
-def checked(key: ObjectKey, value: bytes) -> bytes | None:
-    """The payload of a value, or None if it is broken."""
-    start = CLAIM_BYTES + CRC_BYTES
-    payload = value[start:]
-    header = value[:CLAIM_BYTES].ljust(record.HEADER_BYTES - CRC_BYTES, b"\0") + value[CLAIM_BYTES:start]
-    return payload if record.check(header, key, memoryview(payload)) else None
 
 
 def corrupted(value: bytes) -> bytes:
@@ -172,15 +161,17 @@ class RankStorage(Storage):
             self.faults.struck(fault)
             if fault == "short":
                 half = len(target) // 2
-                target[:half] = np.frombuffer(value[CLAIM_BYTES + CRC_BYTES :][:half].ljust(half), np.uint8)
+                target[:half] = np.frombuffer(value[:half].ljust(half), np.uint8)
             return False
-        payload = checked(key, corrupted(value) if fault == "corrupt" else value)
-        if payload is None:
-            self.faults.struck("corrupt" if fault == "corrupt" else "torn")
+        if len(value) != len(target):
+            self.faults.struck("torn")
             return False
-        if len(payload) != len(target):
+        header = record.pack_header(key, memoryview(value))  # as it was written
+        read = corrupted(value) if fault == "corrupt" else value
+        if not record.check(header, key, memoryview(read)):
+            self.faults.struck("corrupt")
             return False
-        target[:] = np.frombuffer(payload, np.uint8)
+        target[:] = np.frombuffer(read, np.uint8)
         return True
 
     def put(self, key: ObjectKey, buffer: memoryview) -> bool:
@@ -198,11 +189,11 @@ class RankStorage(Storage):
 
     def _check_content(self, key: ObjectKey, payload: bytes) -> None:
         """Raising would be a failure of the storage to the engine that calls: so it is noted."""
-        page_key, keys = key.page_key, [key.page_key]
-        for _ in range(num_pages_of(key) - 1 if self.shared.parents is not None else 0):
-            page_key = self.shared.parents.get(page_key, b"")
-            keys.insert(0, page_key)
+        parents, keys = self.shared.parents, [key.page_key]
+        if parents is not None:
+            for _ in range(num_pages_of(key) - 1):
+                keys.insert(0, parents.get(keys[0], b""))
         c, cell = self.shared.numbers[key.component], self._cells[key.cell.rpartition(" x ")[2]]
         expected = b"".join(cell.room(row_of(c, key, self.rank)).tobytes() for key in keys)
-        if not payload.endswith(expected) or (self.shared.parents is not None and len(payload) > len(expected)):
+        if not payload.endswith(expected) or (parents is not None and len(payload) > len(expected)):
             self.wrong.append(f"rank {self.rank}: STORE put {payload} under {key}, {expected} should be there")

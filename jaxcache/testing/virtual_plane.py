@@ -19,9 +19,9 @@ import numpy as np
 
 from jaxcache.core.lease import Lease
 from jaxcache.core.prefix_cache import PrefixCache
+from jaxcache.engine.effects import Effects, Loading, Pools
+from jaxcache.engine.jobs import Job, Pause, Steps
 from jaxcache.pools.cells import Part, Share
-from jaxcache.runtime.effects import Effects, Loading, Pools
-from jaxcache.runtime.job_graph import Job, Pause, Steps
 from jaxcache.testing.chance import Delays, mix
 from jaxcache.testing.page_content import GARBAGE_BYTE, RANK, ROW_BYTES, ModelStep
 from jaxcache.testing.simulated_storage import RankStorage, SimulatedStorage

@@ -12,16 +12,16 @@ from typing import Any
 
 import numpy as np
 
+from jaxcache.agreement import reduction
+from jaxcache.agreement.agreement import Agreement
+from jaxcache.agreement.lanes import Agreed, Lanes
+from jaxcache.agreement.peers import Peers, State
+from jaxcache.agreement.reduction import Reduction, never
 from jaxcache.core.prefetch import Prefetch
 from jaxcache.core.prefix_cache import PrefixCache
-from jaxcache.runtime import reduction
-from jaxcache.runtime.agreement import Agreement
+from jaxcache.engine.rates import Rates
+from jaxcache.engine.transfer_engine import TransferEngine
 from jaxcache.runtime.controller import Controller
-from jaxcache.runtime.lanes import Agreed, Lanes
-from jaxcache.runtime.peers import Peers, State
-from jaxcache.runtime.rates import Rates
-from jaxcache.runtime.reduction import Reduction, never
-from jaxcache.runtime.transfer_engine import TransferEngine
 from jaxcache.testing.chance import mix
 from jaxcache.testing.virtual_plane import VirtualPlane
 from jaxcache.types import Outcome, RanksDiverged, RankUnresponsive, ServingEnded, Transfer, TransferFault, TransferKind

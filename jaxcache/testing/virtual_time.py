@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from heapq import heappop, heappush
 
-from jaxcache.runtime.job_graph import Job, Pause, Steps, Workers
+from jaxcache.engine.jobs import Job, Pause, Steps, Workers
 
 
 class VirtualTime:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from jaxcache.agreement.lanes import Lanes
 from jaxcache.components import FullAttention, RecurrentState, SlidingWindow
 from jaxcache.components.base import Component
 from jaxcache.config import CacheConfig
@@ -12,7 +13,6 @@ from jaxcache.core.lease import Lease
 from jaxcache.core.prefetch import Ticket
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.core.tokens import Namespace, Sequence
-from jaxcache.runtime.lanes import Lanes
 from jaxcache.testing.chance import Delays
 from jaxcache.testing.page_content import model_step
 from jaxcache.testing.simulated_storage import SimulatedStorage

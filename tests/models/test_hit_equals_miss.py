@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 import jaxcache
+from jaxcache.engine import device_effects
 from jaxcache.pools.storage_cells import storage_cells
-from jaxcache.runtime import device_effects
 from jaxcache.storage.base import ObjectKey
 from tests.models.serving import (
     DEVICE_PAGES,

@@ -11,7 +11,6 @@ import json
 import random
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
 
 import jaxcache
+from jaxcache.engine.jobs import JobGraph, Steps
 from jaxcache.launch import join
-from jaxcache.runtime.job_graph import JobGraph
 from jaxcache.storage import file
 from tests import strict_jax
 from tests.models.serving import Driver, Rig, conversations, rig_on, serve
@@ -75,12 +74,12 @@ def lag_behind(fleet: Fleet) -> None:
     """From now on every job of the data plane begins late, by as much as this process likes."""
     submit = JobGraph.submit
 
-    def late(graph: JobGraph, work: Callable[[], Any], after=()):
-        def dawdle_and_work():
+    def late(graph: JobGraph, steps: Steps, after=()):
+        def dawdle_and_work() -> Steps:
             fleet.dawdle()
-            return work()
+            return (yield from steps)
 
-        return submit(graph, dawdle_and_work, after)
+        return submit(graph, dawdle_and_work(), after)
 
     JobGraph.submit = late
 

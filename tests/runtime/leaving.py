@@ -19,8 +19,8 @@ import jax
 import numpy as np
 
 import jaxcache
-from jaxcache.runtime import device_effects
-from jaxcache.runtime.process_end import is_exiting
+from jaxcache.engine import device_effects
+from jaxcache.engine.device_effects import is_exiting
 
 KV = jaxcache.FieldSpec("kv", (2, 2, 4, 1, 64), "float32", ("layers", None, "slots", "heads", None))
 CONFIG = jaxcache.CacheConfig(page_tokens=4, device_pages=512, host_pages=512, storage_threads=2)

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from jaxcache.runtime import collective as collective_module
-from jaxcache.runtime.collective import CollectiveReduction, agreement_on, collective
-from jaxcache.runtime.lanes import FIRST_SLOT, ID, NEUTRAL, Agreed, Lanes
-from jaxcache.runtime.reduction import LocalReduction, reduce_rows
+from jaxcache.agreement import collective as collective_module
+from jaxcache.agreement.collective import CollectiveReduction, agreement_on, collective
+from jaxcache.agreement.lanes import FIRST_SLOT, ID, NEUTRAL, Agreed, Lanes
+from jaxcache.agreement.reduction import LocalReduction, reduce_rows
 from jaxcache.types import Outcome, RanksDiverged, TransferFault
 
 MESHES = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2, 2), (2, 2, 2), (1, 1, 4)]

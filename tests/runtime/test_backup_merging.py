@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from jaxcache.runtime.backup_merging import merged
+from jaxcache.engine.backup_merging import merged
 from jaxcache.types import Move, Transfer, TransferKind
 
 

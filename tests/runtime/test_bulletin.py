@@ -10,8 +10,8 @@ import jax
 import pytest
 from jax._src import distributed
 
-from jaxcache.runtime import bulletin
-from jaxcache.runtime.bulletin import Bulletin
+from jaxcache.fleet import bulletin
+from jaxcache.fleet.bulletin import Bulletin
 
 
 class FakeService:

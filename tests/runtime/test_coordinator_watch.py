@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from jaxcache.runtime import coordinator_watch
-from jaxcache.runtime.coordinator_watch import CoordinatorWatch
+from jaxcache.fleet import coordinator_watch
+from jaxcache.fleet.coordinator_watch import CoordinatorWatch
 
 PATIENCE_S = 60.0
 

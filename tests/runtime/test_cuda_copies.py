@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxcache.engine.cuda_copies import CopyEngine, CudaCopies, CudaError
 from jaxcache.pools.host_pool import pinned_memory
-from jaxcache.runtime.cuda_copies import CopyEngine, CudaCopies, CudaError
 
 pytestmark = pytest.mark.gpu
 

@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 
 import jaxcache
-from jaxcache.runtime import carried, start_agreement
-from jaxcache.runtime.fleet import FAULT, Fleet, State, different
-from jaxcache.runtime.lanes import DIGEST_LANES
-from jaxcache.runtime.reduction import LocalReduction
-from jaxcache.runtime.start_agreement import agree_on_start, all_or_none
+from jaxcache.agreement import local_outcomes
+from jaxcache.agreement.lanes import DIGEST_LANES
+from jaxcache.agreement.reduction import LocalReduction
+from jaxcache.fleet import start as start_agreement
+from jaxcache.fleet.fleet import FAULT, Fleet, State, different
+from jaxcache.fleet.start import agree_on_start, all_or_none
 from jaxcache.types import RanksDiverged, RankUnresponsive, TransferFault
 
 KV = jaxcache.FieldSpec("kv", (2, 2, 4, 1, 8), "float32", ("layers", None, "slots", "heads", None))
@@ -266,7 +267,7 @@ def test_a_process_that_cannot_allocate_says_so_in_the_agreement(make_mesh, monk
     def fails(*args):
         raise MemoryError("no room for the host pool")
 
-    monkeypatch.setattr("jaxcache.runtime.device_effects.HostPool", fails)
+    monkeypatch.setattr("jaxcache.engine.device_effects.HostPool", fails)
     with pytest.raises(MemoryError, match="no room for the host pool"):
         jaxcache.Cache([COMPONENT], make_mesh(), CONFIG)
     assert said.ours[1] == 0
@@ -391,7 +392,7 @@ def test_in_one_process_an_error_is_nobody_elses(cache, monkeypatch):
     def fails(arrays, timeout_s, is_reported):
         raise RankUnresponsive(f"failed: {own}") from own
 
-    monkeypatch.setattr("jaxcache.runtime.fleet.wait_until_ready", fails)
+    monkeypatch.setattr("jaxcache.fleet.fleet.wait_until_ready", fails)
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
         cache.wait(jax.numpy.ones(2))
     cache._controller.fleet.processes, cache.core.serving.ended = [0, 1], None
@@ -400,11 +401,11 @@ def test_in_one_process_an_error_is_nobody_elses(cache, monkeypatch):
 
 
 def test_the_digest_sees_a_tree_that_was_damaged_before_anything_is_decided(cache):
-    before = cache.core.digest, carried.digest(cache.core)
-    assert carried.digest(cache.core) == before[1]
+    before = cache.core.digest, local_outcomes.digest(cache.core)
+    assert local_outcomes.digest(cache.core) == before[1]
     cache.core.tiers.device[0].allocator.num_free -= 1
     assert cache.core.digest == before[0]
-    assert carried.digest(cache.core) != before[1]
+    assert local_outcomes.digest(cache.core) != before[1]
     cache.core.tiers.device[0].allocator.num_free += 1
 
 
@@ -442,7 +443,7 @@ def test_a_cache_that_was_dropped_is_kept_by_no_watch(make_mesh):
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("jaxcache.runtime.fleet.coordinator_address", lambda: address)
+            patch.setattr("jaxcache.fleet.fleet.coordinator_address", lambda: address)
             fleet.watch(cache.state)
         connection, _ = server.accept()
         weakref.finalize(cache, gone.set)

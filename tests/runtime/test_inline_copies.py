@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from jaxcache.components import FieldSpec, FullAttention
+from jaxcache.engine.inline_copies import back_up_now, load_back_now
 from jaxcache.pools.device_pool import PageMover, init_pools
 from jaxcache.pools.host_pool import HostPool
 from jaxcache.pools.page_layout import page_layouts
-from jaxcache.runtime.inline_copies import back_up_now, load_back_now
 
 NUM_PAGES = 16
 SRC, DST = np.array([3, 14, 0], np.int32), np.array([7, 1, 9], np.int32)

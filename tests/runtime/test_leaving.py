@@ -89,7 +89,7 @@ def test_leaving_after_an_error_that_ended_serving_waits_for_no_storage(tmp_path
 def test_a_cache_that_was_closed_leaves_nothing_to_do_at_exit(make_mesh, monkeypatch):
     handlers = []
     fake = SimpleNamespace(register=handlers.append, unregister=handlers.remove)
-    monkeypatch.setattr("jaxcache.runtime.device_effects.atexit", fake)
+    monkeypatch.setattr("jaxcache.engine.device_effects.atexit", fake)
     with jaxcache.Cache([jaxcache.FullAttention("full", (KV,))], make_mesh(), CONFIG, jaxcache.MemoryStorage()):
         assert len(handlers) == 1
     assert not handlers

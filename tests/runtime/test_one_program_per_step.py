@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import jaxcache
-from jaxcache.runtime import collective as collective_module
-from jaxcache.runtime.collective import CollectiveReduction, collective
-from jaxcache.runtime.lanes import Lanes
+from jaxcache.agreement import collective as collective_module
+from jaxcache.agreement.collective import CollectiveReduction, collective
+from jaxcache.agreement.lanes import Lanes
 
 MESHES = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2, 2), (2, 2, 2), (1, 1, 4)]
 COLLECTIVE = re.compile(r"\s(all-\w+|collective-\w+|reduce-scatter)(?:-start)?\(")

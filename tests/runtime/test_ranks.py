@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 import jaxcache
+from jaxcache.agreement.collective import collective
+from jaxcache.agreement.lanes import Lanes
 from jaxcache.components import FullAttention, RecurrentState, SlidingWindow
 from jaxcache.config import CacheConfig
 from jaxcache.core import invariants
@@ -18,8 +20,6 @@ from jaxcache.core.lease import Lease
 from jaxcache.core.prefetch import PrefetchState, Ticket
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.pools.storage_cells import storage_cells
-from jaxcache.runtime.collective import collective
-from jaxcache.runtime.lanes import Lanes
 from jaxcache.types import Outcome, PrefetchPolicy, TransferKind
 from tests.models.serving import rig_on
 

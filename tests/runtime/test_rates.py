@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxcache
-from jaxcache.runtime.rates import MEMORY, MIN_PREFILL_TOKENS, PROBE_EVERY, Rates
+from jaxcache.engine.rates import MEMORY, MIN_PREFILL_TOKENS, PROBE_EVERY, Rates
 from tests.models.serving import PAGE_TOKENS, Driver, random_tokens, rig_on
 
 NO_PROBE = 5

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxcache.runtime.readiness import wait_until_ready
+from jaxcache.agreement.readiness import wait_until_ready
 from jaxcache.types import RankUnresponsive
 
 

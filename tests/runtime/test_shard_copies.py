@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from jaxcache.runtime.shard_copies import pages_from_rows
+from jaxcache.engine.shard_copies import pages_from_rows
 
 
 @pytest.mark.parametrize("columns", [slice(0, 96), slice(16, 48)], ids=["whole rows", "one field"])

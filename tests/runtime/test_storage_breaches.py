@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jaxcache
-from jaxcache.runtime.storage_connection import MAX_FAILURES
+from jaxcache.engine.storage_connection import MAX_FAILURES
 from jaxcache.storage.base import ObjectKey
 from tests.models.serving import Driver, Rig, check_equal, random_tokens, reference, rig_on
 

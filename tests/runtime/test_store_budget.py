@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from jaxcache.runtime.job_graph import carry_out
-from jaxcache.runtime.store_budget import SLICE_S, StoreBudget
+from jaxcache.engine.jobs import carry_out
+from jaxcache.engine.store_budget import SLICE_S, StoreBudget
 
 
 def budget_of(share: float) -> StoreBudget:

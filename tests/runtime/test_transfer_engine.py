@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 
 from jaxcache.components import FieldSpec, FullAttention, RecurrentState
+from jaxcache.engine import device_effects
+from jaxcache.engine.device_effects import DeviceEffects
+from jaxcache.engine.jobs import at_once
+from jaxcache.engine.shard_copies import MemoryCopies
+from jaxcache.engine.storage_connection import MAX_FAILURES
+from jaxcache.engine.storage_io import BATCH_PAGES
+from jaxcache.engine.transfer_engine import TransferEngine
 from jaxcache.pools.device_pool import bucket_pages, init_pools
 from jaxcache.pools.page_layout import page_layouts
-from jaxcache.runtime import device_effects
 from jaxcache.runtime.compiles import compile_count
-from jaxcache.runtime.device_effects import DeviceEffects
-from jaxcache.runtime.job_graph import at_once
-from jaxcache.runtime.shard_copies import MemoryCopies
-from jaxcache.runtime.storage_connection import MAX_FAILURES
-from jaxcache.runtime.storage_io import BATCH_PAGES
-from jaxcache.runtime.transfer_engine import TransferEngine
 from jaxcache.storage.base import Storage
 from jaxcache.types import Move, Transfer, TransferFault, TransferKind
 

@@ -10,10 +10,10 @@ from dataclasses import replace
 
 import pytest
 
-from jaxcache.runtime.host_page_order import HostPageOrder
-from jaxcache.runtime.storage_io import StorageIO, _Pages
-from jaxcache.runtime.storage_operation import StorageOperation
-from jaxcache.runtime.transfer_engine import TransferEngine
+from jaxcache.engine.host_page_order import HostPageOrder
+from jaxcache.engine.storage_io import StorageIO, _Pages
+from jaxcache.engine.storage_operation import StorageOperation
+from jaxcache.engine.transfer_engine import TransferEngine
 from jaxcache.testing import simulation
 from jaxcache.testing.simulation import Settings, Simulation
 from tests.core.test_mutations import Mutation, mutate

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jaxcache.agreement.collective import collective
 from jaxcache.components.base import Component, FieldSpec, Reach
-from jaxcache.runtime.collective import collective
+from jaxcache.engine.host_page_order import HostPageOrder
 from jaxcache.runtime.controller import Controller
-from jaxcache.runtime.host_page_order import HostPageOrder
 from jaxcache.testing import scenario, simulation
 from jaxcache.testing.chance import Delays
 from jaxcache.testing.scenario import Scenario

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jaxcache.agreement import local_outcomes
+from jaxcache.agreement.lanes import DONE, LANE_BYTES, Lanes
 from jaxcache.core.eviction.lru import Lru
 from jaxcache.core.prefetch import PrefetchState
 from jaxcache.core.prefetches import Prefetches
 from jaxcache.core.prefix_cache import PrefixCache
-from jaxcache.runtime import carried
-from jaxcache.runtime.lanes import DONE, LANE_BYTES, Lanes
 from jaxcache.testing import scenario, simulation
 from jaxcache.testing.simulation import RATES, Settings, Simulation
 from jaxcache.testing.virtual_rank import Exchange, VirtualRank, WatchedAgreement
@@ -95,13 +95,13 @@ def a_rank_skips_the_exchange_because_nothing_of_its_own_is_in_flight(patch: Pat
 
 
 def pending_is_taken_for_zero(patch: Patch) -> None:
-    outcome = carried._outcome
-    patch.setattr(carried, "_outcome", lambda *args: outcome(*args)._replace(done=True))
+    outcome = local_outcomes._outcome
+    patch.setattr(local_outcomes, "_outcome", lambda *args: outcome(*args)._replace(done=True))
 
 
 def pending_is_taken_for_quiet(patch: Patch) -> None:
-    outcome = carried._outcome
-    patch.setattr(carried, "_outcome", lambda *args: said_quiet(outcome(*args)))
+    outcome = local_outcomes._outcome
+    patch.setattr(local_outcomes, "_outcome", lambda *args: said_quiet(outcome(*args)))
 
 
 def said_quiet(outcome: Outcome) -> Outcome:
@@ -111,14 +111,14 @@ def said_quiet(outcome: Outcome) -> Outcome:
 
 def failed_transfers_are_left_out(patch: Patch) -> None:
     """On the rank where they failed: its later ones move up by one place."""
-    outcomes = carried.outcomes
+    outcomes = local_outcomes.outcomes
 
     def without_failed(core, statuses, pays):
         unwanted = core.unwanted_transfers()
         failed = [id for id, status in statuses.items() if not status.ok and id not in unwanted]
         return {id: said for id, said in outcomes(core, statuses, pays).items() if id not in failed}
 
-    patch.setattr(carried, "outcomes", without_failed)
+    patch.setattr(local_outcomes, "outcomes", without_failed)
 
 
 def lanes_are_matched_by_position(patch: Patch) -> None:
@@ -137,7 +137,7 @@ def lanes_are_matched_by_position(patch: Patch) -> None:
 
 def a_rank_that_would_rather_compute_decides_alone(patch: Patch) -> None:
     """By what it has measured itself, instead of by the least end that all ranks name."""
-    outcomes, commit = carried.outcomes, Prefetches._commit_query
+    outcomes, commit = local_outcomes.outcomes, Prefetches._commit_query
     declined: set[tuple[int, int]] = set()  # of which core, and which QUERY
 
     def noted(core, statuses, pays):
@@ -149,7 +149,7 @@ def a_rank_that_would_rather_compute_decides_alone(patch: Patch) -> None:
             outcome = outcome._replace(smallest_end=DECLINED)
         commit(self, prefetch, outcome)
 
-    patch.setattr(carried, "outcomes", noted)
+    patch.setattr(local_outcomes, "outcomes", noted)
     patch.setattr(Prefetches, "_commit_query", own)
 
 

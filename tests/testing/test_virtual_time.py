@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jaxcache.runtime.job_graph import Job, JobGraph, Pause, Steps
+from jaxcache.engine.jobs import Job, JobGraph, Pause, Steps
 from jaxcache.testing.virtual_time import VirtualTime, VirtualWorkers
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from jaxcache.runtime.reduction import never
+from jaxcache.agreement.reduction import never
 from jaxcache.types import RankUnresponsive
 
 SHORTEST_NAP_S = 5e-5

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from jaxcache.core.prefix_cache import PrefixCache
-from jaxcache.runtime.storage_operation import Status
+from jaxcache.engine.storage_operation import Status
 from jaxcache.types import DECLINED, Outcome
 
 

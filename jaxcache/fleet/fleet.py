@@ -22,12 +22,12 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from jaxcache.agreement.peers import Peers, State
+from jaxcache.agreement.readiness import wait_until_ready
 from jaxcache.core.plan import DecisionLog, first_difference
-from jaxcache.runtime.bulletin import Bulletin, coordinator_address
-from jaxcache.runtime.coordinator_watch import CoordinatorWatch
-from jaxcache.runtime.peers import Peers, State
-from jaxcache.runtime.process_end import reason
-from jaxcache.runtime.readiness import wait_until_ready
+from jaxcache.fleet.bulletin import Bulletin, coordinator_address
+from jaxcache.fleet.coordinator_watch import CoordinatorWatch
+from jaxcache.fleet.process_end import reason
 from jaxcache.types import RanksDiverged, RankUnresponsive, ServingEnded, TransferFault
 
 LISTEN_SHARE = 0.2  # of the bound, for hearing the others

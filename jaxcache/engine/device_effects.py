@@ -19,20 +19,20 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from jaxcache.engine.effects import Effects, Loading
+from jaxcache.engine.inline_copies import back_up_now, load_back_now
+from jaxcache.engine.jobs import Job, Steps, Threads, at_once
+from jaxcache.engine.shard_copies import local_shards, shard_copies
 from jaxcache.pools.cells import Part
 from jaxcache.pools.device_pool import DevicePools, PageMover, Staging, bucket_pages
 from jaxcache.pools.host_pool import HostPool
 from jaxcache.pools.page_layout import PageLayout, local_devices
 from jaxcache.pools.storage_cells import local_part
-from jaxcache.runtime.effects import Effects, Loading
-from jaxcache.runtime.inline_copies import back_up_now, load_back_now
-from jaxcache.runtime.job_graph import Job, Steps, Threads, at_once
-from jaxcache.runtime.process_end import EXIT_S, is_exiting
-from jaxcache.runtime.shard_copies import local_shards, shard_copies
 from jaxcache.types import PageIds
 
 DEFAULT_MAX_BUCKET = 256
 SHARE_OF_CORES = 0.02  # of one
+EXIT_S = 5.0  # at a normal exit, for the calls and copies that are under way
 
 Shards = dict[str, list[Any]]  # by stack, and by local device; None: not there yet
 
@@ -187,3 +187,10 @@ def _wait_for(end: Callable[[], list[threading.Thread]]) -> None:
     deadline = time.monotonic() + EXIT_S
     for thread in end():
         thread.join(max(0.0, deadline - time.monotonic()))
+
+
+def is_exiting() -> bool:
+    """Whether this runs at the end of the interpreter, in an `atexit` handler: Python counts the main thread as ended,
+    and it is the one that asks. A thread that outlives the main thread goes on as before."""
+    main = threading.main_thread()
+    return threading.get_ident() == main.ident and not main.is_alive()

@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from jaxcache.runtime.job_graph import Job, Steps, Workers
+from jaxcache.engine.jobs import Job, Steps, Workers
 from jaxcache.types import PageIds
 
 Pools = dict[str, Any]  # what a component has on the devices, by name

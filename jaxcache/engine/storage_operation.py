@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from jaxcache.runtime.job_graph import Job
-from jaxcache.runtime.storage_connection import StorageConnection
+from jaxcache.engine.jobs import Job
+from jaxcache.engine.storage_connection import StorageConnection
 from jaxcache.types import Transfer, TransferKind
 
 

@@ -14,11 +14,11 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxcache.agreement.agreement import Agreement
+from jaxcache.agreement.lanes import Lanes
+from jaxcache.agreement.readiness import wait_until_ready
+from jaxcache.agreement.reduction import ATTENTION_AXES, STAGE_AXIS, LocalReduction, Reduction, never
 from jaxcache.pools.page_layout import local_devices
-from jaxcache.runtime.agreement import Agreement
-from jaxcache.runtime.lanes import Lanes
-from jaxcache.runtime.readiness import wait_until_ready
-from jaxcache.runtime.reduction import ATTENTION_AXES, STAGE_AXIS, LocalReduction, Reduction, never
 from jaxcache.types import RankUnresponsive
 
 ALL_AXES = (*ATTENTION_AXES, STAGE_AXIS)

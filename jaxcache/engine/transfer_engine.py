@@ -21,17 +21,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar
 
+from jaxcache.engine.backup_merging import merged
+from jaxcache.engine.counters import Counters
+from jaxcache.engine.effects import Effects, Pools
+from jaxcache.engine.host_page_order import HostPageOrder
+from jaxcache.engine.jobs import Job, JobGraph, Steps, at_once
+from jaxcache.engine.rates import Rates
+from jaxcache.engine.storage_connection import REST_S
+from jaxcache.engine.storage_io import BATCH_PAGES, StorageIO
+from jaxcache.engine.storage_operation import Status
 from jaxcache.pools.cells import Part
 from jaxcache.pools.storage_units import chunks
-from jaxcache.runtime.backup_merging import merged
-from jaxcache.runtime.counters import Counters
-from jaxcache.runtime.effects import Effects, Pools
-from jaxcache.runtime.host_page_order import HostPageOrder
-from jaxcache.runtime.job_graph import Job, JobGraph, Steps, at_once
-from jaxcache.runtime.rates import Rates
-from jaxcache.runtime.storage_connection import REST_S
-from jaxcache.runtime.storage_io import BATCH_PAGES, StorageIO
-from jaxcache.runtime.storage_operation import Status
 from jaxcache.storage.base import Storage
 from jaxcache.types import PageIds, Transfer, TransferFault, TransferKind
 

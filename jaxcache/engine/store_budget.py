@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Generator
 from typing import NamedTuple
 
-from jaxcache.runtime.job_graph import Pause
+from jaxcache.engine.jobs import Pause
 
 SLICE_S = 0.05  # after so long a rest sees that no request runs any more, or that its STORE was cancelled
 FIRST_S = 0.001  # what the first turn is taken to cost

@@ -25,15 +25,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxcache import __version__
+from jaxcache.agreement.collective import reduction_of
+from jaxcache.agreement.lanes import CLOCK_MODULUS, DIGEST_LANES, NEUTRAL, are_equal, digest_lanes
+from jaxcache.agreement.peers import Peers, State
 from jaxcache.components.base import Component
 from jaxcache.config import CacheConfig
+from jaxcache.fleet.fleet import Fleet
+from jaxcache.fleet.process_end import reason
 from jaxcache.pools.page_layout import PageLayout, check_axes, page_layouts
 from jaxcache.pools.storage_cells import unit_pages
-from jaxcache.runtime.collective import reduction_of
-from jaxcache.runtime.fleet import Fleet
-from jaxcache.runtime.lanes import CLOCK_MODULUS, DIGEST_LANES, NEUTRAL, are_equal, digest_lanes
-from jaxcache.runtime.peers import Peers, State
-from jaxcache.runtime.process_end import reason
 from jaxcache.storage.base import Storage
 from jaxcache.types import RanksDiverged, RankUnresponsive
 

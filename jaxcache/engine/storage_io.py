@@ -17,15 +17,15 @@ from itertools import pairwise
 import numpy as np
 
 from jaxcache.core.stores import consecutive
+from jaxcache.engine.counters import Counters
+from jaxcache.engine.effects import Effects
+from jaxcache.engine.host_page_order import HostPageOrder
+from jaxcache.engine.jobs import Job, Pause, Steps
+from jaxcache.engine.storage_connection import REST_S, StorageConnection
+from jaxcache.engine.storage_operation import Status, StorageOperation
+from jaxcache.engine.store_budget import StoreBudget
 from jaxcache.pools.cells import Part
 from jaxcache.pools.storage_units import chunks, cut
-from jaxcache.runtime.counters import Counters
-from jaxcache.runtime.effects import Effects
-from jaxcache.runtime.host_page_order import HostPageOrder
-from jaxcache.runtime.job_graph import Job, Pause, Steps
-from jaxcache.runtime.storage_connection import REST_S, StorageConnection
-from jaxcache.runtime.storage_operation import Status, StorageOperation
-from jaxcache.runtime.store_budget import StoreBudget
 from jaxcache.storage.base import ObjectKey, Storage
 from jaxcache.types import Move, Transfer, TransferKind
 

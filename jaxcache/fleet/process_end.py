@@ -4,23 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 import traceback
 from typing import NoReturn
 
 import jax
 
-from jaxcache.runtime import bulletin
+from jaxcache.fleet import bulletin
 
 LEAVE_S, SAY_S = 1.0, 0.1  # process 0 waits for the others; these only say that they leave
-EXIT_S = 5.0  # at a normal exit, for the calls and copies that are under way
-
-
-def is_exiting() -> bool:
-    """Whether this runs at the end of the interpreter, in an `atexit` handler: Python counts the main thread as ended,
-    and it is the one that asks. A thread that outlives the main thread goes on as before."""
-    main = threading.main_thread()
-    return threading.get_ident() == main.ident and not main.is_alive()
 
 
 def reason(error: BaseException) -> str:

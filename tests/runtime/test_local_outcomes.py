@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from jaxcache.agreement import local_outcomes
 from jaxcache.core.prefetch import PrefetchState
-from jaxcache.runtime import carried
 from jaxcache.types import Outcome
 from tests.core.helpers import Server, prompt, server_with_storage
 
@@ -15,7 +15,7 @@ LANES = {"max_live_transfers": 3, "max_stores": 1, "host_pages": 640, "device_pa
 def exchange(server: Server, outcome: Outcome) -> list[int]:
     """One step in which all that is carried has this outcome; returns what was carried."""
     server.core.take_plan()
-    ids = list(carried.outcomes(server.core, {}, lambda query: True))
+    ids = list(local_outcomes.outcomes(server.core, {}, lambda query: True))
     server.core.commit(dict.fromkeys(ids, outcome), 0)
     return ids
 
@@ -42,7 +42,7 @@ def test_what_only_awaits_quiet_has_a_lane_however_many_are_undecided(num_undeci
     for _ in range(4):
         for_quiet = {ticket.prefetch.id for ticket in cancelled if ticket.state is not PrefetchState.DONE}
         server.core.take_plan()
-        ids = list(carried.outcomes(server.core, {}, lambda query: True))
+        ids = list(local_outcomes.outcomes(server.core, {}, lambda query: True))
         carried_ids += ids
         server.core.commit({id: Outcome(id in for_quiet, id in for_quiet) for id in ids}, 0)
     assert all(ticket.state is PrefetchState.DONE for ticket in cancelled)

@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 
-from jaxcache.runtime.job_graph import JobGraph, Threads, at_once
+from jaxcache.engine.jobs import JobGraph, Threads, at_once
 
 
 @pytest.fixture

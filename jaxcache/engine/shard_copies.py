@@ -16,8 +16,8 @@ import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
+from jaxcache.engine.cuda_copies import CudaCopies, driver
 from jaxcache.pools.page_layout import FieldLayout
-from jaxcache.runtime.cuda_copies import CudaCopies, driver
 
 
 class ShardCopies(ABC):

@@ -4,15 +4,46 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 
-from jaxcache.runtime.circuit_breaker import CircuitBreaker
-from jaxcache.runtime.effects import Effects
-from jaxcache.runtime.job_graph import JobGraph
+from jaxcache.engine.effects import Effects
+from jaxcache.engine.jobs import JobGraph
 from jaxcache.storage.base import Storage
 
 MAX_FAILURES = 3
 REST_S = 5.0
 STORE_NICENESS = 10
+
+
+class CircuitBreaker:
+    """Opens after `max_failures` in a row; after `rest_s` it lets work through again, and one failure reopens it.
+
+    now: seconds
+    """
+
+    def __init__(self, max_failures: int, rest_s: float, now: Callable[[], float]):
+        self._max_failures, self._rest_s = max_failures, rest_s
+        self._now = now
+        self._lock = threading.Lock()
+        self._num_failures = 0
+        self._open_until = 0.0
+
+    def is_open(self) -> bool:
+        """Whether storage must not be asked now."""
+        return self._now() < self._open_until
+
+    def succeeded(self) -> None:
+        with self._lock:
+            self._num_failures = 0
+
+    def failed(self) -> bool:
+        """Whether that has opened it."""
+        with self._lock:
+            self._num_failures += 1
+            opens = self._num_failures >= self._max_failures and not self.is_open()
+            if opens:
+                self._open_until = self._now() + self._rest_s
+            return opens
 
 
 class StorageConnection:

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from jaxcache.engine.shard_copies import local_shards
 from jaxcache.pools.device_pool import ComponentPools, PageMover
 from jaxcache.pools.host_pool import HostPool
-from jaxcache.runtime.shard_copies import local_shards
 
 LARGE_BYTES = 8192  # from here on a loop over pages is faster than numpy's, which copies twice
 Pages = np.ndarray  # uint8[num_pages, local_bytes] of one field on one device

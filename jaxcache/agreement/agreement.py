@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from jaxcache.runtime.lanes import Agreed, Lanes, Said
-from jaxcache.runtime.reduction import Reduction, never
+from jaxcache.agreement.lanes import Agreed, Lanes, Said
+from jaxcache.agreement.reduction import Reduction, never
 from jaxcache.types import Outcome
 
 

@@ -1,0 +1,1 @@
+"""What ranks tell each other: once per step, and once at start."""

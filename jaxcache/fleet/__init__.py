@@ -1,0 +1,1 @@
+"""Processes that end, or differ: how the others hear of it."""

@@ -246,8 +246,8 @@ class Setup:
 USUAL = Setup()
 CLOCKS = Setup({"prefetch_policy": PrefetchPolicy.TIMEOUT})  # the only one that looks at a clock
 CANCELS = Setup({"prefetch_policy": PrefetchPolicy.WAIT_COMPLETE, "host_pages": 40}, {"cancel": 300})
-CROWD = Setup({"device_pages": 18, "write_policy": WritePolicy.WRITE_THROUGH}, {"arrive": 700}, range(4, 10))
-QUESTIONS = Setup({"prefetch_policy": PrefetchPolicy.WAIT_COMPLETE}, {"arrive": 500})
+CROWD = Setup({"device_pages": 18, "write_policy": WritePolicy.WRITE_THROUGH}, {"arrive": 700}, range(6, 12))
+QUESTIONS = Setup({"prefetch_policy": PrefetchPolicy.WAIT_COMPLETE}, {"arrive": 500}, range(4, 12))
 SETUPS = {
     the_first_minimum_is_the_answer_for_windows_and_states: QUESTIONS,
     stage_1_decides_by_itself: CLOCKS,

@@ -48,7 +48,7 @@ def test_whatever_was_built_before(rng, monkeypatch):
         num_rows = 4 + int(rng.integers(3))
         leases = [*running, *[None] * (num_rows - len(running))]
         leases = [leases[i] for i in rng.permutation(num_rows)] if rng.random() < 0.3 else leases
-        server.plane.apply()
+        server.rank.apply()
         tables, wanted = builder.build(leases, MAX_PAGES), expected(leases)
         assert tables.keys() == absent.keys()
         for name, table in tables.items():
@@ -66,7 +66,7 @@ def test_what_is_unchanged_is_the_same_memory(server):
     assert all(again[name].ctypes.data == table.ctypes.data for name, table in first.items())
     server.compute(leases[0], 9)
     assert server.core.grow(leases[0], 9, 8)
-    server.plane.apply()
+    server.rank.apply()
     grown = builder.build(leases, MAX_PAGES)
     assert grown["full"].ctypes.data != first["full"].ctypes.data
     assert grown["state"].ctypes.data == first["state"].ctypes.data
@@ -93,7 +93,7 @@ NOWHERE = ABSENT["state"]
 
 def slots_of(server: Server, leases, ends) -> list[list[int]]:
     """Of each row: read, write, keep."""
-    server.plane.apply()
+    server.rank.apply()
     slots = state_slots_of(server.core, leases, ends)
     assert slots is not None
     assert all(array.dtype == np.int32 and not array.flags.writeable for array in slots)
@@ -127,7 +127,7 @@ def test_without_recurrent_states_there_are_no_slots():
 
 def test_rows_that_cannot_be_computed_are_refused(server):
     lease = server.admit(prompt(10))
-    server.plane.apply()
+    server.rank.apply()
     for leases, ends, error, message in (
         ([lease], [8, 9], RuntimeError, "1 leases and 2 ends"),
         ([lease], [0], RuntimeError, "end=0 of row 0 is not in its room"),

@@ -114,7 +114,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     caught, run = Counter[str](), Counter[str]()
     for outcome in ("passed", "failed", "error"):
         for report in terminalreporter.stats.get(outcome, []):
-            if "mutation" in report.keywords and (report.when == "call" or outcome == "error"):
+            is_mutation = isinstance(report, pytest.TestReport) and "mutation" in report.keywords
+            if is_mutation and (report.when == "call" or outcome == "error"):
                 run[report.location[0]] += 1
                 caught[report.location[0]] += outcome == "passed"
     if run:

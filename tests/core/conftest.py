@@ -1,0 +1,15 @@
+"""Spines that fit the small caches of these tests: every check looks at each of a tier's pages."""
+
+from __future__ import annotations
+
+import pytest
+
+from jaxcache.core import tiers
+
+
+@pytest.fixture(autouse=True, scope="session")
+def small_spines():
+    patch = pytest.MonkeyPatch()
+    patch.setattr(tiers, "SPINE_PAGES", 1 << 9)
+    yield
+    patch.undo()

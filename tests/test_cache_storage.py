@@ -109,7 +109,7 @@ def test_storage_that_fails_at_run_time(rig, mood, counter):
         first.drain()
         assert len(storage.values) == 12
     storage.mood = mood
-    with rig.cache(storage, storage_deadline_s=0.5 if mood == "stalls" else 60.0) as cache:
+    with rig.cache(storage, storage_deadline_s=2.0 if mood == "stalls" else 60.0) as cache:
         driver = Driver(rig, cache)
         sequence = driver.sequence(PROMPT)
         ticket = cache.prefetch(sequence)

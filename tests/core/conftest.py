@@ -7,7 +7,7 @@ import pytest
 from jaxcache.core import tiers
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def small_spines():
     patch = pytest.MonkeyPatch()
     patch.setattr(tiers, "SPINE_PAGES", 1 << 9)

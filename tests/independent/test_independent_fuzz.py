@@ -15,7 +15,7 @@ import pytest
 from tests.independent.fuzzer import Fuzzer
 
 CALLS_PER_RUN = 4000
-NUM_QUICK_RUNS = 8
+NUM_QUICK_RUNS = 6
 NUM_CALLS = 10**6
 OFTEN = (
     "hits",

@@ -16,11 +16,11 @@ from jaxcache.components import Component
 from jaxcache.config import CacheConfig
 from jaxcache.core.bad_input import count, said
 from jaxcache.core.explain import Explanation
+from jaxcache.core.kinds import validate, with_spine
 from jaxcache.core.lease import Lease
 from jaxcache.core.prefetch import Ticket
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.core.serving import RefusedCall, RefusedType, changes
-from jaxcache.core.tiers import validate, with_spine
 from jaxcache.core.tokens import Namespace
 from jaxcache.core.tokens import Sequence as TokenSequence
 from jaxcache.engine.device_effects import DeviceEffects

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from jaxcache.types import PrefetchPolicy, WritePolicy
+from jaxcache.types import PrefetchPolicy, Tier, WritePolicy
 
 V = TypeVar("V")
 PAGE_KERNELS = ("auto", "pallas", "xla")
@@ -212,8 +212,10 @@ class CacheConfig:
         if floors > 1 + ROUNDING:
             raise ValueError(f"the floors of tenants must not add up to more than 1, but {floors=}")
 
-    def num_pages(self, pages: int | Mapping[str, int], component: str, at_least: int) -> int:
+    def pages_of(self, component: str, tier: Tier) -> int:
         """The entry of `device_pages` or `host_pages` for one component."""
+        pages = self.device_pages if tier is Tier.DEVICE else self.host_pages
+        at_least = 1 if tier is Tier.DEVICE else 0
         count = pages.get(component) if isinstance(pages, Mapping) else pages
         if not isinstance(count, int) or isinstance(count, bool) or count < at_least:
             raise ValueError(f"component {component!r} needs an int of at least {at_least} pages, not {count!r}")

@@ -7,7 +7,7 @@ import pytest
 import jaxcache
 from jaxcache.components import SlidingWindow
 from jaxcache.core import invariants
-from jaxcache.core.tiers import SPINE, with_spine
+from jaxcache.core.kinds import SPINE, with_spine
 from jaxcache.types import Tier
 from tests.core.helpers import FULL, state, window
 from tests.snapshots import pages_of

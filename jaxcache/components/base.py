@@ -3,15 +3,15 @@
 A component states once what must be present to resume at token n; matching, pinning, load-back, backup, storage
 queries, commits and eviction are derived from it.
 
-    PREFIX   |################|         pages [0, n)                      full attention
-    SUFFIX   |           #####|         pages over the last tokens        sliding window
-    POINT    |                #         one state, exactly at n           recurrent state
-             0                n
+    kind
+    "prefix"  |################|         pages [0, n)                      full attention
+    "window"  |           #####|         pages over the last tokens        sliding window
+    "state"   |                #         one state, exactly at n           recurrent state
+              0                n
 """
 
 from __future__ import annotations
 
-import enum
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -20,15 +20,6 @@ from typing import ClassVar
 import numpy as np
 
 from jaxcache.types import Span
-
-
-class Reach(enum.Enum):
-    """Which part of a sequence a component must hold to resume."""
-
-    PREFIX = "prefix"
-    SUFFIX = "suffix"
-    POINT = "point"
-
 
 AXES = ("layers", "slots", "heads", None)
 
@@ -91,12 +82,13 @@ def np_dtype(name: str) -> np.dtype:
 class Component(ABC):
     """A kind of state, declared: its name, its arrays, and what must be present to resume.
 
+    kind:     what is kept, published and evicted together, by the name of a class in core/kinds
     is_paged: has a page for each page of tokens; otherwise one entry stands for all that is before it
     """
 
     name: str
     fields: tuple[FieldSpec, ...]
-    reach: ClassVar[Reach]
+    kind: ClassVar[str]
     is_paged: ClassVar[bool] = True
 
     def __post_init__(self):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from jaxcache.components.base import Component, Reach
+from jaxcache.components.base import Component
 from jaxcache.types import Span
 
 
 class FullAttention(Component):
     """Keys and values of all earlier tokens: pages [0, n)."""
 
-    reach: ClassVar[Reach] = Reach.PREFIX
+    kind: ClassVar[str] = "prefix"
 
     def required(self, n: int) -> Span:
         return Span(0, n)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from jaxcache.components.base import Component, Reach
+from jaxcache.components.base import Component
 from jaxcache.types import Span
 
 
@@ -19,7 +19,7 @@ class RecurrentState(Component):
     """
 
     chunk_tokens: int = 1
-    reach: ClassVar[Reach] = Reach.POINT
+    kind: ClassVar[str] = "state"
     is_paged: ClassVar[bool] = False
 
     def __post_init__(self):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from jaxcache.components.base import Component, Reach
+from jaxcache.components.base import Component
 from jaxcache.types import Span
 
 
@@ -14,7 +14,7 @@ class SlidingWindow(Component):
     """Keys and values of the last tokens: the token at n sees [n - window_tokens + 1, n]."""
 
     window_tokens: int = 0
-    reach: ClassVar[Reach] = Reach.SUFFIX
+    kind: ClassVar[str] = "window"
 
     def __post_init__(self):
         super().__post_init__()

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from jaxcache.core.kinds import Kinds, Path
-from jaxcache.core.node import FULL, Node
-from jaxcache.core.tiers import SPINE, Tiers
+from jaxcache.core.node import Node
+from jaxcache.core.tiers import Tiers
 from jaxcache.core.tokens import Sequence
 from jaxcache.types import Match
 
@@ -106,13 +106,7 @@ class Matcher:
         return list(places)
 
     def _prefix(self, num_tokens: int, node: Node, found_tokens: int) -> Prefix:
-        device_tokens = self._device_tokens(num_tokens, node) if self.tiers.has_host else num_tokens
+        device_tokens = num_tokens
+        if self.tiers.has_host:
+            device_tokens = self.kinds.full.device_tokens(num_tokens, node, self.kinds.extras)
         return Prefix(num_tokens, node, found_tokens, device_tokens)
-
-    def _device_tokens(self, num_tokens: int, node: Node) -> int:
-        """Leading tokens of a prefix whose full attention is on the device. With a spine, which is, all or none."""
-        if self.tiers.components[FULL] is SPINE:
-            return num_tokens if all(kind.is_on_device(num_tokens, node) for kind in self.kinds.extras) else 0
-        while node.parent is not None and node.pages[FULL] is None:
-            node = node.parent
-        return min(num_tokens, node.end)

@@ -23,7 +23,7 @@ from jaxcache.core.attachment import Attachment
 from jaxcache.core.backups import Backups
 from jaxcache.core.clearing import Clearing
 from jaxcache.core.explain import Explanation, explain
-from jaxcache.core.kinds import RESIDENCIES, make_kinds
+from jaxcache.core.kinds import first_with_arrays, make_kinds, residency_of, validate, with_spine
 from jaxcache.core.lease import NO_POSITIONS, Lease, TokenPositions
 from jaxcache.core.leases import Leases
 from jaxcache.core.limits.quotas import Quotas
@@ -34,7 +34,7 @@ from jaxcache.core.prefetch import Ticket
 from jaxcache.core.prefetches import Prefetches
 from jaxcache.core.serving import RefusedType, RefusedValue, Serving, changes
 from jaxcache.core.stores import Stores
-from jaxcache.core.tiers import Tiers, validate, with_spine
+from jaxcache.core.tiers import Tiers
 from jaxcache.core.tokens import Namespace, Sequence, extend_all
 from jaxcache.types import Match, Outcome, Plan, PrefetchPolicy, Tier, Wait
 
@@ -49,7 +49,7 @@ class PrefixCache:
         self.components, self.config = with_spine(components, config)
         self.counters: Counters = defaultdict(int)
         self.planner = Planner()
-        self.tiers = tiers = Tiers(self.components, self.config, RESIDENCIES)
+        self.tiers = tiers = Tiers(self.components, self.config, residency_of, first_with_arrays(self.components))
         self.kinds = kinds = make_kinds(tiers, self.counters)
         self.matcher = Matcher(tiers, kinds)
         self.clearing = Clearing(self)

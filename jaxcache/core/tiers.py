@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable
 from math import lcm
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxcache.components.base import Component, Reach
+from jaxcache.components.base import Component
 from jaxcache.config import CacheConfig
 from jaxcache.core.change_log import ChangeLog
 from jaxcache.core.eviction import policy
@@ -28,25 +27,11 @@ from jaxcache.core.pages import Residency
 from jaxcache.core.plan import checksum
 from jaxcache.core.tokens import Sequence
 from jaxcache.core.tree import RadixTree
-from jaxcache.types import NO_PAGES, PageIds, Span, Tier, WritePolicy
+from jaxcache.types import NO_PAGES, PageIds, Tier, WritePolicy
 
 MAX_EVICTIONS_REMEMBERED = 4096
 MAX_UNMADE_REMEMBERED = 4096
 UNWATCHED = -1  # without pools nothing is known of model steps
-
-
-class Spine(Component):
-    """Full attention of a model that has none: pages without arrays, which only say what tokens are known."""
-
-    reach: ClassVar[Reach] = Reach.PREFIX
-
-    def required(self, n: int) -> Span:
-        return Span(0, n)
-
-
-SPINE = Spine("spine", ())
-SPINE_PAGES = 1 << 16  # at least; a page of it takes four bytes, and its tokens
-SPINE_SHARE = 16  # and so many for every page of the largest other component
 
 
 class Hold(NamedTuple):
@@ -70,9 +55,10 @@ class Tiers:
         self,
         components: tuple[Component, ...],
         config: CacheConfig,
-        residencies: Mapping[Reach, Callable[..., Residency]],
+        residency_of: Callable[[Component], type[Residency]],
+        sized: Component,
     ):
-        """residencies: what makes those of a component, by its reach"""
+        """residency_of: what a component's entries are; sized: whose pages say how much the cache holds"""
         self.components = components
         self.config = config
         self.page_tokens = config.page_tokens
@@ -80,10 +66,10 @@ class Tiers:
         self.log = ChangeLog(config.max_logged_changes) if config.events else None
         self.tree = RadixTree(config.page_tokens, 2 * num, self.log)
         self.clock = itertools.count()
-        self.profile = make_profile(components, config)
+        self.profile = make_profile(sized, config)
         self.tenants = Tenants(config.tenants) if config.tenants else None
-        self.device = [self._residency(residencies, c, Tier.DEVICE) for c in range(num)]
-        self.host = [self._residency(residencies, c, Tier.HOST) for c in range(num)]
+        self.device = [self._residency(residency_of, c, Tier.DEVICE) for c in range(num)]
+        self.host = [self._residency(residency_of, c, Tier.HOST) for c in range(num)]
         self.residencies = [*self.device, *self.host]
         self._open_residencies = [residency for residency in self.residencies if not residency.is_closed]
         self.has_host = any(host.allocator.num_pages for host in self.host)
@@ -102,14 +88,13 @@ class Tiers:
         self.touched: dict[int, PageIds] = {}
         self.held_back: list[tuple[Residency, PageIds]] = []
 
-    def _residency(self, residencies: Mapping[Reach, Callable[..., Residency]], c: int, tier: Tier) -> Residency:
+    def _residency(self, residency_of: Callable[[Component], type[Residency]], c: int, tier: Tier) -> Residency:
         component, order = self.components[c], policy(self.config.eviction_policy)
-        num_pages = num_pages_of(component, tier, self.config)
+        num_pages = self.config.pages_of(component.name, tier)
         index = c + tier * len(self.components)
         context = OrderContext(index, num_pages, tier, c != FULL, self.profile)
         by_account = order(context) if self.tenants is None else Groups(context, order, self.tenants)
-        make = residencies[component.reach]
-        return make(component, tier, index, num_pages, by_account, self.clock, self.log)
+        return residency_of(component)(component, tier, index, num_pages, by_account, self.clock, self.log)
 
     # ---- changes
 
@@ -288,58 +273,8 @@ def _prefix_checksum(sequence: Sequence, num_tokens: int) -> int:
     return checksum(memoryview(sequence.data)[: num_tokens * 4])
 
 
-def with_spine(components: tuple[Component, ...], config: CacheConfig) -> tuple[tuple[Component, ...], CacheConfig]:
-    """Full attention first; where there is none, a spine that is never what runs out."""
-    full = tuple(component for component in components if component.reach is Reach.PREFIX and component is not SPINE)
-    others = tuple(component for component in components if component.reach is not Reach.PREFIX)
-    if full:
-        return (*full, *others), config
-    return (SPINE, *others), replace(
-        config,
-        device_pages=_with_spine_pages(others, Tier.DEVICE, config),
-        host_pages=_with_spine_pages(others, Tier.HOST, config),
-    )
-
-
-def _with_spine_pages(others: tuple[Component, ...], tier: Tier, config: CacheConfig) -> dict[str, int]:
-    given = config.device_pages if tier is Tier.DEVICE else config.host_pages
-    pages = {component.name: num_pages_of(component, tier, config) for component in others}
-    enough = max(SPINE_PAGES, SPINE_SHARE * max(pages.values())) if any(pages.values()) else 0
-    return {SPINE.name: enough, **pages, **(given if isinstance(given, Mapping) else {})}
-
-
-def num_pages_of(component: Component, tier: Tier, config: CacheConfig) -> int:
-    pages = config.device_pages if tier is Tier.DEVICE else config.host_pages
-    return config.num_pages(pages, component.name, at_least=1 if tier is Tier.DEVICE else 0)
-
-
-def make_profile(components: tuple[Component, ...], config: CacheConfig) -> ReuseProfile | None:
-    """Sized by full attention, or by the first of the others where that is a spine."""
+def make_profile(sized: Component, config: CacheConfig) -> ReuseProfile | None:
     if not policy(config.eviction_policy).remembers:
         return None
-    sized = components[1] if components[FULL] is SPINE else components[FULL]
-    device, host = (num_pages_of(sized, tier, config) * config.page_tokens for tier in (Tier.DEVICE, Tier.HOST))
+    device, host = (config.pages_of(sized.name, tier) * config.page_tokens for tier in (Tier.DEVICE, Tier.HOST))
     return ReuseProfile(config.page_tokens, device, host, config.evict_output_first)
-
-
-def validate(components: tuple[Component, ...], config: CacheConfig) -> None:
-    names = [component.name for component in components]
-    if not components or len(set(names)) != len(names):
-        raise ValueError(f"a cache needs components with different names, not {names}")
-    if any(component.name == SPINE.name and component is not SPINE for component in components):
-        raise ValueError(f"{SPINE.name!r} is what the cache calls its own component: name yours otherwise")
-    for reach in (Reach.PREFIX, Reach.POINT):
-        same = [component.name for component in components if component.reach is reach]
-        if len(same) > 1:
-            raise ValueError(f"{same} live and move together: declare one {reach.value} component with several fields")
-    for component in components:
-        for spec in component.fields:
-            if spec.page_tokens not in (None, config.page_tokens):
-                raise ValueError(
-                    f"{component.name}.{spec.name} has pages of {spec.page_tokens} tokens, but {config.page_tokens=}"
-                )
-    for pages in (config.device_pages, config.host_pages):
-        if not isinstance(pages, int):
-            unknown = sorted(set(pages) - set(names))
-            if unknown:
-                raise ValueError(f"pages are given for {unknown}, but the components are {names}")

@@ -35,11 +35,11 @@ from jaxcache.fleet.process_end import reason
 from jaxcache.pools.page_layout import PageLayout, check_axes, page_layouts
 from jaxcache.pools.storage_cells import unit_pages
 from jaxcache.storage.base import Storage
-from jaxcache.types import RanksDiverged, RankUnresponsive
+from jaxcache.types import RanksDiverged, RankUnresponsive, Tier
 
 MAX_COMPONENTS = 64
 NUM_UNANIMOUS = DIGEST_LANES + 2 * MAX_COMPONENTS
-CAPACITIES = {"device_pages": 1, "host_pages": 0}  # and what they must be at least
+CAPACITIES = {"device_pages": Tier.DEVICE, "host_pages": Tier.HOST}
 REFUSED = -1  # instead of capacities, by a process whose settings cannot be
 _starts: Counter[str] = Counter()  # by the devices of the mesh
 
@@ -68,7 +68,7 @@ def agree_on_start(components: Sequence[Component], mesh: Mesh, config: CacheCon
         if len(names) > MAX_COMPONENTS:
             raise ValueError(f"{len(names)} components, but a cache can have {MAX_COMPONENTS} at most")
         layouts = page_layouts(components, mesh, config.storage_grid)
-        own = {tier: _pages(config, names, tier, at_least) for tier, at_least in CAPACITIES.items()}
+        own = {pages: _pages(config, names, pages, tier) for pages, tier in CAPACITIES.items()}
     except Exception as error:
         problem = error
     topic = _topic(mesh)
@@ -145,11 +145,11 @@ def _units(config: CacheConfig, components: Sequence[Component], layouts: Mappin
     return units
 
 
-def _pages(config: CacheConfig, names: Sequence[str], tier: str, at_least: int) -> dict[str, int]:
-    pages = {name: config.num_pages(config.__dict__[tier], name, at_least) for name in names}
+def _pages(config: CacheConfig, names: Sequence[str], field: str, tier: Tier) -> dict[str, int]:
+    pages = {name: config.pages_of(name, tier) for name in names}
     for name, count in pages.items():
         if count >= NEUTRAL:
-            raise ValueError(f"{tier} of component {name!r} must be below {NEUTRAL}, not {count}")
+            raise ValueError(f"{field} of component {name!r} must be below {NEUTRAL}, not {count}")
     return pages
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from jaxcache.core import tiers
+from jaxcache.core.kinds import spine
 
 
 @pytest.fixture(autouse=True, scope="module")
 def small_spines():
     patch = pytest.MonkeyPatch()
-    patch.setattr(tiers, "SPINE_PAGES", 1 << 9)
+    patch.setattr(spine, "SPINE_PAGES", 1 << 9)
     yield
     patch.undo()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from jaxcache.components.base import Reach
 from jaxcache.core import invariants
 from jaxcache.core.node import Node
 from jaxcache.core.prefix_cache import PrefixCache
@@ -20,7 +19,7 @@ class Consumer:
         self.core = core
         self.stream = EventStream(core.tiers)
         self.held: Held = {(r.tier, r.component.name): {} for r in core.tiers.residencies}
-        self.prefixes = [c.name for c in core.components if c.reach is Reach.PREFIX]
+        self.prefixes = [c.name for c in core.components if c.kind in ("prefix", "spine")]
 
     def take(self) -> list[Event]:
         events = self.stream.take()

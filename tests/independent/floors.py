@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from jaxcache.components.base import Reach
 from tests.independent.content import demand
 from tests.independent.world import Request, World
 
@@ -13,7 +12,7 @@ class Floors:
     def __init__(self, world: World):
         self.world = world
         components = world.first.components
-        self._full = next(c for c, component in enumerate(components) if component.reach is Reach.PREFIX)
+        self._full = next(c for c, component in enumerate(components) if component.kind in ("prefix", "spine"))
         self.is_needed = bool(world.config.tenants)
         self._before: dict[str, int] = {}
 

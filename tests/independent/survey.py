@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxcache.components import RecurrentState, SlidingWindow
-from jaxcache.components.base import Reach
-from jaxcache.core.tiers import SPINE
+from jaxcache.core.kinds import SPINE
 from jaxcache.types import WritePolicy
 from tests.independent.adapter import NOTHING, Rank
 from tests.independent.content import Runs, Text, demand, hash_of_namespace
@@ -40,7 +39,7 @@ class Survey:
         self.h: list[dict[bytes, list[np.ndarray]]] = [{} for _ in range(self.num)]
         self.num_nodes = self.num_empty_leaves = 0
         self._is_state = [isinstance(c, RecurrentState) for c in rank.components] * 2
-        self._full = next(i for i, c in enumerate(rank.components) if c.reach is Reach.PREFIX)
+        self._full = next(i for i, c in enumerate(rank.components) if c.kind in ("prefix", "spine"))
         self._writes_back = rank.core.config.write_policy is WritePolicy.WRITE_BACK
         for root, digest, is_live in rank.roots():
             for child in root.children.values():

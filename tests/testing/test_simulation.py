@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jaxcache.agreement.collective import collective
-from jaxcache.components.base import Component, FieldSpec, Reach
+from jaxcache.components.base import Component, FieldSpec
 from jaxcache.engine.host_page_order import HostPageOrder
 from jaxcache.runtime.controller import Controller
 from jaxcache.testing import scenario, simulation
@@ -79,7 +79,7 @@ def test_every_mixture(components):
 
 def fields(component: Component, num_fields: int, page_tokens: int) -> tuple[FieldSpec, ...]:
     """Arrays of different sizes; a state has no slots for tokens."""
-    if component.reach is Reach.POINT:
+    if component.kind == "state":
         shape, axes = (4, 16), ("heads", None)
     else:
         shape, axes = (2, page_tokens, 4, 16), (None, "slots", "heads", None)

@@ -1,25 +1,21 @@
-"""Orders of eviction: which unpinned entry leaves next. One class each, found by name."""
+"""Orders of eviction: which unpinned entry leaves next. Every file of this folder is read, and a class that is given a
+name there, or in a program that uses jaxcache, can be chosen by it: a new policy is one file."""
 
 from __future__ import annotations
 
-from jaxcache.core.eviction.adaptive import Adaptive
-from jaxcache.core.eviction.keyed import Fifo, Lfu, Priority
-from jaxcache.core.eviction.lru import Lru
-from jaxcache.core.eviction.order import EvictionOrder
-from jaxcache.core.eviction.queues import S3Fifo, Slru
+import pkgutil
+from importlib import import_module
 
-POLICIES: dict[str, type[EvictionOrder]] = {
-    "lru": Lru,
-    "lfu": Lfu,
-    "fifo": Fifo,
-    "slru": Slru,
-    "priority": Priority,
-    "s3fifo": S3Fifo,
-    "adaptive": Adaptive,
-}
+from jaxcache.core.eviction.order import POLICIES, EvictionOrder
+
+for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
+    import_module(_module.name)
 
 
 def policy(name: str) -> type[EvictionOrder]:
     if name not in POLICIES:
         raise ValueError(f"eviction_policy must be one of {sorted(POLICIES)}, not {name!r}")
     return POLICIES[name]
+
+
+__all__ = ["POLICIES", "EvictionOrder", "policy"]

@@ -21,7 +21,7 @@ from jaxcache.core.node import Node
 Cell = tuple[int, int, int]  # weight (a power of two), kind, age
 
 
-class Adaptive(EvictionOrder):
+class Adaptive(EvictionOrder, name="adaptive"):
     """Windows and states are weighed by the tokens that they spare per page; pages of full attention are all equal.
 
     Iterates by the values of now, and by ages as `first` saw them last: looking changes nothing.

@@ -66,14 +66,14 @@ class Keyed(EvictionOrder):
         return len(self._keys)
 
 
-class Lfu(Keyed):
+class Lfu(Keyed, name="lfu"):
     """Least frequently used while it was in the cache."""
 
     def key(self, node: Node) -> tuple:
         return node.hits, node.last_used
 
 
-class Priority(Keyed):
+class Priority(Keyed, name="priority"):
     """Lowest priority first (see `insert`), least recently used among equals."""
 
     by_priority: ClassVar[bool] = True
@@ -82,7 +82,7 @@ class Priority(Keyed):
         return node.priority, node.last_used
 
 
-class Fifo(Keyed):
+class Fifo(Keyed, name="fifo"):
     """What came first leaves first, used or not."""
 
     remembers: ClassVar[bool] = True

@@ -13,7 +13,7 @@ from jaxcache.core.node import Node
 MISSING: Any = object()
 
 
-class Lru(EvictionOrder):
+class Lru(EvictionOrder, name="lru"):
     """Least recently used first.
 
     Over an OrderedDict, where every operation is O(1) also after many evictions. A parent that was used after its last

@@ -29,14 +29,26 @@ class OrderContext(NamedTuple):
     profile: ReuseProfile | None
 
 
+POLICIES: dict[str, type[EvictionOrder]] = {}  # those that have a name
+
+
 class EvictionOrder(ABC):
     """The candidates of one (component, tier), best victim first.
 
     remembers: needs a profile, and `node.use`. by_priority: looks at `node.priority`
+
+        class Newest(EvictionOrder, name="newest"): ...        CacheConfig(eviction_policy="newest")
     """
 
     remembers: ClassVar[bool] = False
     by_priority: ClassVar[bool] = False
+
+    def __init_subclass__(cls, name: str | None = None):
+        """name: by which it can be chosen; None: it is not a policy itself."""
+        if name is not None:
+            other = POLICIES.setdefault(name, cls)
+            if other is not cls:
+                raise ValueError(f"there is an eviction policy {name!r} already: {other.__module__}.{other.__name__}")
 
     def __init__(self, context: OrderContext):
         self.context = context

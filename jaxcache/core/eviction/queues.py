@@ -127,7 +127,7 @@ class Queued(EvictionOrder):
         return sum(len(queue) for queue in self.queues)
 
 
-class Slru(Queued):
+class Slru(Queued, name="slru"):
     """Segmented LRU: new ones are on probation, so a scan takes nothing from those that were hit.
 
     What was hit is protected, up to a share of the pages; the oldest of it goes back on probation.
@@ -157,7 +157,7 @@ class Slru(Queued):
             self.move(oldest, self.protected, self.probation)
 
 
-class S3Fifo(Queued):
+class S3Fifo(Queued, name="s3fifo"):
     """Three queues (Yang et al. 2023): a small one filters what is used once; the main one gives second chances.
 
     What is remembered from before it left goes to the main queue at once. A node joins its queue when it is released:

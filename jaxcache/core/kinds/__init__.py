@@ -1,24 +1,23 @@
-"""The kinds of components: a new one is a file here, and its line in these tables."""
+"""The kinds of components, and all in which they differ. Every file of this folder is read, and a class that is given a
+name there, or in a program that uses jaxcache, is the kind of the components that say so: a new kind is one file."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import pkgutil
+from importlib import import_module
 
-from jaxcache.components.base import Reach
-from jaxcache.core.kinds.base import Extra, Kind, Need, Path
-from jaxcache.core.kinds.prefix import Prefix, PrefixResidency
-from jaxcache.core.kinds.state import State, StateResidency
-from jaxcache.core.kinds.window import Window, WindowResidency
+from jaxcache.components.base import Component
+from jaxcache.config import CacheConfig
+from jaxcache.core.kinds.base import KINDS, Extra, Kind, Need, Path
+from jaxcache.core.kinds.prefix import Prefix
+from jaxcache.core.kinds.spine import SPINE, first_with_arrays, with_spine
+from jaxcache.core.kinds.state import State
 from jaxcache.core.pages import Residency
 from jaxcache.core.plan import Counters
 from jaxcache.core.tiers import Tiers
 
-RESIDENCIES: Mapping[Reach, type[Residency]] = {
-    Reach.PREFIX: PrefixResidency,
-    Reach.SUFFIX: WindowResidency,
-    Reach.POINT: StateResidency,
-}
-KINDS: Mapping[Reach, type[Kind]] = {Reach.PREFIX: Prefix, Reach.SUFFIX: Window, Reach.POINT: State}
+for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
+    import_module(_module.name)
 
 
 class Kinds(tuple[Kind, ...]):
@@ -30,7 +29,7 @@ class Kinds(tuple[Kind, ...]):
 
 
 def make_kinds(tiers: Tiers, counters: Counters) -> Kinds:
-    kinds = Kinds(KINDS[component.reach](tiers, c, counters) for c, component in enumerate(tiers.components))
+    kinds = Kinds(KINDS[component.kind](tiers, c, counters) for c, component in enumerate(tiers.components))
     full, *extras = kinds
     assert isinstance(full, Prefix), f"full attention comes first, not {full.name}"
     kinds.full, kinds.extras = full, tuple(kind for kind in extras if isinstance(kind, Extra))
@@ -38,4 +37,47 @@ def make_kinds(tiers: Tiers, counters: Counters) -> Kinds:
     return kinds
 
 
-__all__ = ["KINDS", "RESIDENCIES", "Extra", "Kind", "Kinds", "Need", "Path", "Prefix", "make_kinds"]
+def residency_of(component: Component) -> type[Residency]:
+    return KINDS[component.kind].residency
+
+
+def validate(components: tuple[Component, ...], config: CacheConfig) -> None:
+    """Raises ValueError for what a model cannot declare."""
+    names = [component.name for component in components]
+    if not components or len(set(names)) != len(names):
+        raise ValueError(f"a cache needs components with different names, not {names}")
+    if any(component.name == SPINE.name and component is not SPINE for component in components):
+        raise ValueError(f"{SPINE.name!r} is what the cache calls its own component: name yours otherwise")
+    for component in components:
+        if component.kind not in KINDS:
+            raise ValueError(f"component {component.name!r} is of kind {component.kind!r}, none of {sorted(KINDS)}")
+        same = [other.name for other in components if other.kind == component.kind]
+        if KINDS[component.kind].is_single and len(same) > 1:
+            raise ValueError(f"{same} live and move together: declare one {component.kind} with several fields")
+        for spec in component.fields:
+            if spec.page_tokens not in (None, config.page_tokens):
+                raise ValueError(
+                    f"{component.name}.{spec.name} has pages of {spec.page_tokens} tokens, but {config.page_tokens=}"
+                )
+    for pages in (config.device_pages, config.host_pages):
+        if not isinstance(pages, int):
+            unknown = sorted(set(pages) - set(names))
+            if unknown:
+                raise ValueError(f"pages are given for {unknown}, but the components are {names}")
+
+
+__all__ = [
+    "KINDS",
+    "SPINE",
+    "Extra",
+    "Kind",
+    "Kinds",
+    "Need",
+    "Path",
+    "Prefix",
+    "first_with_arrays",
+    "make_kinds",
+    "residency_of",
+    "validate",
+    "with_spine",
+]

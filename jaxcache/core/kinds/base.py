@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from jaxcache.core.lease import Lease
 from jaxcache.core.missing import Missing
 from jaxcache.core.node import Node
+from jaxcache.core.pages import Residency
 from jaxcache.core.plan import Counters
 from jaxcache.core.tiers import Eviction, Tiers
 from jaxcache.core.tokens import Sequence
@@ -25,6 +26,9 @@ from jaxcache.types import PageIds, Span, Tier
 
 Path = list[tuple[Node, int]]  # (node, end of what is used of it), from the top; only the last may be used in part
 FindEviction = Callable[[int, int], Eviction | None]  # of an entry: node id, residency index
+
+
+KINDS: dict[str, type[Kind]] = {}  # by name
 
 
 class Need(NamedTuple):
@@ -43,7 +47,22 @@ class Need(NamedTuple):
 
 
 class Kind(ABC):
-    """One component on both tiers. c: its place among the components"""
+    """One component on both tiers. c: its place among the components
+
+    residency: what its entries are on each tier. is_single: a model has at most one component of this kind
+
+        class Chunk(Window, name="chunk"): ...        what a component with the ClassVar kind="chunk" is
+    """
+
+    residency: ClassVar[type[Residency]]
+    is_single: ClassVar[bool] = False
+
+    def __init_subclass__(cls, name: str | None = None):
+        """name: of this kind, for components; None: no component is of it."""
+        if name is not None:
+            other = KINDS.setdefault(name, cls)
+            if other is not cls:
+                raise ValueError(f"there is a kind {name!r} already: {other.__module__}.{other.__name__}")
 
     def __init__(self, tiers: Tiers, c: int, counters: Counters):
         self.tiers, self.c, self.counters = tiers, c, counters

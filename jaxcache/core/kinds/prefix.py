@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from jaxcache.core.kinds.base import Kind, keep_duplicates
+from jaxcache.core.kinds.base import Extra, Kind, keep_duplicates
 from jaxcache.core.lease import Lease, read_only
 from jaxcache.core.node import Node
 from jaxcache.core.pages import Residency
@@ -59,8 +59,11 @@ class PrefixResidency(Residency):
             prefix.resident_children[index] = 1
 
 
-class Prefix(Kind):
+class Prefix(Kind, name="prefix"):
     """The pages of every token."""
+
+    residency: ClassVar[type[Residency]] = PrefixResidency
+    is_single: ClassVar[bool] = True
 
     def first_needed(self, n: int) -> int:
         return 0
@@ -76,6 +79,13 @@ class Prefix(Kind):
 
     def top_needed(self, node: Node) -> int:
         return 0
+
+    def device_tokens(self, num_tokens: int, node: Node, extras: tuple[Extra, ...]) -> int:
+        """Leading tokens of a prefix, which ends in `node`, that need no load-back."""
+        while node.parent is not None and node.pages[self.c] is None:
+            node = node.parent
+            num_tokens = node.end
+        return num_tokens
 
     # ---- leases
 

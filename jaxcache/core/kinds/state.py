@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import ClassVar
 
 import numpy as np
 
@@ -43,8 +44,11 @@ class StateResidency(Residency):
         pass
 
 
-class State(Extra):
+class State(Extra, name="state"):
     """One state for each node at whose end a request can resume."""
+
+    residency: ClassVar[type[Residency]] = StateResidency
+    is_single: ClassVar[bool] = True
 
     def first_needed(self, n: int) -> int:
         return n - 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 
@@ -61,8 +62,10 @@ class WindowResidency(Residency):
                 self._candidate(prefix)
 
 
-class Window(Extra):
+class Window(Extra, name="window"):
     """The pages over the last `lookback` tokens, in whole pages."""
+
+    residency: ClassVar[type[Residency]] = WindowResidency
 
     def __init__(self, *args):
         super().__init__(*args)

@@ -73,12 +73,11 @@ def evict_one_beside_namespaces(workload: Workload) -> list[Figure]:
 def served_in(workload: Workload, num_namespaces: int) -> LoadedCore:
     """A full device: `workload.namespaces` nodes of one tenant in so many namespaces; another tenant is served."""
     page, num_nodes, node_pages = workload.page_tokens[0], workload.namespaces, workload.victim_pages
-    loaded = LoadedCore(page, num_nodes * node_pages, FULL, {"other": TenantShare(), "served": TenantShare()})
+    loaded = LoadedCore(page, num_nodes * node_pages, FULL, {"other": TenantShare()})
     core = loaded.core
     spaces = [core.new_namespace(model="bench", tenant="other", salt=str(i)) for i in range(num_namespaces)]
     for i, tokens in enumerate(random_tokens(num_nodes, node_pages * page)):
         loaded.serve(tokens, spaces[i % num_namespaces])
-    core.tiers.device[0].serve(core.tiers.tree.root(core.new_namespace(model="bench", tenant="served")))
     return loaded
 
 

@@ -85,14 +85,14 @@ class Admission:
         loads: list[tuple[Kind, Node]] = NOTHING
         if not full.fits_at_once(num_tokens, node, num_own):
             need = full.need(num_tokens, node, end)
-            if need.num_pages > full.device.available():
+            if need.num_pages > full.device.available(node.group):
                 return None
             loads = [(full, load) for load in need.loads]
         if not extras:
             return Needs(num_own, NOTHING, loads)
         needs = [kind.need(num_tokens, node, end) for kind in extras]
         for kind, need in zip(extras, needs, strict=True):
-            if need.num_pages > kind.device.available():
+            if need.num_pages > kind.device.available(node.group):
                 return None
             if need.loads:
                 loads = [*loads, *((kind, load) for load in need.loads)]
@@ -119,10 +119,10 @@ class Admission:
         if needs.loads:
             self._load_back(lease, needs)
         else:
-            self._make_room(full, needs.num_own)
+            self._make_room(lease, full, needs.num_own)
             full.open(lease, pieces, needs.num_own)
             for kind, need in zip(extras, needs.extras):  # noqa: B905
-                self._make_room(kind, need.num_own)
+                self._make_room(lease, kind, need.num_own)
                 kind.open(lease, need)
         lease.note_room(prefix.num_tokens)
         if extras:
@@ -137,10 +137,10 @@ class Admission:
             needs = needs._replace(loads=[(kind, front if load is node else load) for kind, load in needs.loads])
         return prefix._replace(node=front), needs
 
-    def _make_room(self, kind: Kind, num_pages: int) -> None:
+    def _make_room(self, lease: Lease, kind: Kind, num_pages: int) -> None:
         """As was promised."""
         if kind.device.allocator.num_free < num_pages:
-            room = self.tiers.make_room(kind.device, num_pages)
+            room = self.tiers.make_room(kind.device, num_pages, lease.purpose)
             assert room, f"{kind.name}: promised {num_pages} pages"
 
     def _load_back(self, lease: Lease, needs: Needs) -> None:
@@ -149,10 +149,10 @@ class Admission:
         # Under write_back, making room on the device may evict host pages: not those that are about to be loaded.
         sources = self._hold(needs.loads, Tier.HOST) if tiers.writes_back else []
         full, moves = self.kinds.full, []
-        self._load(full, needs.num_own, needs.loads, moves)
+        self._load(lease, full, needs.num_own, needs.loads, moves)
         full.open(lease, full.pages_on_path(lease), needs.num_own)
         for kind, need in zip(self.kinds.extras, needs.extras, strict=True):
-            self._load(kind, need.num_own, needs.loads, moves)
+            self._load(lease, kind, need.num_own, needs.loads, moves)
             kind.open(lease, need)
         tiers.let_go(sources)
         self.planner.add(TransferKind.LOAD_BACK, tuple(moves))
@@ -167,11 +167,11 @@ class Admission:
             held for kind, node in entries for held in hold((kind.device, kind.host)[tier], node, kind.top_of(node))
         ]
 
-    def _load(self, kind: Kind, num_own: int, loads: list[tuple[Kind, Node]], moves: list[Move]) -> None:
+    def _load(self, lease: Lease, kind: Kind, num_own: int, loads: list[tuple[Kind, Node]], moves: list[Move]) -> None:
         """Makes room for a component's own pages and for what is loaded, which goes there; adds the move, if any."""
         tiers = self.tiers
         nodes = [node for of, node in loads if of is kind]
-        self._make_room(kind, num_own + sum(_num_host_pages(kind, node) for node in nodes))
+        self._make_room(lease, kind, num_own + sum(_num_host_pages(kind, node) for node in nodes))
         if not nodes:
             return
         sources, targets = [], []

@@ -15,7 +15,9 @@ from functools import partial
 from typing import NamedTuple
 
 from jaxcache.core.kinds import Kind, Kinds
+from jaxcache.core.lease import Lease
 from jaxcache.core.node import Node
+from jaxcache.core.pages import Purpose
 from jaxcache.core.plan import Counters, Planner
 from jaxcache.core.stores import Stores, joined
 from jaxcache.core.tiers import Tiers
@@ -42,7 +44,7 @@ class Backups:
         planner: Planner,
         stores: Stores,
         counters: Counters,
-        drop_subtree: Callable[[Node], None],
+        drop_subtree: Callable[[Node, Purpose], None],
     ):
         """drop_subtree: of a node whose full pages find no room in host memory"""
         self.tiers = tiers
@@ -59,13 +61,14 @@ class Backups:
         self.policy = policy
         self.on_insert = policy in ON_INSERT
 
-    def after_insert(self, node: Node, old_end: int) -> None:
-        """Backs up what is new on the path of `node`, and what could not be backed up before, top first.
+    def after_insert(self, lease: Lease, old_end: int) -> None:
+        """Backs up what is new on the path that a lease has published, and what could not be before, top first.
 
         Called if the policy is to copy `on_insert`.
         """
         num = len(self.tiers.components)
         chain = []
+        node = lease._node
         while node.parent is not None:
             pages = node.pages
             for c in range(num):
@@ -79,9 +82,9 @@ class Backups:
         if self.policy is WritePolicy.WRITE_THROUGH_SELECTIVE:
             chain = [node for node in chain if node.hits >= self.tiers.config.selective_hits]
         if chain:
-            self.back_up(chain[::-1])
+            self.back_up(chain[::-1], lease.purpose)
 
-    def back_up(self, nodes: list[Node]) -> None:
+    def back_up(self, nodes: list[Node], purpose: Purpose) -> None:
         """Plans one BACKUP of what these nodes (of one path, top first) lack in host memory, as far as it fits.
 
         Making room for one must not take the full pages of another, or of what is above them: the path is pinned.
@@ -93,30 +96,32 @@ class Backups:
             for kind in self.kinds:
                 wanted = node.pages[kind.device.index] is not None and node.pages[kind.host.index] is None
                 if wanted and node.ready_step <= tiers.step and kind.may_be_in_host(node):
-                    copies += self._copy(kind, node)
+                    copies += self._copy(kind, node, purpose)
         full_host.unpin_up(nodes[-1])
         self._plan(copies)
 
-    def _spill(self, kind: Kind, drop_subtree: Callable[[Node], None] | None, victim: Node) -> None:
+    def _spill(
+        self, kind: Kind, drop_subtree: Callable[[Node, Purpose], None] | None, victim: Node, purpose: Purpose
+    ) -> None:
         """write_back: the entry leaves the device through host memory; full pages with all below if that is full."""
         copies = []
         if victim.pages[kind.host.index] is None:
-            copies = self._copy(kind, victim)
+            copies = self._copy(kind, victim, purpose)
             self._plan(copies)
         if copies or drop_subtree is None or victim.pages[kind.host.index] is not None:
-            self.tiers.drop(kind.device, victim)
+            self.tiers.drop(kind.device, victim, purpose)
         else:
-            drop_subtree(victim)
+            drop_subtree(victim, purpose)
 
-    def _copy(self, kind: Kind, node: Node) -> list[Copy]:
-        """Puts one entry into host memory."""
+    def _copy(self, kind: Kind, node: Node, purpose: Purpose) -> list[Copy]:
+        """Puts one entry into host memory. Others leave there for its own tenant, whatever it leaves the device for."""
         tiers, host = self.tiers, kind.host
         pages = node.pages[kind.device.index]
         assert pages is not None
         num_pages = len(pages)
-        host.serve(node)
+        purpose = Purpose(purpose.lease, node.group)
         has_room = num_pages <= host.allocator.num_free
-        if not has_room and not (host.available() >= num_pages and tiers.make_room(host, num_pages)):
+        if not has_room and not (host.available(node.group) >= num_pages and tiers.make_room(host, num_pages, purpose)):
             self.counters["skipped_backup_pages"] += num_pages
             return []
         host_pages = host.allocator.allocate(num_pages)

@@ -14,7 +14,7 @@ import numpy as np
 from jaxcache.core.admission import Admission
 from jaxcache.core.kinds import Kinds
 from jaxcache.core.node import Node
-from jaxcache.core.pages import Residency
+from jaxcache.core.pages import Purpose, Residency
 from jaxcache.core.plan import Planner
 from jaxcache.core.prefetches import Prefetches
 from jaxcache.core.stores import Stores
@@ -93,7 +93,7 @@ class Clearing:
                 deferred.pages.clear()
         self.deferred = [deferred for deferred in self.deferred if deferred.pages]
 
-    def drop(self, top: Node) -> None:
+    def drop(self, top: Node, purpose: Purpose) -> None:
         """write_back: a device page that finds no room in host memory leaves with all below it.
 
         Transfers that are decided and not quiet may still touch host pages of that: they are freed later.
@@ -113,7 +113,7 @@ class Clearing:
             owner.holds[:] = [held for held in owner.holds if held.node.id not in below]
             tiers.let_go(mine)
         tiers.touched = {index: np.concatenate(pages) for index, pages in touched.items()}
-        tiers.drop_subtree(top)
+        tiers.drop_subtree(top, purpose)
         if tiers.held_back:
             self.deferred.append(DeferredFree(transfer_ids, 0, tiers.held_back))
         tiers.touched, tiers.held_back = {}, []

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxcache.core.limits.check import check_retentions, check_tenants
 from jaxcache.core.node import FULL, Node
-from jaxcache.core.pages import Residency
+from jaxcache.core.pages import Purpose, Residency
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.types import WritePolicy
 
@@ -129,9 +129,8 @@ def check_empty(core: PrefixCache) -> None:
     roots = core.tiers.tree.all_roots() or [None]
     for residency in core.tiers.residencies:  # the device first: under write_back it goes to host memory
         for root in roots:  # everybody may take all that is its own
-            if root is not None:
-                residency.serve(root)
-            core.tiers.make_room(residency, residency.allocator.num_pages)
+            purpose = Purpose(account=0 if root is None else root.group)
+            core.tiers.make_room(residency, residency.allocator.num_pages, purpose)
         allocator = residency.allocator
         assert allocator.num_free == allocator.num_pages, f"I10: {residency.component.name} {residency.tier.name}"
     assert core.tiers.tree.num_nodes == 0, f"I10: {core.tiers.tree.num_nodes} nodes are left"

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxcache.core.node import Node
+from jaxcache.core.pages import Purpose
 from jaxcache.core.tiers import Tiers
 from jaxcache.core.tokens import Sequence
 from jaxcache.types import NO_PAGES, PageIds
@@ -180,6 +181,11 @@ class Lease:
             return None
         grid = self._tiers.grid_tokens
         return (computed // grid + 1) * grid
+
+    @property
+    def purpose(self) -> Purpose:
+        """Of room that is made for it."""
+        return Purpose(self.id, self._node.group)
 
     def note_room(self, num_computed: int) -> None:
         """Notes up to where it may grow by moving numbers alone.

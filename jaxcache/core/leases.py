@@ -68,7 +68,7 @@ class Leases(dict[int, Lease]):
         for kind in self.kinds.extras:
             kind.report(lease, num_computed)
         if self.quotas is not None:
-            self.quotas.serve_lease(lease)
+            self.quotas.settle(lease)
         missing = -(-end // tiers.page_tokens) - len(lease.table)
         if missing > 0:
             if not self._make_room(lease, missing):
@@ -88,12 +88,11 @@ class Leases(dict[int, Lease]):
         """For so many pages more in each of its tables; False, and nothing has changed, if that cannot be."""
         wanted: list[tuple[Residency, int]] = [(self.kinds.full.device, missing)]
         wanted += [(kind.device, kind.num_missing_pages(missing)) for kind in self.kinds.extras]
-        if any(num_pages > device.available() for device, num_pages in wanted):
+        if any(num_pages > device.available(lease._node.group) for device, num_pages in wanted):
             return False
-        self.tiers.lease_id = lease.id
         for device, num_pages in wanted:
             if device.allocator.num_free < num_pages:
-                room = self.tiers.make_room(device, num_pages)
+                room = self.tiers.make_room(device, num_pages, lease.purpose)
                 assert room, f"{device.component.name}: promised {num_pages} pages"
         return True
 

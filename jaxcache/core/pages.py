@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,22 @@ from jaxcache.core.eviction import EvictionOrder
 from jaxcache.core.limits.tenants import Groups
 from jaxcache.core.node import Node
 from jaxcache.types import PageIds, Tier
+
+
+class Purpose(NamedTuple):
+    """Why room is made, or an entry leaves.
+
+    lease:   for which; 0: for none
+    account: on whose behalf (`Node.group`): its own tenant's pages leave as far as they may, others' down to the floor
+    reason:  "room"; "quota": only the tenant's own leave; or, of a state, what has made it useless
+    """
+
+    lease: int = 0
+    account: int = 0
+    reason: str = "room"
+
+
+UNTOLD = Purpose()
 
 
 class PageAllocator:
@@ -109,39 +125,23 @@ class Residency(ABC):
         self.groups = order if isinstance(order, Groups) else None
         self.clock = clock  # uses, counted over all residencies
         self.log = log  # as the tree's
-        self.spill: Callable[[Node], None] | None = None
+        self.spill: Callable[[Node, Purpose], None] | None = None
         self.num_resident = 0
         self.num_pinned = 0
 
     # ---- room
 
-    def available(self) -> int:
-        """Pages that an allocation could have, evicting whatever may leave."""
+    def available(self, account: int = 0) -> int:
+        """Pages that an allocation for an account could have, evicting whatever may leave."""
         if self.groups is not None:
-            return self.allocator.num_free + self.groups.promised()
+            return self.allocator.num_free + self.groups.promised(account)
         return self.allocator.num_free + self.num_resident - self.num_pinned
 
-    def serve(self, node: Node) -> None:
-        """From now on room is made on behalf of the tenant that this node (or root) belongs to, if there are any."""
+    def victim(self, num_pages: int, purpose: Purpose = UNTOLD) -> tuple[Node | None, int]:
+        """What leaves next while room is made for `num_pages`, and how many of its pages may."""
         if self.groups is not None:
-            self.groups.serve(node)
-
-    def victim(self, num_pages: int) -> Node | None:
-        """What leaves next while room is made for `num_pages`."""
-        if self.groups is not None:
-            self.groups.wanted = num_pages
-        return self.order.first()
-
-    def leaving(self, victim: Node, num_pages: int) -> int:
-        """How many pages the best victim has to give when `num_pages` are missing, if it can be trimmed."""
-        return num_pages if self.groups is None else self.groups.leaving(victim, num_pages)
-
-    def why(self, reason: str) -> str:
-        """Why an entry leaves while room is made for `reason`.
-
-        A quota is a reason only where its own tenant has to give: others lose host pages just for the room.
-        """
-        return "quota" if self.groups is not None and self.groups.own_only else reason
+            return self.groups.victim(purpose.account, num_pages, purpose.reason == "quota")
+        return self.order.first(), self.allocator.num_pages
 
     # ---- entries
 

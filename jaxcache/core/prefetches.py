@@ -26,6 +26,7 @@ from jaxcache.core.backups import Backups
 from jaxcache.core.kinds import Kind, Kinds
 from jaxcache.core.match import Matcher
 from jaxcache.core.node import Node
+from jaxcache.core.pages import Purpose
 from jaxcache.core.plan import Counters, Planner
 from jaxcache.core.prefetch import Prefetch, PrefetchState, Ticket
 from jaxcache.core.stores import Stores
@@ -65,8 +66,6 @@ class Prefetches:
         """A ticket, or None (and a counter) where asking cannot pay."""
         tiers = self.tiers
         page = tiers.page_tokens
-        for kind in self.kinds:
-            kind.host.serve(sequence.root)
         prefix = self.matcher.longest(sequence, None)
         start, worthwhile = prefix.found_tokens, max(page, tiers.config.prefetch_min_tokens)
         wanted_end = self._last_end(sequence.num_tokens - 1)
@@ -77,7 +76,7 @@ class Prefetches:
             if self._serves(shared, sequence, start, wanted_end, worthwhile):
                 self.counters["joined_prefetches"] += 1
                 return self._ticket(sequence, shared)
-        end = min(wanted_end, self._last_end(start + self._share(self.kinds.full) * page))
+        end = min(wanted_end, self._last_end(start + self._share(sequence, self.kinds.full) * page))
         pages = self._reserve(sequence, start, end) if end - prefix.num_tokens >= worthwhile else None
         if pages is None:
             self.counters["prefetch_no_room"] += 1
@@ -111,11 +110,11 @@ class Prefetches:
         """The last place up to there where a request could resume."""
         return num_tokens // self.tiers.grid_tokens * self.tiers.grid_tokens
 
-    def _share(self, kind: Kind) -> int:
-        """Host pages of a component that prefetches may still reserve."""
+    def _share(self, sequence: Sequence, kind: Kind) -> int:
+        """Host pages of a component that prefetches may still reserve, for a sequence."""
         reserved = sum(len(prefetch.pages[kind.c]) for prefetch in self.live.values())
         most = pages_of_share(self.tiers.config.prefetch_host_share, kind.host.allocator.num_pages)
-        return max(0, min(most - reserved, kind.host.available()))
+        return max(0, min(most - reserved, kind.host.available(sequence.root.group)))
 
     def _reserve(self, sequence: Sequence, start: int, end: int) -> list[PageIds] | None:
         """Host pages for every component, evicting others but not what the fetched pages will hang below."""
@@ -123,12 +122,11 @@ class Prefetches:
         counts = [kind.num_needed_pages(start, end) for kind in self.kinds]
         path = tiers.tree.walk(sequence, sequence.num_tokens - 1)
         holds = tiers.hold(self.kinds.full.host, path[-1][0], 0) if path else []
-        fits = all(count <= self._share(kind) for kind, count in zip(self.kinds, counts, strict=True))
+        fits = all(count <= self._share(sequence, kind) for kind, count in zip(self.kinds, counts, strict=True))
         pages = []
-        tiers.lease_id = 0  # nothing has been admitted for which room is made here
         if fits:
             for kind, count in zip(self.kinds, counts, strict=True):
-                room = tiers.make_room(kind.host, count)
+                room = tiers.make_room(kind.host, count, Purpose(0, sequence.root.group))
                 assert room, f"{kind.name}: promised {count} pages"
                 pages.append(kind.host.allocator.allocate(count))
         tiers.let_go(holds)
@@ -266,7 +264,6 @@ class Prefetches:
         if end <= base and not (end == prefetch.agreed_end and has_any):
             self.counters["rejected_windows_and_states"] += len(self.kinds.extras)
             return
-        tiers.lease_id = 0  # evictions made here are on behalf of storage, not of a lease
         node = self._place(prefetch.sequence, base)
         if node is None:
             self._resolve(prefetch, "host_capacity", prefetch.unresolved_tokens)
@@ -301,7 +298,7 @@ class Prefetches:
             path = tiers.tree.walk(sequence, base)
         index = self.kinds.full.host.index
         if any(node.pages[index] is None for node, _ in path):
-            self.backups.back_up([node for node, _ in path])
+            self.backups.back_up([node for node, _ in path], Purpose(0, sequence.root.group))
             path = tiers.tree.walk(sequence, base)
         missing = not path or path[-1][1] < base or any(node.pages[index] is None for node, _ in path)
         return None if missing else path[-1][0]

@@ -188,8 +188,6 @@ class PrefixCache:
             bad_input.check_ticket(self, ticket)
             if ticket.sequence is not sequence:
                 raise RefusedValue(f"{ticket!r} was made for another sequence")
-        if self.quotas is not None:
-            self.quotas.serve(sequence.root)
         prefix, need = self.admission.longest(sequence, max_cached_tokens, num_new_tokens)
         if need is None and not self._runs():
             prefix, need = self.admission.longest_that_fits(sequence, max_cached_tokens, num_new_tokens)
@@ -230,7 +228,7 @@ class PrefixCache:
     ) -> Lease:
         num_cached, _, _, device_tokens = prefix
         tiers, counters = self.tiers, self.counters
-        tiers.lease_id = id = self.next_lease_id
+        id = self.next_lease_id
         self.next_lease_id = id + 1
         lease = self.admission.admit(id, sequence, prefix, needs, num_new_tokens, self.plan_is_applied)
         if ticket is not None:
@@ -331,8 +329,6 @@ class PrefixCache:
         """options: priority and retain_steps, unless both are 0."""
         quotas, old_end = self.quotas, lease._published
         publishes = self.config.caching and not lease.sequence.namespace.retired
-        if publishes:
-            self.tiers.lease_id = lease.id
         self.leases.insert(lease, num_computed, states, publishes)
         positions = sum(states) if states else 0
         self.planner.note("insert", lease.id, lease._published, lease._node.id, num_computed, positions)
@@ -340,7 +336,7 @@ class PrefixCache:
             if options:
                 self._set_options(lease, *options)
             if self.backups.on_insert:
-                self.backups.after_insert(lease._node, old_end)
+                self.backups.after_insert(lease, old_end)
         if quotas is not None:
             quotas.settle(lease)
             if publishes:

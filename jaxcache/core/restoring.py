@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxcache.core.eviction.order import EvictionOrder
 from jaxcache.core.node import FULL, Node
-from jaxcache.core.pages import Residency
+from jaxcache.core.pages import Purpose, Residency
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.core.serving import RefusedCall, RefusedValue, changes
 from jaxcache.core.tokens import namespace_digest
@@ -133,9 +133,7 @@ class Restoring:
         surplus = residency.allocator.num_pages - num_pages
         num = len(large.tiers.components)
         for root in (None, *large.tiers.tree.all_roots()):  # floors protect a tenant from all but itself
-            if root is not None:
-                residency.serve(root)
-            large.tiers.make_room(residency, surplus)
+            large.tiers.make_room(residency, surplus, Purpose(account=0 if root is None else root.group))
             if residency.allocator.num_free >= surplus:
                 break
         names = [component.name for component in large.components]

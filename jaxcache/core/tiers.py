@@ -23,7 +23,7 @@ from jaxcache.core.eviction.reuse_profile import ReuseProfile
 from jaxcache.core.limits.tenants import Groups, Tenants
 from jaxcache.core.missing import Cause, Eviction
 from jaxcache.core.node import FULL, Node
-from jaxcache.core.pages import Residency
+from jaxcache.core.pages import UNTOLD, Purpose, Residency
 from jaxcache.core.plan import checksum
 from jaxcache.core.tokens import Sequence
 from jaxcache.core.tree import RadixTree
@@ -77,8 +77,6 @@ class Tiers:
         self.grid_tokens = lcm(config.page_tokens, *[component.grid_tokens for component in components])
         self.step = 0
         self.pools_version = UNWATCHED  # how many model steps the loop is known to have dispatched
-        self.reason = "room"  # why, and for which lease, evictions happen now
-        self.lease_id = 0
         # node id; residency index or first page; and what `Eviction` says: flat, since one is made for every eviction
         self.evictions: deque[tuple[Any, ...]] = deque(maxlen=MAX_EVICTIONS_REMEMBERED)
         # Of states that were to be kept and were not: root id, position, checksum of the tokens up to there; and why.
@@ -139,7 +137,7 @@ class Tiers:
         residency.put(node, page_ids)
         self.tree.version += 1
 
-    def drop(self, residency: Residency, node: Node) -> None:
+    def drop(self, residency: Residency, node: Node, purpose: Purpose = UNTOLD) -> None:
         """Frees an entry; the node goes too if nothing holds it any more."""
         index, pages = residency.index, node.pages
         page_ids = residency.take(node)
@@ -157,7 +155,7 @@ class Tiers:
             self.tree.remove(node)
         else:
             self.tree.version += 1
-        self.evictions.append((id, what, residency, self.step, residency.why(self.reason), self.lease_id))
+        self.evictions.append((id, what, residency, self.step, purpose.reason, purpose.lease))
 
     def free_untouched(self, residency: Residency, page_ids: PageIds) -> None:
         """Gives pages back, but for those that a transfer still touches."""
@@ -167,13 +165,13 @@ class Tiers:
             page_ids = page_ids[~is_touched]
         residency.allocator.free(page_ids)
 
-    def drop_subtree(self, node: Node) -> None:
+    def drop_subtree(self, node: Node, purpose: Purpose) -> None:
         """Frees everything at and below a node, deepest first; nothing of it may be pinned."""
         for child in list(node.children.values()):
-            self.drop_subtree(child)
+            self.drop_subtree(child, purpose)
         for residency in self.residencies:
             if node.parent is not None and node.pages[residency.index] is not None:
-                self.drop(residency, node)
+                self.drop(residency, node, purpose)
 
     def raise_priority(self, node: Node, priority: int) -> None:
         """Of a node and everything above it, which never has less; only eviction_policy="priority" looks at it.
@@ -220,25 +218,25 @@ class Tiers:
 
     # ---- room
 
-    def make_room(self, residency: Residency, num_pages: int) -> bool:
+    def make_room(self, residency: Residency, num_pages: int, purpose: Purpose = UNTOLD) -> bool:
         """Evicts until `num_pages` are free; False if there is nothing left to evict."""
         allocator, spill = residency.allocator, residency.spill
         while (missing := num_pages - allocator.num_free) > 0:
-            victim = residency.victim(num_pages)
+            victim, num_leaving = residency.victim(num_pages, purpose)
             if victim is None:
                 return False
             pages = victim.pages[residency.index]
             assert pages is not None
-            missing = residency.leaving(victim, missing)
+            missing = min(missing, num_leaving)
             surplus = len(pages) - missing
             if spill is not None:
-                spill(self.trim(residency, victim, missing))
+                spill(self.trim(residency, victim, missing), purpose)
             elif surplus <= 0:
-                self.drop(residency, victim)
+                self.drop(residency, victim, purpose)
             elif self._can_be_shortened(residency, victim):
-                self._shorten(residency, victim, surplus)
+                self._shorten(residency, victim, surplus, purpose)
             else:
-                self.drop(residency, self.trim(residency, victim, missing))
+                self.drop(residency, self.trim(residency, victim, missing), purpose)
         return True
 
     def _can_be_shortened(self, residency: Residency, node: Node) -> bool:
@@ -251,14 +249,14 @@ class Tiers:
                     return False
         return True
 
-    def _shorten(self, residency: Residency, node: Node, num_pages: int) -> None:
+    def _shorten(self, residency: Residency, node: Node, num_pages: int, purpose: Purpose) -> None:
         """Trims a node in place, which makes no node only to remove it; what is at its end leaves with that."""
         self.num_evicted_pages[residency.index] += len(node.pages[residency.index]) - num_pages  # pyright: ignore
         for other in (self.device, self.host)[residency.tier]:
             if node.pages[other.index] is not None:
                 other.allocator.free(other.shorten(node, num_pages))
         lost = self.tree.shorten(node, num_pages)
-        self.evictions.append((node.id, lost, residency, self.step, residency.why(self.reason), self.lease_id))
+        self.evictions.append((node.id, lost, residency, self.step, purpose.reason, purpose.lease))
 
     def trim(self, residency: Residency, victim: Node, num_pages: int) -> Node:
         """The part of a victim that has to leave: full attention from the end, only as many pages as needed."""

@@ -21,7 +21,7 @@ from jaxcache.core.eviction import POLICIES
 from jaxcache.testing.request import Request
 from jaxcache.testing.scenario import Scenario
 from jaxcache.testing.storage_faults import FAULTS, StorageFaults
-from jaxcache.types import PrefetchPolicy, TransferKind, WritePolicy
+from jaxcache.types import PrefetchPolicy, Tier, TransferKind, WritePolicy
 from tests.core.consumer import Consumer
 from tests.core.strict import Strict
 
@@ -141,7 +141,7 @@ def draw_tenants(
     rng: random.Random, config: CacheConfig, components: tuple[Component, ...], room: int
 ) -> dict[str, TenantShare]:
     """Often none; else floors that leave room for the longest request, and quotas that are soon met."""
-    floor_of_room = 1 - room / min(config.num_pages(config.device_pages, c.name, 1) for c in components)
+    floor_of_room = 1 - room / min(config.pages_of(c.name, Tier.DEVICE) for c in components)
     shares = {}
     for name in rng.choice(["", "", "a", "b", "ab"]):
         floor = rng.choice([0.0, max(0.0, floor_of_room / 2)])

@@ -112,13 +112,13 @@ def test_a_tenants_first_victim_changes_when_a_state_is_passed():
     text = answer(server, prompt(9), ANSWER[:3])
     host = server.core.tiers.host[1]
     passed = [node for node in host.order if node.end == 8]
-    assert host.victim(1) in passed
+    assert host.order.first() in passed
     for node in passed:
         host.touch(node)
-    assert host.victim(1) not in passed
+    assert host.order.first() not in passed
     newest = passed[-1]
     host.demote(newest)
-    assert host.victim(1) is newest
+    assert host.order.first() is newest
     assert states(server, old, "host") == states(server, text, "host") == [8, 12]
 
 
@@ -166,7 +166,7 @@ def test_what_the_same_prompt_needs_is_let_go():
     server.compute(lease, 16)
     server.insert(lease, 16)
     assert server.core.tiers.device[1].num_pinned == 3
-    victim = server.core.tiers.device[2].victim(1)
+    victim, _ = server.core.tiers.device[2].victim(1)
     assert victim is not None and victim.end == 12
     server.decode(lease, ANSWER[:8])
     assert server.core.tiers.device[1].num_pinned == 2

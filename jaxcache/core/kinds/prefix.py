@@ -97,7 +97,7 @@ class Prefix(Kind, name="prefix"):
         and true nearly always."""
         if num_tokens and node.pages[self.c] is None:
             return False
-        return num_own + num_tokens // self.page_tokens <= self.device.available()
+        return num_own + num_tokens // self.page_tokens <= self.device.available(node.group)
 
     def pin(self, lease: Lease) -> list[PageIds | None]:
         """Up to the root, where each node is hit. Returns what the nodes have, the deepest first."""

@@ -16,7 +16,7 @@ from jaxcache.core.kinds.base import Extra, FindEviction, Need, Path, last_evict
 from jaxcache.core.lease import Lease, Slots
 from jaxcache.core.missing import Cause, Missing
 from jaxcache.core.node import Node
-from jaxcache.core.pages import Residency
+from jaxcache.core.pages import Purpose, Residency
 from jaxcache.core.tokens import Sequence
 from jaxcache.types import PageIds, Span
 
@@ -106,8 +106,10 @@ class State(Extra, name="state"):
             slots.last_grid_point = last
 
     def _checkpoint(self, lease: Lease, slots: Slots, position: int) -> None:
-        device = self.device
-        if device.allocator.num_free or (device.available() and self.tiers.make_room(device, 1)):
+        device, purpose = self.device, lease.purpose
+        if device.allocator.num_free or (
+            device.available(purpose.account) and self.tiers.make_room(device, 1, purpose)
+        ):
             slots.checkpoints[position] = device.allocator.allocate_one()
         elif position <= lease.sequence.num_tokens:
             self.tiers.note_unmade(lease.sequence, position, Cause.NO_SLOT)
@@ -167,9 +169,9 @@ class State(Extra, name="state"):
             tiers.put(device, node, np.array([slot], np.int32))
         else:
             device.allocator.free_one(slot)
-        self._thin_out(node, lease.sequence.prompt_tokens)
+        self._thin_out(node, lease)
 
-    def _thin_out(self, newest: Node, prompt_tokens: int) -> None:
+    def _thin_out(self, newest: Node, lease: Lease) -> None:
         """Which states above `newest` are kept, and which leave first.
 
         root --- S -+- p1 --- e1 --- p2 --- newest        passed: p1, e1, p2, which only lead to `newest`
@@ -180,13 +182,14 @@ class State(Extra, name="state"):
         shared. What is passed and kept leaves before other states when room is needed.
         """
         passed, shared = self._states_above(newest)
-        generated = [node for node in passed if node.end > prompt_tokens]
+        generated = [node for node in passed if node.end > lease.sequence.prompt_tokens]
         passed = passed[len(generated) :]
-        self._drop(self.host, generated, "a later state of the same answer")
-        self._drop(self.device, generated, "a later state of the same answer")
+        is_later = lease.purpose._replace(reason="a later state of the same answer")
+        self._drop(self.host, generated, is_later)
+        self._drop(self.device, generated, is_later)
         kept = [node for node in [*passed[::-1], *shared[::-1]] if node.pages[self.c] is not None]
         num_surplus = max(0, len(kept) + 1 - self.tiers.config.max_states_per_path)
-        self._drop(self.device, kept[:num_surplus], "max_states_per_path")
+        self._drop(self.device, kept[:num_surplus], lease.purpose._replace(reason="max_states_per_path"))
         for node in passed:  # the shallowest is the first to leave
             self.device.demote(node)
             self.host.demote(node)
@@ -204,13 +207,11 @@ class State(Extra, name="state"):
             node = node.parent
         return passed, shared
 
-    def _drop(self, residency: Residency, nodes: list[Node], reason: str) -> None:
+    def _drop(self, residency: Residency, nodes: list[Node], purpose: Purpose) -> None:
         """What is pinned stays."""
-        self.tiers.reason = reason
         for node in nodes:
             if node.pages[residency.index] is not None and not node.pins[residency.index]:
-                self.tiers.drop(residency, node)
-        self.tiers.reason = "room"
+                self.tiers.drop(residency, node, purpose)
 
     # ---- storage
 

@@ -11,7 +11,6 @@ from jaxcache.core.kinds import Kinds
 from jaxcache.core.lease import Lease
 from jaxcache.core.limits.tenants import Tenants
 from jaxcache.core.match import Prefix
-from jaxcache.core.node import Node
 from jaxcache.core.plan import Counters
 from jaxcache.core.tiers import Tiers
 from jaxcache.core.tokens import Sequence
@@ -27,16 +26,6 @@ class Quotas:
         self.kinds = kinds
         self.counters = counters
         self._owned: dict[int, tuple[int, list[int]]] = {}
-
-    def serve(self, node: Node) -> None:
-        """From now on room on the device is made on behalf of the tenant that this node (or root) belongs to."""
-        for device in self.tiers.device:
-            device.serve(node)
-
-    def serve_lease(self, lease: Lease) -> None:
-        """The same for a lease, whose own pages may have changed."""
-        self.settle(lease)
-        self.serve(lease._node)
 
     # ---- what leases own
 
@@ -89,15 +78,13 @@ class Quotas:
         tenant = self.tenants.tenant_of[lease._node.group]
         if not tenant:
             return
+        purpose = lease.purpose._replace(reason="quota")
         for residency in self.tiers.residencies:
             groups = self.tenants.groups[residency.index]
-            groups.served, groups.wanted = tenant, 0
             excess = groups.excess(tenant)
             if excess > 0:
                 before = groups.resident[tenant]
-                groups.own_only = True
-                self.tiers.make_room(residency, residency.allocator.num_free + excess)
-                groups.own_only = False
+                self.tiers.make_room(residency, residency.allocator.num_free + excess, purpose)
                 self.counters["quota_pages"] += before - groups.resident[tenant]
 
     # ---- to look at

@@ -105,8 +105,6 @@ class Groups(EvictionOrder):
     num_resident, num_pinned, num_owned: pages by account: of the tree, pinned ones of these, and what leases own
     resident, pinned, owned: the same by tenant; retained: pages that retentions keep; floors, quotas: in pages
     victims:  what each account would lose first
-    served:   the tenant on whose behalf room is made; wanted: pages that it is about to allocate
-    own_only: nobody else has to give any
     """
 
     def __init__(self, context: OrderContext, make: type[EvictionOrder], tenants: Tenants):
@@ -125,8 +123,6 @@ class Groups(EvictionOrder):
         self.num_resident: list[int] = []
         self.num_pinned: list[int] = []
         self.num_owned: list[int] = []
-        self.served = self.wanted = 0
-        self.own_only = False
         self.open(0, 0)
         tenants.groups.append(self)
 
@@ -154,11 +150,6 @@ class Groups(EvictionOrder):
             sums[before] -= counts[account]
             sums[tenant] += counts[account]
 
-    def serve(self, node: Node) -> None:
-        """From now on room is made on behalf of the tenant that a node belongs to."""
-        self.served = self.tenants.tenant_of[node.group]
-        self.note(node.group)
-
     def note(self, account: int) -> None:
         """Something has happened, or is about to, to nodes or leases of an account."""
         self.tenants.changed[account] = None
@@ -178,10 +169,9 @@ class Groups(EvictionOrder):
         self.num_owned[account] += num_pages
         self.owned[self.tenants.tenant_of[account]] += num_pages
 
-    def excess(self, tenant: int) -> int:
-        """Pages above the quota (negative: below), as it will be when the room that is being made is taken."""
-        coming = self.wanted if tenant == self.served else 0
-        return self.resident[tenant] + self.owned[tenant] + coming - self.quotas[tenant]
+    def excess(self, tenant: int, num_coming: int = 0) -> int:
+        """Pages above the quota (negative: below), as it will be when so many more have come."""
+        return self.resident[tenant] + self.owned[tenant] + num_coming - self.quotas[tenant]
 
     def retain(self, account: int, num_pages: int) -> None:
         """So many pages more are retained."""
@@ -198,54 +188,54 @@ class Groups(EvictionOrder):
 
     # ---- who leaves
 
-    def promised(self) -> int:
-        """Pages that would leave for the tenant that is served: all its own that may, of others down to the floor."""
-        sums = zip(self.resident, self.pinned, strict=True)
-        return sum(self._leaving(tenant, resident - pinned) for tenant, (resident, pinned) in enumerate(sums))
+    def promised(self, account: int) -> int:
+        """Pages that would leave for an account's tenant: all its own that may, of others down to the floor."""
+        served = self.tenants.tenant_of[account]
+        num_pages = 0
+        for tenant, (resident, pinned) in enumerate(zip(self.resident, self.pinned, strict=True)):
+            num_pages += min(resident - pinned, self._above_floor(tenant, served))
+        return num_pages
 
-    def _leaving(self, tenant: int, num_pages: int) -> int:
-        if tenant == self.served:
-            return num_pages
-        return max(0, min(num_pages, self.resident[tenant] - self.floors[tenant]))
+    def _above_floor(self, tenant: int, served: int) -> int:
+        """How many pages a tenant may lose for the one that is served: with 10 resident pages and a floor of 8, for
+        another tenant's sake, 2."""
+        return self.resident[tenant] if tenant == served else max(0, self.resident[tenant] - self.floors[tenant])
 
-    def leaving(self, victim: Node, num_pages: int) -> int:
-        """How many of a victim's pages may leave when `num_pages` are needed: of a tenant with 10 resident pages and a
-        floor of 8, for another tenant's sake, 2."""
-        account = victim.group
-        tenant = self.tenants.tenant_of[account]
-        rank = self._rank(self.tenants.queue_of(account))
-        if rank == OVER_QUOTA:
-            return min(self._leaving(tenant, num_pages), self.excess(tenant))
-        return num_pages if rank == RETIRED else self._leaving(tenant, num_pages)
+    def victim(self, account: int, num_coming: int, own_only: bool) -> tuple[Node | None, int]:
+        """What leaves next for an account's tenant, and how many of its pages may.
 
-    def _rank(self, queue: int) -> int | None:
-        """How readily the pages of a queue's accounts leave; None: not at all."""
-        is_retired = queue == len(self.floors)
-        tenant = 0 if is_retired else queue
-        if self.own_only and tenant != self.served:
-            return None
-        if is_retired:
-            return RETIRED
-        if tenant != self.served and self.resident[tenant] <= self.floors[tenant]:
-            return None
-        return OVER_QUOTA if self.excess(tenant) > 0 else ABOVE_FLOOR
+        Retired ones, then those over their quota, then what was used longest ago; in an account the policy says.
 
-    def first(self) -> Node | None:
-        """Retired ones, then those over their quota, then what was used longest ago; in an account the policy says."""
+        num_coming: pages for which room is made; own_only: no other tenant has to give any
+        """
+        served = self.tenants.tenant_of[account]
         self.tenants.tell()
         moment = self.make.moment(self.context)
         if moment != self._moment:
             self._moment = moment
             self.victims.all_changed()
-        best, best_key = None, None
+        best, best_key, best_cap = None, None, 0
         for queue in range(len(self.floors) + 1):
-            rank = self._rank(queue)
-            victim = None if rank is None else self.victims.first(queue)
+            is_retired = queue == len(self.floors)
+            tenant = 0 if is_retired else queue
+            if own_only and tenant != served:
+                continue
+            rank, cap = self._rank(tenant, served, num_coming) if not is_retired else (RETIRED, self.context.num_pages)
+            victim = self.victims.first(queue) if cap else None
             if victim is not None:
                 key = (rank, victim.last_used, victim.id)
                 if best_key is None or key < best_key:
-                    best, best_key = victim, key
-        return best
+                    best, best_key, best_cap = victim, key, cap
+        return best, best_cap
+
+    def _rank(self, tenant: int, served: int, num_coming: int) -> tuple[int, int]:
+        """How readily a tenant's pages leave, and how many may; (.., 0): none."""
+        cap = self._above_floor(tenant, served)
+        excess = self.excess(tenant, num_coming if tenant == served else 0)
+        return (OVER_QUOTA, min(cap, excess)) if excess > 0 else (ABOVE_FLOOR, cap)
+
+    def first(self) -> Node | None:
+        return self.victim(0, 0, own_only=False)[0]
 
     # ---- an order among others
 

@@ -15,7 +15,7 @@ from jaxcache.core.lease import Lease
 from jaxcache.core.match import Matcher, Prefix
 from jaxcache.core.node import Node
 from jaxcache.core.plan import Counters, Planner
-from jaxcache.core.tiers import Hold, Tiers
+from jaxcache.core.tiers import Tiers
 from jaxcache.core.tokens import Sequence
 from jaxcache.types import Move, Tier, TransferKind
 
@@ -36,15 +36,8 @@ class Needs(NamedTuple):
 NOTHING: list[Any] = []  # never changed
 
 
-class Loading(NamedTuple):
-    """A load-back pins what it writes until it has been scattered, even if its lease is released before."""
-
-    holds: list[Hold]
-    until_step: int
-
-
 class Admission:
-    """loading: load-backs that are not scattered yet."""
+    """loading: until which step load-backs pin what they write: until it is scattered, running or not."""
 
     def __init__(self, tiers: Tiers, kinds: Kinds, matcher: Matcher, planner: Planner, counters: Counters):
         self.tiers = tiers
@@ -52,7 +45,7 @@ class Admission:
         self.matcher = matcher
         self.planner = planner
         self.counters = counters
-        self.loading: list[Loading] = []
+        self.loading: dict[int, int] = {}
 
     def longest(self, sequence: Sequence, max_tokens: int | None, num_new_tokens: int) -> tuple[Prefix, Needs | None]:
         """The longest prefix whose load-back is worth it, and what it takes; (prefix, None) if that does not fit."""
@@ -147,25 +140,24 @@ class Admission:
         """Opens a lease whose entries are partly in host memory only: they get a place on the device."""
         tiers = self.tiers
         # Under write_back, making room on the device may evict host pages: not those that are about to be loaded.
-        sources = self._hold(needs.loads, Tier.HOST) if tiers.writes_back else []
+        if tiers.writes_back:
+            self._hold("sources", needs.loads, Tier.HOST)
         full, moves = self.kinds.full, []
         self._load(lease, full, needs.num_own, needs.loads, moves)
         full.open(lease, full.pages_on_path(lease), needs.num_own)
         for kind, need in zip(self.kinds.extras, needs.extras, strict=True):
             self._load(lease, kind, need.num_own, needs.loads, moves)
             kind.open(lease, need)
-        tiers.let_go(sources)
-        self.planner.add(TransferKind.LOAD_BACK, tuple(moves))
+        tiers.holds.release("sources")
+        load_back = self.planner.add(TransferKind.LOAD_BACK, tuple(moves))
         self.counters["load_back_pages"] += sum(len(move.src_page_ids) for move in moves)
         lease.first_step = max(lease.first_step, tiers.step + 1)
-        self.loading.append(Loading(self._hold(needs.loads, Tier.DEVICE), tiers.step + 1))
+        self.loading[load_back] = tiers.step + 1
+        self._hold(load_back, needs.loads, Tier.DEVICE)
 
-    def _hold(self, entries: list[tuple[Kind, Node]], tier: Tier) -> list[Hold]:
-        """Pins these entries."""
-        hold = self.tiers.hold
-        return [
-            held for kind, node in entries for held in hold((kind.device, kind.host)[tier], node, kind.top_of(node))
-        ]
+    def _hold(self, owner: int | str, entries: list[tuple[Kind, Node]], tier: Tier) -> None:
+        for kind, node in entries:
+            self.tiers.holds.add(owner, (kind.device, kind.host)[tier], node, kind.top_of(node))
 
     def _load(self, lease: Lease, kind: Kind, num_own: int, loads: list[tuple[Kind, Node]], moves: list[Move]) -> None:
         """Makes room for a component's own pages and for what is loaded, which goes there; adds the move, if any."""
@@ -203,10 +195,10 @@ class Admission:
 
         Returns whether there are any.
         """
-        due = [loading for loading in self.loading if loading.until_step <= self.tiers.step]
-        for loading in due:
-            self.tiers.let_go(loading.holds)
-        self.loading = [loading for loading in self.loading if loading.until_step > self.tiers.step]
+        due = [load_back for load_back, until_step in self.loading.items() if until_step <= self.tiers.step]
+        for load_back in due:
+            self.tiers.holds.release(load_back)
+            del self.loading[load_back]
         return bool(due)
 
 

@@ -12,13 +12,14 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from jaxcache.core.admission import Admission
+from jaxcache.core.holds import Hold
 from jaxcache.core.kinds import Kinds
 from jaxcache.core.node import Node
 from jaxcache.core.pages import Purpose, Residency
 from jaxcache.core.plan import Planner
 from jaxcache.core.prefetches import Prefetches
 from jaxcache.core.stores import Stores
-from jaxcache.core.tiers import Hold, Tiers
+from jaxcache.core.tiers import Tiers
 from jaxcache.types import PageIds, Tier, TransferKind
 
 
@@ -71,8 +72,8 @@ class Clearing:
         core = self.core
         tiers = core.tiers
         lost = self._withdraw_plan()
-        for loading in core.admission.loading:
-            tiers.let_go(loading.holds)
+        for load_back in core.admission.loading:
+            tiers.holds.release(load_back)
         core.admission.loading.clear()
         kept: dict[int, Node] = {}
         stack = [child for root in tiers.tree.all_roots() for child in root.children.values()]
@@ -102,16 +103,13 @@ class Clearing:
         below = {node.id: None for node in [top, *_children_first([top])]}
         transfer_ids: list[int] = []
         touched: dict[int, list[PageIds]] = {}
-        for id, owner in [*self.core.stores.live.items(), *self.core.prefetches.live.items()]:
-            mine = [held for held in owner.holds if held.node.id in below]
-            if not mine:
-                continue
-            transfer_ids.append(id)
+        for id in self.core.live_transfers():
+            mine = tiers.holds.release_at(id, below)
+            if mine:
+                transfer_ids.append(id)
             for held in mine:
                 for page_ids in _held_pages(held, top):
                     touched.setdefault(held.residency.index, []).append(page_ids)
-            owner.holds[:] = [held for held in owner.holds if held.node.id not in below]
-            tiers.let_go(mine)
         tiers.touched = {index: np.concatenate(pages) for index, pages in touched.items()}
         tiers.drop_subtree(top, purpose)
         if tiers.held_back:
@@ -138,15 +136,13 @@ class Clearing:
     def _keep(self, kept: dict[int, Node], lost: dict[int, np.ndarray]) -> None:
         """Removes all other nodes, and every device entry."""
         tiers = self.core.tiers
-        holders = self._holders()
         nodes = _children_first(tiers.tree.all_roots())
         pinned = {(r.index, node.id) for node in nodes for r in tiers.residencies if node.pins[r.index]}
-        for holds in holders:
-            tiers.let_go(holds)
+        tiers.holds.suspend()
         scattered = {
             (held.residency.index, held.node.id): None
-            for loading in self.core.admission.loading
-            for held in loading.holds
+            for load_back in self.core.admission.loading
+            for held in tiers.holds[load_back]
         }
         pages: dict[Tier, list[tuple[Residency, PageIds]]] = {Tier.DEVICE: [], Tier.HOST: []}
         for node in nodes:
@@ -161,20 +157,11 @@ class Clearing:
                         residency.allocator.free(page_ids)
             if node.id not in kept:
                 tiers.tree.remove(node)
-        for holds in holders:
-            # What stays is in host memory from the root down, and needs nothing on the device above it.
-            holds[:] = [held for held in holds if held.node.parent is not None and held.residency.tier is Tier.HOST]
-            for held in holds:
-                held.residency.pin_up(held.node, held.top)
+        tiers.holds.resume()
         for transfer_ids, deferred in (([], pages[Tier.DEVICE]), (self.core.live_transfers(), pages[Tier.HOST])):
             if deferred:
                 self.deferred.append(DeferredFree(transfer_ids, tiers.step + 1, deferred))
         tiers.tree.version += 1
-
-    def _holders(self) -> list[list[Hold]]:
-        core = self.core
-        owners = [*core.stores.live.values(), *core.prefetches.live.values(), *core.admission.loading]
-        return [owner.holds for owner in owners]
 
 
 def _held_pages(held: Hold, top: Node) -> Iterator[PageIds]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 
-from jaxcache.core.tiers import Hold
 from jaxcache.core.tokens import Sequence
 from jaxcache.types import PageIds, Span
 
@@ -44,7 +43,6 @@ class Prefetch:
         "cancelled",
         "end",
         "held_since_ms",
-        "holds",
         "id",
         "matched_end",
         "num_held",
@@ -68,7 +66,6 @@ class Prefetch:
         self.state = PrefetchState.QUERY
         self.pages = pages
         self.progress: Mapping[str, int] = {}
-        self.holds: list[Hold] = []
         self.accepted: list[Span] = []
         self.unresolved_tokens = 0
         self.num_wanting = self.num_held = 0

@@ -121,7 +121,8 @@ class Prefetches:
         tiers = self.tiers
         counts = [kind.num_needed_pages(start, end) for kind in self.kinds]
         path = tiers.tree.walk(sequence, sequence.num_tokens - 1)
-        holds = tiers.hold(self.kinds.full.host, path[-1][0], 0) if path else []
+        if path:
+            tiers.holds.add("a reservation", self.kinds.full.host, path[-1][0], 0)
         fits = all(count <= self._share(sequence, kind) for kind, count in zip(self.kinds, counts, strict=True))
         pages = []
         if fits:
@@ -129,7 +130,7 @@ class Prefetches:
                 room = tiers.make_room(kind.host, count, Purpose(0, sequence.root.group))
                 assert room, f"{kind.name}: promised {count} pages"
                 pages.append(kind.host.allocator.allocate(count))
-        tiers.let_go(holds)
+        tiers.holds.release("a reservation")
         return pages if fits else None
 
     def _ends(self, low: int, end: int) -> list[int]:
@@ -185,7 +186,7 @@ class Prefetches:
             if outcome.quiet:
                 self._finish(prefetch)
             else:
-                self.tiers.let_go_of_device(prefetch.holds)
+                self.tiers.holds.release_device(prefetch.id)
 
     def _commit_query(self, prefetch: Prefetch, outcome: Outcome) -> None:
         if not outcome.done:
@@ -273,7 +274,7 @@ class Prefetches:
             if kind in whole and node.end == prefetch.agreed_end:
                 prefetch.pages[kind.c], taken = kind.accept(node, prefetch.agreed_end, prefetch.pages[kind.c])
                 for at in taken:
-                    prefetch.holds += tiers.hold(kind.host, at, kind.top_of(at))
+                    tiers.holds.add(prefetch.id, kind.host, at, kind.top_of(at))
             else:
                 self.counters["rejected_windows_and_states"] += 1
         usable = self.matcher.longest(prefetch.sequence, prefetch.agreed_end).num_tokens
@@ -325,7 +326,7 @@ class Prefetches:
             if child.pages[host.index] is None:
                 tiers.put(host, child, fetched[mine])
                 duplicate[mine] = False
-                prefetch.holds += tiers.hold(host, child, child.start)
+                tiers.holds.add(prefetch.id, host, child, child.start)
                 prefetch.accepted.append(Span(at, child.end))
             else:
                 self._resolve(prefetch, "already_present", child.end - at)
@@ -453,8 +454,7 @@ class Prefetches:
         for kind, pages in zip(self.kinds, prefetch.pages, strict=True):
             kind.host.allocator.free(pages)
         prefetch.pages = [NO_PAGES] * len(prefetch.pages)
-        self.tiers.let_go(prefetch.holds)
-        prefetch.holds = []
+        self.tiers.holds.release(prefetch.id)
         prefetch.state = PrefetchState.DONE
         del self.live[prefetch.id]
         self.planner.note("quiet", prefetch.id)

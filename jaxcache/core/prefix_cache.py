@@ -36,7 +36,7 @@ from jaxcache.core.serving import RefusedType, RefusedValue, Serving, changes
 from jaxcache.core.stores import Stores
 from jaxcache.core.tiers import Tiers
 from jaxcache.core.tokens import Namespace, Sequence, extend_all
-from jaxcache.types import Match, Outcome, Plan, PrefetchPolicy, Tier, Wait
+from jaxcache.types import Match, Outcome, Plan, PrefetchPolicy, Wait
 
 ZERO, ONE = 0, 1  # compared by identity: any other object takes the longer way
 
@@ -220,8 +220,7 @@ class PrefixCache:
         """Whether anything runs whose end could make room on the device (storage: only under write_back)."""
         if self.leases or self.admission.loading:
             return True
-        owners = [*self.stores.live.values(), *self.prefetches.live.values()] if self.tiers.writes_back else ()
-        return any(held.residency.tier is Tier.DEVICE for owner in owners for held in owner.holds)
+        return self.tiers.writes_back and self.tiers.holds.are_on_device()
 
     def _admit(
         self, sequence: Sequence, prefix: Prefix, needs: Needs, num_new_tokens: int, ticket: Ticket | None

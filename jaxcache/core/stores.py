@@ -15,7 +15,7 @@ import numpy as np
 from jaxcache.core.kinds import Kinds
 from jaxcache.core.node import Node
 from jaxcache.core.plan import Counters, Planner
-from jaxcache.core.tiers import Hold, Tiers
+from jaxcache.core.tiers import Tiers
 from jaxcache.types import Move, Outcome, PageIds, TransferKind
 
 PageName = tuple[str, bytes]  # component, page key
@@ -36,9 +36,8 @@ class Waiting(NamedTuple):
 
 
 class LiveStore(NamedTuple):
-    """What a STORE pins until it is quiet, the keys of what it writes by component, and those that end a run."""
+    """The keys of what a STORE writes, by component, and those that end a run."""
 
-    holds: list[Hold]
     keys: dict[str, tuple[bytes, ...]]
     run_ends: frozenset[PageName]
 
@@ -56,7 +55,7 @@ class Run(NamedTuple):
 
 
 class Stores:
-    """live: STORE id -> what it pins. attached: whether there is a storage at all.
+    """live: by STORE id, until it is quiet. attached: whether there is a storage at all.
 
     known_stored:          pages that are stored, and whether a run of one STORE ended with them
     units:                 pages of a unit of storage, by component: so many may share a value
@@ -111,7 +110,8 @@ class Stores:
             store = self.planner.add(TransferKind.STORE, moves)
             keys = {move.component: move.page_keys for move in moves}
             ends = frozenset((self._name(c), run.keys[-1]) for c, found in runs.items() for run in found)
-            self.live[store] = LiveStore(self._hold(nodes, runs), keys, ends)
+            self.live[store] = LiveStore(keys, ends)
+            self._hold(store, nodes, runs)
             self.counters["store_pages"] += sum(len(move.src_page_ids) for move in moves)
             num_live += 1
 
@@ -161,9 +161,9 @@ class Stores:
     def forget(self) -> None:
         """What was known to be stored, and what is being stored, may not be there."""
         self.known_stored.clear()
-        self.live = {id: LiveStore(store.holds, {}, frozenset()) for id, store in self.live.items()}
-        for store in self.live.values():
-            self.tiers.let_go_of_device(store.holds)
+        self.live = dict.fromkeys(self.live, LiveStore({}, frozenset()))
+        for store in self.live:
+            self.tiers.holds.release_device(store)
 
     def forgotten(self) -> list[int]:
         """STOREs of which only quiet is awaited: whether they get further is of no interest."""
@@ -171,8 +171,8 @@ class Stores:
 
     def withdraw(self, store: int) -> None:
         """Takes back one that was not applied and will not be; what it would have stored still has to be."""
-        holds, keys, _ = self.live.pop(store)
-        self.tiers.let_go(holds)
+        keys, _ = self.live.pop(store)
+        self.tiers.holds.release(store)
         self.counters["store_pages"] -= sum(map(len, keys.values()))
         if self.attached:
             self.back_fill()
@@ -181,22 +181,20 @@ class Stores:
         """Holding an entry relies on the node's full pages in the same tier."""
         return node.pages[self.kinds.full.host.index] is not None
 
-    def _hold(self, nodes: list[Node], runs: dict[int, list[Run]]) -> list[Hold]:
+    def _hold(self, store: int, nodes: list[Node], runs: dict[int, list[Run]]) -> None:
         """Pins the entries that are there: a node that holds nothing may leave, and pins above it would be lost."""
         tiers = self.tiers
-        holds = []
         for node in nodes:
             for kind in self.kinds:
                 if node.pages[kind.host.index] is not None:
-                    holds += tiers.hold(kind.host, node, kind.top_of(node))
+                    tiers.holds.add(store, kind.host, node, kind.top_of(node))
         for c, found in runs.items():
             for run in found:
                 node: Node | None = run.node
                 while node is not None and node.end > run.start:  # each for itself: a split or a drop may part them
                     if node not in nodes:
-                        holds += tiers.hold(tiers.host[c], node, node.start)
+                        tiers.holds.add(store, tiers.host[c], node, node.start)
                     node = node.parent
-        return holds
 
     def _name(self, c: int) -> str:
         return self.tiers.components[c].name
@@ -264,10 +262,10 @@ class Stores:
         """Lets the pages go when every rank is quiet; those on the device when it is decided."""
         if not outcome.quiet:
             if outcome.done:
-                self.tiers.let_go_of_device(self.live[store].holds)
+                self.tiers.holds.release_device(store)
             return
-        holds, keys, run_ends = self.live.pop(store)
-        self.tiers.let_go(holds)
+        keys, run_ends = self.live.pop(store)
+        self.tiers.holds.release(store)
         for component, page_keys in keys.items():
             good = outcome.pages.get(component, 0)
             self.mark_stored(component, page_keys[:good], run_ends)

@@ -10,7 +10,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable
 from math import lcm
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from jaxcache.core.change_log import ChangeLog
 from jaxcache.core.eviction import policy
 from jaxcache.core.eviction.order import OrderContext
 from jaxcache.core.eviction.reuse_profile import ReuseProfile
+from jaxcache.core.holds import Holds
 from jaxcache.core.limits.tenants import Groups, Tenants
 from jaxcache.core.missing import Cause, Eviction
 from jaxcache.core.node import FULL, Node
@@ -34,18 +35,11 @@ MAX_UNMADE_REMEMBERED = 4096
 UNWATCHED = -1  # without pools nothing is known of model steps
 
 
-class Hold(NamedTuple):
-    """Pins on the entries of [top, node.end) of one residency; a split of the node changes nothing about it."""
-
-    residency: Residency
-    node: Node
-    top: int
-
-
 class Tiers:
     """device[c] and host[c] are the residencies of component c, of which the first is full attention: the tree itself.
 
     components: those of the model in this order, with a spine where it has no full attention
+    holds: who pins entries, beside leases
     log: every change of the tree and the residencies, if events are on
     profile: what is known about reuse, if the policy of eviction remembers
     tenants: who has limits, if anybody has
@@ -74,6 +68,7 @@ class Tiers:
         self._open_residencies = [residency for residency in self.residencies if not residency.is_closed]
         self.has_host = any(host.allocator.num_pages for host in self.host)
         self.writes_back = self.has_host and config.write_policy is WritePolicy.WRITE_BACK
+        self.holds = Holds((self.device[FULL], self.host[FULL]), self.writes_back)
         self.grid_tokens = lcm(config.page_tokens, *[component.grid_tokens for component in components])
         self.step = 0
         self.pools_version = UNWATCHED  # how many model steps the loop is known to have dispatched
@@ -105,33 +100,6 @@ class Tiers:
         if self.tenants is not None:
             self.tenants.changed[node.group] = None
         return prefix
-
-    def hold(self, residency: Residency, node: Node, top: int) -> list[Hold]:
-        """Pins [top, node.end) of a residency, and full attention up to the root so that nothing below it can leave.
-
-        Under write_back host pages may lie below pages that are only on the device: those are pinned too.
-        """
-        holds = []
-        if not residency.is_closed:
-            holds.append(Hold(residency, node, top))
-        holds.append(Hold((self.device, self.host)[residency.tier][FULL], node, 0))
-        below_device = residency.tier is Tier.HOST and self.config.write_policy is WritePolicy.WRITE_BACK
-        if below_device and node.parent is not None:
-            holds.append(Hold(self.device[FULL], node.parent, 0))
-        for held in holds:
-            held.residency.pin_up(held.node, held.top)
-        return holds
-
-    def let_go(self, holds: list[Hold], is_use: bool = True) -> None:
-        for held in holds:
-            held.residency.unpin_up(held.node, held.top, is_use)
-
-    def let_go_of_device(self, holds: list[Hold]) -> None:
-        """For a transfer that is decided, and not quiet yet: what it may still touch is in host memory."""
-        device = [held for held in holds if held.residency.tier is Tier.DEVICE]
-        if device:
-            holds[:] = [held for held in holds if held.residency.tier is not Tier.DEVICE]
-            self.let_go(device)
 
     def put(self, residency: Residency, node: Node, page_ids) -> None:
         residency.put(node, page_ids)

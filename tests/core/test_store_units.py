@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 
 from jaxcache.core.lease import Lease
+from jaxcache.core.pages import UNTOLD
 from jaxcache.core.stores import _is_at_or_below
 from jaxcache.types import Move, Outcome, TransferKind, WritePolicy
 from tests.core.helpers import FULL, PAGE, Server, prompt, server_with_storage, state, window
@@ -145,22 +146,22 @@ def test_what_a_store_reads_above_its_nodes_stays_until_quiet():
     stores = server.core.stores
     full, windows = (device.spill for device in server.core.tiers.device)
     assert full is not None and windows is not None
-    windows(top)
-    windows(middle)
+    windows(top, UNTOLD)
+    windows(middle, UNTOLD)
     stores.queue.clear()
-    windows(last)
-    full(last)
+    windows(last, UNTOLD)
+    full(last, UNTOLD)
     stores.queue.popleft()
     server.step(0)
     (live,) = server.core.live_transfers()
     server.core.commit({live: Outcome(done=True, quiet=False, pages={"full": 0, "window": 0})})
-    full(middle)
+    full(middle, UNTOLD)
     server.check()
     host = server.core.tiers.host[1]
     if top.pages[host.index] is not None:
         server.core.tiers.make_room(host, min(host.available(), 24))
     assert stores.live, "the STORE still reads"
-    read = {hold.node.id for hold in stores.live[live].holds if hold.residency is windows}
+    read = {hold.node.id for hold in stores.tiers.holds[live] if hold.residency is windows}
     assert top.id not in read or top.pages[windows.index] is not None
 
 

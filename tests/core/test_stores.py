@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from jaxcache.core.pages import UNTOLD
 from jaxcache.types import Outcome, TransferKind
 from tests.core.helpers import FULL, Server, prompt, server_with_storage, state, window
 
@@ -162,7 +163,7 @@ def test_a_run_that_came_back_longer_is_stored_once():
     server.step(0)
     server.prefill([7] * 16)
     server.prefill([7] * 24)
-    server.core.tiers.drop_subtree(server.core.tiers.tree.walk(server.sequence([7] * 16), 8)[0][0])
+    server.core.tiers.drop_subtree(server.core.tiers.tree.walk(server.sequence([7] * 16), 8)[0][0], UNTOLD)
     server.prefill([7] * 32)
     server.settle()
     assert set(server.storage.page_keys()) >= set(server.sequence([7] * 32).page_keys(8))

@@ -99,9 +99,11 @@ def match_without(kind: type) -> Callable[[pytest.MonkeyPatch], None]:
     return around(kind, "usable", lambda f, self, path: [True] * len(path))
 
 
-def next_host_page(original: Any, self: Admission, kind: Any, num_own: int, loads: Any, moves: list[Any]) -> None:
+def next_host_page(
+    original: Any, self: Admission, lease: Any, kind: Any, num_own: int, loads: Any, moves: list[Any]
+) -> None:
     known = len(moves)
-    original(self, kind, num_own, loads, moves)
+    original(self, lease, kind, num_own, loads, moves)
     num_pages = kind.host.allocator.num_pages
     moves[known:] = [move._replace(src_page_ids=(move.src_page_ids + 1) % num_pages) for move in moves[known:]]
 
@@ -160,10 +162,10 @@ def without_log(original: Any, self: RadixTree, *args: Any) -> Any:
         return original(self, *args)
 
 
-def parent_first(original: Any, self: PrefixResidency, num_pages: int) -> Any:
-    node = original(self, num_pages)
+def parent_first(original: Any, self: PrefixResidency, num_pages: int, *purpose: Any) -> Any:
+    node, most = original(self, num_pages, *purpose)
     above = None if node is None else node.parent
-    return node if above is None or above.parent is None or above.pins[self.index] else above
+    return (node if above is None or above.parent is None or above.pins[self.index] else above), most
 
 
 def state_on_parent(original: Any, self: Tiers, residency: Any, node: Any, page_ids: Any) -> None:
@@ -330,7 +332,7 @@ MUTANTS = (
     Mutant("a prefetch accepts a page more than agreed", around(Prefetches, "_accept", one_page_more), is_rare=True),
     Mutant("a prefetch frees its pages when done", around(Prefetches, "commit", done_is_quiet), is_rare=True),
     Mutant("a store lets its pages go when done", around(Stores, "commit", done_is_quiet)),
-    Mutant("a store does not hold its pages", around(Stores, "_hold", lambda f, self, nodes, runs: [])),
+    Mutant("a store does not hold its pages", around(Stores, "_hold", lambda f, self, store, nodes, runs: None)),
     Mutant("a fetch keeps what it does not need", during(Prefetches, "_fetches", PageAllocator, "free", nothing)),
     Mutant("reset frees pages in transit", around(Clearing, "_keep", transit_free), is_rare=True),
     Mutant("one rank does not note its admits", admits_unnoted),

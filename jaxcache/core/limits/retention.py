@@ -17,18 +17,17 @@ from jaxcache.core.kinds import Kinds
 from jaxcache.core.lease import Lease
 from jaxcache.core.node import FULL, Node
 from jaxcache.core.plan import Counters
-from jaxcache.core.tiers import Hold, Tiers
+from jaxcache.core.tiers import Tiers
 from jaxcache.core.tokens import Namespace
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Retention:
     """Of the end `node`, which its leases asked for until some step. num_pages: windows and states, by component."""
 
     node: Node
     namespace: Namespace
     untils: dict[int, int]  # by lease id
-    holds: list[Hold]
     num_pages: list[int]
 
     @property
@@ -75,7 +74,7 @@ class Retentions:
                 self.counters["retentions_refused"] += 1
                 return
             costs[FULL] = 0  # counted by node
-            retention = Retention(node, lease.sequence.namespace, {}, [], costs)
+            retention = Retention(node, lease.sequence.namespace, {}, costs)
             self._keep(retention)
         retention.untils[lease.id] = until
         self._remind(retention)
@@ -121,7 +120,7 @@ class Retentions:
         self.counters["retentions"] += 1
         self._count(retention, 1)
         for kind in self.kinds:
-            retention.holds += tiers.hold(kind.device, node, kind.top_needed(node))
+            tiers.holds.add(retention, kind.device, node, kind.top_needed(node))
         self.live[node.id] = retention
 
     def _count(self, retention: Retention, change: int) -> None:
@@ -161,7 +160,7 @@ class Retentions:
         for lease_id in retention.untils:
             del self.of_lease[lease_id]
         self._count(retention, -1)
-        self.tiers.let_go(retention.holds, is_use=False)
+        self.tiers.holds.release(retention, is_use=False)
 
     def release_all(self, namespace: Namespace | None = None) -> None:
         """All of them, or those of one namespace: what is retired or lost needs none."""

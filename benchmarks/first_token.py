@@ -24,8 +24,8 @@ import numpy as np
 import jaxcache
 from benchmarks.timing import seconds
 from models.decoder import components, make_extend, param_targets
+from models.families.qwen3 import Qwen3Config
 from models.paged_attention import ExtendBatch
-from models.qwen3 import Qwen3Config
 from models.serve import WAIT_S
 
 LARGE = Qwen3Config(

@@ -31,10 +31,10 @@ from rich.table import Table
 
 import jaxcache
 from models.decoder import components, init_params, make_extend
+from models.families import TINY
+from models.families.qwen3 import Qwen3Config
 from models.fleet import make_mesh, three_numbers
-from models.qwen3 import Qwen3Config
 from models.serve import BatchShape, Request, Server
-from models.tiny import TINY
 
 PAGE_TOKENS = 16
 PROMPT_TOKENS, OUTPUT_TOKENS = 384, 16

@@ -32,14 +32,20 @@ from jaxcache.components import Component
 from models.layer_plan import FULL, SLOTS, STATE, WINDOW, Keeps, Kept, LayerPlan
 from models.layers import Held, Rope, Step, View, norm_weight, plain_rope, rms_norm, turns, weight
 from models.paged_attention import ExtendBatch, plan_pages, plan_states
+from models.stored import Stored
 
 Params = dict[str, Any]
 Pools = dict[str, dict[str, Array]]
 
 
+FAMILIES: dict[str, type[DecoderConfig]] = {}  # by what config.json calls `model_type`
+
+
 @dataclass(frozen=True)
 class DecoderConfig(ABC):
     """What every family's configuration has.
+
+        class LlamaConfig(DecoderConfig, model_types=("llama",)): ...        what is loaded of such a folder
 
     state_grid_tokens: with a recurrent state a request resumes at multiples of so many tokens (and of the page)
     pattern: kinds of a block's layers. Here a kind is named by its component, and keeps keys and values of it.
@@ -58,6 +64,21 @@ class DecoderConfig(ABC):
     state_grid_tokens: int = 1
 
     pattern: ClassVar[tuple[str, ...]] = (FULL,)
+
+    def __init_subclass__(cls, model_types: tuple[str, ...] = ()):
+        for model_type in model_types:
+            other = FAMILIES.setdefault(model_type, cls)
+            if other is not cls:
+                raise ValueError(f"there is a family {model_type!r} already: {other.__module__}.{other.__name__}")
+
+    @classmethod
+    @abstractmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> DecoderConfig:
+        """From a published `config.json`; a ValueError names what is not computed here."""
+
+    @abstractmethod
+    def checkpoint(self) -> dict[str, Stored]:
+        """Where each parameter lies in published files."""
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads or self.head_dim % 2:

@@ -6,7 +6,7 @@ distinct shard is cut out of the map, dequantised, put on every device that hold
     file:  | header length, u64 | header, JSON: name -> dtype, shape, [start, stop) | data                |
     param: axes "ldhc" <- tensors "model.layers.{l}.self_attn.q_proj.weight", stored as "hc,d"
 
-A family says in `checkpoint(cfg)` where each parameter lies; this file knows nothing else of any model.
+A family says in `checkpoint` where each parameter lies; this file knows nothing else of any model.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import itertools
 import json
 import math
 import mmap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -27,10 +27,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from models import decoder, deepseek_v4, deepseek_v32, gemma3, gpt_oss, llama, mxfp4, nemotron_h, qwen3, qwen3_next
+from models import decoder, mxfp4
+from models.families import FAMILIES
 from models.gguf_file import GgufFile, opened
 from models.layer_plan import LayerPlan
-from models.stored import Stored, stored_of
+from models.stored import stored_of
 
 DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
@@ -44,27 +45,6 @@ PACKED: dict[str, np.dtype] = {"U8": np.dtype(np.uint8)}
 Bounds = tuple[tuple[int, int], ...]  # [start, stop) of each axis
 
 
-class Family(NamedTuple):
-    """What a model file offers to the loader."""
-
-    config_from_hf: Callable[[Mapping[str, Any]], decoder.DecoderConfig]
-    checkpoint: Callable[[Any], dict[str, Stored]]
-
-
-QWEN3 = Family(qwen3.Qwen3Config.from_hf, qwen3.checkpoint)
-FAMILIES = {
-    "deepseek_v32": Family(deepseek_v32.DeepseekV32Config.from_hf, deepseek_v32.checkpoint),
-    "deepseek_v4": Family(deepseek_v4.DeepseekV4Config.from_hf, deepseek_v4.checkpoint),
-    "gemma3_text": Family(gemma3.Gemma3Config.from_hf, gemma3.checkpoint),
-    "gpt_oss": Family(gpt_oss.GptOssConfig.from_hf, gpt_oss.checkpoint),
-    "llama": Family(llama.LlamaConfig.from_hf, llama.checkpoint),
-    "nemotron_h": Family(nemotron_h.NemotronHConfig.from_hf, nemotron_h.checkpoint),
-    "qwen3": QWEN3,
-    "qwen3_moe": QWEN3,
-    "qwen3_next": Family(qwen3_next.Qwen3NextConfig.from_hf, qwen3_next.checkpoint),
-}
-
-
 def load_model(source: Path | GgufFile, mesh: Mesh, dtype: DTypeLike) -> tuple[decoder.DecoderConfig, dict[str, Any]]:
     """The family's configuration, and its parameters as `param_targets` wants them on `mesh`.
 
@@ -76,8 +56,8 @@ def load_model(source: Path | GgufFile, mesh: Mesh, dtype: DTypeLike) -> tuple[d
     tensors = source if isinstance(source, GgufFile) else Checkpoint(source)
     if (family := FAMILIES.get(tensors.hf["model_type"])) is None:
         raise ValueError(f"{source}: model_type {tensors.hf['model_type']!r} is none of {sorted(FAMILIES)}")
-    cfg = family.config_from_hf(tensors.hf)
-    stored, plan = family.checkpoint(cfg), LayerPlan(cfg)
+    cfg = family.from_hf(tensors.hf)
+    stored, plan = cfg.checkpoint(), LayerPlan(cfg)
 
     def param(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Param:
         name = jax.tree_util.keystr(path, simple=True, separator=".")

@@ -25,10 +25,10 @@ from jax.typing import DTypeLike
 
 from models import decoder
 from models.decoder import DecoderConfig, Params
+from models.families.nemotron_h import MLP, NemotronHConfig
+from models.families.qwen3 import Qwen3Config
 from models.layer_plan import FULL, STATE, WINDOW
 from models.layers import Rope
-from models.nemotron_h import MLP, NemotronHConfig
-from models.qwen3 import Qwen3Config
 
 NUM_KEYS, NUM_PAIRS, HOPS, SHOTS, LAG = 32, 23, 4, 3, 8
 BOS, ASK = 2 * NUM_KEYS, 2 * NUM_KEYS + 1  # keys are the tokens below NUM_KEYS; those between are not used

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
-
-if TYPE_CHECKING:
-    from models.decoder import DecoderConfig
+from typing import NamedTuple
 
 
 class Stored(NamedTuple):
@@ -36,7 +33,7 @@ def stored_of(stored: dict[str, Stored], parameter: str) -> Stored:
     return stored[f"{start}.{rest}"]
 
 
-def stored_decoder(cfg: DecoderConfig) -> dict[str, Stored]:
+def stored_decoder(tie_embeddings: bool) -> dict[str, Stored]:
     """What all families here publish alike, by parameter: embeddings, projections, and the norm before attention."""
     layer, attention = "model.layers.{l}.", "model.layers.{l}.self_attn."
     stored = {
@@ -49,7 +46,7 @@ def stored_decoder(cfg: DecoderConfig) -> dict[str, Stored]:
         "layers.attention_norm": Stored(layer + "input_layernorm.weight", "d", "ld"),
         "layers.mlp_norm": Stored(layer + "post_attention_layernorm.weight", "d", "ld"),
     }
-    if not cfg.tie_embeddings:
+    if not tie_embeddings:
         stored["head"] = Stored("lm_head.weight", "v,d", "vd")
     return stored
 

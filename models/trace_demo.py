@@ -30,11 +30,11 @@ from jaxcache.replay.traces import read_trace
 from models import fleet
 from models.command import ERRORS, show_error
 from models.decoder import components, init_params, make_extend
+from models.families import TINY
 from models.fleet import make_mesh, three_numbers
 from models.layer_plan import STATE, LayerPlan
 from models.loading import load_model, weights_version
 from models.serve import TIERS, WAIT_S, BatchShape, Request, Server, hits_by_tier
-from models.tiny import TINY
 
 TRACE = Path(__file__).parents[1] / "benchmarks" / "traces" / "conversation.jsonl.gz"
 BLOCK_TOKENS = 16  # a 512-token block of the trace becomes so many

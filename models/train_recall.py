@@ -29,8 +29,8 @@ import jaxcache
 from models import decoder, recall
 from models.command import show_error
 from models.decoder import DecoderConfig, Params
+from models.families.nemotron_h import MLP, NemotronHConfig
 from models.layer_plan import FULL, STATE, WINDOW, LayerPlan
-from models.nemotron_h import MLP, NemotronHConfig
 
 TABLES, QUESTIONS, WARMUP_STEPS = 32, 10, 50
 ENOUGH = 0.998  # of the answers' tokens, over the last steps: training ends

@@ -315,10 +315,10 @@ def test_imports_without_jax(package):
         ("models.serve", "import benchmarks.turns"),
         ("benchmarks.turns", "import flax"),
         ("kernels_pallas.gather_pages", "from jaxcache.types import Span"),
-        ("models.qwen3", "from jaxcache.core.match import Matcher"),
-        ("models.qwen3", "import jaxcache.runtime.controller"),
-        ("models.qwen3", "from jaxcache import types"),
-        ("models.qwen3", "import torch"),
+        ("models.families.qwen3", "from jaxcache.core.match import Matcher"),
+        ("models.families.qwen3", "import jaxcache.runtime.controller"),
+        ("models.families.qwen3", "from jaxcache import types"),
+        ("models.families.qwen3", "import torch"),
     ],
 )
 def test_import_rules_bite(name, source):
@@ -334,7 +334,7 @@ def test_import_rules_bite(name, source):
         ("jaxcache.cli.doctor", "import argparse\nfrom rich.table import Table\nfrom jaxcache.storage import file"),
         ("benchmarks.core.steps", "import jaxcache.core.lease, models.serve, benchmarks.figure, rich.table"),
         ("models.fleet", "from jaxcache import launch\nfrom jaxcache.replay.traces import read_trace"),
-        ("models.qwen3", "import jaxcache\nfrom jaxcache import Cache\nfrom flax import nnx\nimport argparse"),
+        ("models.families.qwen3", "import jaxcache\nfrom jaxcache import Cache\nfrom flax import nnx\nimport argparse"),
     ],
 )
 def test_import_rules_allow(name, source):

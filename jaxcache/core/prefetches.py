@@ -119,7 +119,7 @@ class Prefetches:
     def _reserve(self, sequence: Sequence, start: int, end: int) -> list[PageIds] | None:
         """Host pages for every component, evicting others but not what the fetched pages will hang below."""
         tiers = self.tiers
-        counts = [kind.num_needed_pages(start, end) for kind in self.kinds]
+        counts = [kind.num_reserved_pages(start, end) for kind in self.kinds]
         path = tiers.tree.walk(sequence, sequence.num_tokens - 1)
         if path:
             tiers.holds.add("a reservation", self.kinds.full.host, path[-1][0], 0)
@@ -236,6 +236,7 @@ class Prefetches:
         for kind in self.kinds:
             count = kind.num_needed_pages(prefetch.start, end)
             pages = prefetch.pages[kind.c]
+            assert count <= len(pages), f"{kind.name}: reserved {len(pages)} pages, {end=} needs {count}"
             kind.host.allocator.free(pages[count:])
             prefetch.pages[kind.c] = pages = pages[:count]
             ends = tuple(range(end - (count - 1) * page, end + 1, page))

@@ -75,7 +75,7 @@ def model_step(core: PrefixCache, sequence: Sequence, begin: int, end: int) -> M
             state_before = content(c, sequence, begin) if begin else None
             state_after = content(c, sequence, end)
             continue
-        first = kind.first_needed(begin) // page
+        first = kind.component.required(begin).start // page
         reads.append((c, first, contents(c, sequence, first, -(-begin // page), begin)))
         writes.append((c, begin // page, contents(c, sequence, begin // page, -(-end // page), end)))
     return ModelStep(begin, end, reads, writes, state_before, state_after)

@@ -38,9 +38,9 @@ import numpy as np
 
 import jaxcache
 from models.decoder import components, init_params, make_extend
+from models.families import TINY
 from models.fleet import make_mesh
 from models.serve import BatchShape, Request, Server
-from models.tiny import TINY
 
 PAGE_TOKENS = 16
 SHAPE = BatchShape(prefill_rows=2, chunk_tokens=64, decode_rows=4, table_pages=64)
@@ -51,8 +51,9 @@ print("layers:", ", ".join(cfg.layer_kinds))
 # %% [markdown]
 # ## What the cache is told
 #
-# A model says what each kind of layer keeps (`keeps`, in `models/nemotron_h.py`); from it follow the components that
-# the cache is made of. A state lies on the ranks by heads (`tp`) and layers (`pp`); over `cp` it is the same.
+# A model says what each kind of layer keeps (`keeps`, in `models/families/nemotron_h.py`); from it follow the
+# components that the cache is made of. A state lies on the ranks by heads (`tp`) and layers (`pp`); over `cp` it is the
+# same.
 
 # %%
 for component in components(cfg, PAGE_TOKENS, "float32"):

@@ -26,7 +26,7 @@ from jaxcache.core.eviction.lru import Lru
 from jaxcache.core.eviction.queues import Queued
 from jaxcache.core.kinds.prefix import Prefix, PrefixResidency
 from jaxcache.core.kinds.state import State, StateResidency
-from jaxcache.core.kinds.window import Window
+from jaxcache.core.kinds.window import Suffix
 from jaxcache.core.leases import Leases
 from jaxcache.core.limits.quotas import Quotas
 from jaxcache.core.limits.retention import Retentions
@@ -130,7 +130,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a window is kept relative to the current position",
-        Window,
+        Suffix,
         "live_start",
         "newest // self.grid_tokens * self.grid_tokens",
         "newest",

@@ -9,15 +9,15 @@ from __future__ import annotations
 from typing import Any
 
 from models.decoder import DecoderConfig
-from models.deepseek_v4 import DeepseekV4Config
-from models.deepseek_v32 import DeepseekV32Config
 from models.experts import Routing
-from models.gemma3 import Gemma3Config
-from models.gpt_oss import GptOssConfig
-from models.llama import LlamaConfig
-from models.nemotron_h import NemotronHConfig
-from models.qwen3 import Qwen3Config
-from models.qwen3_next import Qwen3NextConfig
+from models.families.deepseek_v4 import DeepseekV4Config
+from models.families.deepseek_v32 import DeepseekV32Config
+from models.families.gemma3 import Gemma3Config
+from models.families.gpt_oss import GptOssConfig
+from models.families.llama import LlamaConfig
+from models.families.nemotron_h import NemotronHConfig
+from models.families.qwen3 import Qwen3Config
+from models.families.qwen3_next import Qwen3NextConfig
 from models.yarn import Yarn
 from tests.models.serving import MODEL, PAGE_TOKENS
 

@@ -20,7 +20,8 @@ import pytest
 from jax.sharding import Mesh
 
 import jaxcache
-from models import decoder, qwen3
+from models import decoder
+from models.families import qwen3
 from models.paged_attention import ExtendBatch
 from models.serve import BatchShape, Request, Server
 

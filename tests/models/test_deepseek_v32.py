@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
 from models import decoder, entries
-from models.deepseek_v32 import DeepseekV32Config
+from models.families.deepseek_v32 import DeepseekV32Config
 from models.loading import load_model
 from models.packing import GROUP, Packing
 from models.paged_attention import ExtendBatch, Held, plan_pages

@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 import jaxcache
 from models.decoder import components, make_extend
-from models.deepseek_v4 import DeepseekV4Config, packed_components
 from models.entries import choose_entries
+from models.families.deepseek_v4 import DeepseekV4Config, packed_components
 from models.layer_plan import FULL, WINDOW
 from models.paged_attention import ExtendBatch, Held, plan_pages
 from tests.models.families import FAMILIES

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from models import decoder, qwen3
+from models import decoder
+from models.families import qwen3
 from models.loading import load_model
 from models.paged_attention import ExtendBatch
 

@@ -15,8 +15,8 @@ import pytest
 import jaxcache
 from jaxcache.components import FieldSpec
 from models.decoder import DecoderConfig, components
+from models.families import FAMILIES
 from models.layer_plan import FULL, STATE, WINDOW
-from models.loading import FAMILIES
 
 PAGE_TOKENS = 16
 
@@ -173,7 +173,7 @@ class Case(NamedTuple):
 
     @property
     def cfg(self) -> DecoderConfig:
-        return replace(FAMILIES[self.hf["model_type"]].config_from_hf(self.hf), **self.choices)
+        return replace(FAMILIES[self.hf["model_type"]].from_hf(self.hf), **self.choices)
 
 
 CASES = {

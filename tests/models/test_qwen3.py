@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from models import decoder, qwen3
+from models import decoder
+from models.families import qwen3
 from tests.models.steps import NUM_PAGES, PAGE_TOKENS, TOLERANCE, WIDTH, make_batch, shuffled_tables, zero_pools
 
 SMALL = qwen3.Qwen3Config(

@@ -53,7 +53,9 @@ def validate(components: tuple[Component, ...], config: CacheConfig) -> None:
             raise ValueError(f"component {component.name!r} is of kind {component.kind!r}, none of {sorted(KINDS)}")
         same = [other.name for other in components if other.kind == component.kind]
         if KINDS[component.kind].is_single and len(same) > 1:
-            raise ValueError(f"{same} live and move together: declare one {component.kind} with several fields")
+            raise ValueError(
+                f"{same} live and move together: declare one {component.kind} component with several fields"
+            )
         for spec in component.fields:
             if spec.page_tokens not in (None, config.page_tokens):
                 raise ValueError(

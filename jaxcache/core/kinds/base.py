@@ -103,6 +103,10 @@ class Kind(ABC):
         """How many pages it takes to resume at `end`, of which full attention has those up to `start`."""
         return self.num_entry_pages(max(0, end - self.first_needed(end)))
 
+    def num_reserved_pages(self, start: int, end: int) -> int:
+        """The same for any end up to this one, when it is not known yet which. Here a later end needs no fewer."""
+        return self.num_needed_pages(start, end)
+
     def is_there(self, node: Node) -> bool:
         """Whether what resuming at the end of a node needs is on the device."""
         return self.is_on_device(node.end, node)

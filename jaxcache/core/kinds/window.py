@@ -27,6 +27,8 @@ from jaxcache.core.lease import Lease, WindowTable, read_only
 from jaxcache.core.missing import Cause, Missing
 from jaxcache.core.node import Node
 from jaxcache.core.pages import Residency
+from jaxcache.core.plan import Counters
+from jaxcache.core.tiers import Tiers
 from jaxcache.core.tokens import Sequence
 from jaxcache.types import PageIds, Span
 
@@ -62,19 +64,10 @@ class WindowResidency(Residency):
                 self._candidate(prefix)
 
 
-class Window(Extra, name="window"):
-    """The pages over the last `lookback` tokens, in whole pages."""
+class Suffix(Extra):
+    """The last pages before a position; `first_needed` says from where on, a multiple of the page that never falls."""
 
     residency: ClassVar[type[Residency]] = WindowResidency
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.lookback = lookback_tokens(self.component)
-
-    def first_needed(self, n: int) -> int:
-        if not self.lookback:
-            return n
-        return (n - self.lookback) // self.page_tokens * self.page_tokens if n > self.lookback else 0
 
     def usable(self, path: Path) -> list[bool]:
         run_start, found = 0, []  # where the unbroken run of window pages that reaches this end begins
@@ -257,6 +250,19 @@ class Window(Extra, name="window"):
             if run.eviction is not None and run.eviction.reason == "room":
                 remedies.append(f"More pages would have kept it: {self.name} has {num_pages_text(self, run.eviction)}.")
             yield replace(run, held=tuple(held), remedies=tuple(remedies))
+
+
+class Window(Suffix, name="window"):
+    """The pages over the last `lookback` tokens, in whole pages."""
+
+    def __init__(self, tiers: Tiers, c: int, counters: Counters):
+        super().__init__(tiers, c, counters)
+        self.lookback = lookback_tokens(self.component)
+
+    def first_needed(self, n: int) -> int:
+        if not self.lookback:
+            return n
+        return (n - self.lookback) // self.page_tokens * self.page_tokens if n > self.lookback else 0
 
 
 def lookback_tokens(component: Component) -> int:

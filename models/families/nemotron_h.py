@@ -27,6 +27,7 @@ from models.layers import HeldFields, Projections, Step, drawn, norm_weight, pro
 from models.paged_attention import attend, write
 from models.recurrence import convolve, read_states, run_tokens, write_states
 from models.stored import Stored
+from models.tiny import SIZES, TINY
 
 MLP, MOE = "mlp", "moe"
 KINDS = {"linear_attention": STATE, "full_attention": FULL, "mlp": MLP, "moe": MOE}
@@ -34,7 +35,7 @@ LETTERS = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe
 
 
 @dataclass(frozen=True)
-class NemotronHConfig(DecoderConfig):
+class NemotronHConfig(DecoderConfig, model_types=("nemotron_h",)):
     """rope_theta: not used, attention knows no positions. kinds: of the layers."""
 
     kinds: tuple[str, ...] = ()
@@ -107,6 +108,56 @@ class NemotronHConfig(DecoderConfig):
             shared_size=hf["moe_shared_expert_intermediate_size"] if has_experts else 0,
             routing=_routing(hf) if has_experts else None,
         )
+
+    def checkpoint(self) -> dict[str, Stored]:
+        """Where each parameter lies in published files. m, p, q, n, w: M, P, Q, N, W; u: b and c."""
+        mixer = "backbone.layers.{l}.mixer."
+        inner, shared = self.heads * self.head_size, self.groups * self.state_size
+        channels = inner + 2 * shared
+        rows = inner + channels + self.heads
+
+        def projected(axes: str, start: int) -> Stored:
+            return Stored(mixer + "in_proj.weight", axes + ",d", "ld" + axes, part=(start, rows))
+
+        def convolved(axes: str, start: int) -> tuple[Stored, Stored]:
+            kernel = Stored(mixer + "conv1d.weight", axes + ",,w", f"l{axes}w", part=(start, channels))
+            return kernel, Stored(mixer + "conv1d.bias", axes, "l" + axes, part=(start, channels))
+
+        x_kernel, x_bias = convolved("mp", 0)
+        bc_kernel, bc_bias = convolved("uqn", inner)
+        stored = {
+            "embed": Stored("backbone.embeddings.weight", "v,d", "vd"),
+            "norm": Stored("backbone.norm_f.weight", "d", "d"),
+            "layers.norm": Stored("backbone.layers.{l}.norm.weight", "d", "ld"),
+            "layers.full.mixer.wq": Stored(mixer + "q_proj.weight", "hc,d", "ldhc"),
+            "layers.full.mixer.wk": Stored(mixer + "k_proj.weight", "kc,d", "ldkc"),
+            "layers.full.mixer.wv": Stored(mixer + "v_proj.weight", "kc,d", "ldkc"),
+            "layers.full.mixer.wo": Stored(mixer + "o_proj.weight", "d,hc", "lhcd"),
+            "layers.state.mixer.wz": projected("mp", 0),
+            "layers.state.mixer.wx": projected("mp", inner),
+            "layers.state.mixer.wbc": projected("uqn", 2 * inner),
+            "layers.state.mixer.wdt": projected("m", inner + channels),
+            "layers.state.mixer.x_kernel": x_kernel,
+            "layers.state.mixer.x_bias": x_bias,
+            "layers.state.mixer.bc_kernel": bc_kernel,
+            "layers.state.mixer.bc_bias": bc_bias,
+            "layers.state.mixer.log_decay": Stored(mixer + "A_log", "m", "lm"),
+            "layers.state.mixer.step_bias": Stored(mixer + "dt_bias", "m", "lm"),
+            "layers.state.mixer.skip": Stored(mixer + "D", "m", "lm"),
+            "layers.state.mixer.out_norm": Stored(mixer + "norm.weight", "mp", "lmp"),
+            "layers.state.mixer.wo": Stored(mixer + "out_proj.weight", "d,mp", "lmpd"),
+            "layers.mlp.mixer.up": Stored(mixer + "up_proj.weight", "f,d", "ldf"),
+            "layers.mlp.mixer.down": Stored(mixer + "down_proj.weight", "d,f", "lfd"),
+            "layers.moe.mixer.router.weight": Stored(mixer + "gate.weight", "e,d", "lde"),
+            "layers.moe.mixer.router.bias": Stored(mixer + "gate.e_score_correction_bias", "e", "le"),
+            "layers.moe.mixer.experts.up": Stored(mixer + "experts.{e}.up_proj.weight", "f,d", "ldef"),
+            "layers.moe.mixer.experts.down": Stored(mixer + "experts.{e}.down_proj.weight", "d,f", "lefd"),
+            "layers.moe.mixer.shared.up": Stored(mixer + "shared_experts.up_proj.weight", "f,d", "ldf"),
+            "layers.moe.mixer.shared.down": Stored(mixer + "shared_experts.down_proj.weight", "d,f", "lfd"),
+        }
+        if not self.tie_embeddings:
+            stored["head"] = Stored("lm_head.weight", "v,d", "vd")
+        return stored
 
 
 def _routing(hf: Mapping[str, Any]) -> Routing:
@@ -249,52 +300,15 @@ class SharedExperts(nnx.Module):
         return self.experts(h, self.router(h)) + shared, held
 
 
-def checkpoint(cfg: NemotronHConfig) -> dict[str, Stored]:
-    """Where each parameter lies in published files. m, p, q, n, w: M, P, Q, N, W; u: b and c."""
-    mixer = "backbone.layers.{l}.mixer."
-    inner, shared = cfg.heads * cfg.head_size, cfg.groups * cfg.state_size
-    channels = inner + 2 * shared
-    rows = inner + channels + cfg.heads
-
-    def projected(axes: str, start: int) -> Stored:
-        return Stored(mixer + "in_proj.weight", axes + ",d", "ld" + axes, part=(start, rows))
-
-    def convolved(axes: str, start: int) -> tuple[Stored, Stored]:
-        kernel = Stored(mixer + "conv1d.weight", axes + ",,w", f"l{axes}w", part=(start, channels))
-        return kernel, Stored(mixer + "conv1d.bias", axes, "l" + axes, part=(start, channels))
-
-    x_kernel, x_bias = convolved("mp", 0)
-    bc_kernel, bc_bias = convolved("uqn", inner)
-    stored = {
-        "embed": Stored("backbone.embeddings.weight", "v,d", "vd"),
-        "norm": Stored("backbone.norm_f.weight", "d", "d"),
-        "layers.norm": Stored("backbone.layers.{l}.norm.weight", "d", "ld"),
-        "layers.full.mixer.wq": Stored(mixer + "q_proj.weight", "hc,d", "ldhc"),
-        "layers.full.mixer.wk": Stored(mixer + "k_proj.weight", "kc,d", "ldkc"),
-        "layers.full.mixer.wv": Stored(mixer + "v_proj.weight", "kc,d", "ldkc"),
-        "layers.full.mixer.wo": Stored(mixer + "o_proj.weight", "d,hc", "lhcd"),
-        "layers.state.mixer.wz": projected("mp", 0),
-        "layers.state.mixer.wx": projected("mp", inner),
-        "layers.state.mixer.wbc": projected("uqn", 2 * inner),
-        "layers.state.mixer.wdt": projected("m", inner + channels),
-        "layers.state.mixer.x_kernel": x_kernel,
-        "layers.state.mixer.x_bias": x_bias,
-        "layers.state.mixer.bc_kernel": bc_kernel,
-        "layers.state.mixer.bc_bias": bc_bias,
-        "layers.state.mixer.log_decay": Stored(mixer + "A_log", "m", "lm"),
-        "layers.state.mixer.step_bias": Stored(mixer + "dt_bias", "m", "lm"),
-        "layers.state.mixer.skip": Stored(mixer + "D", "m", "lm"),
-        "layers.state.mixer.out_norm": Stored(mixer + "norm.weight", "mp", "lmp"),
-        "layers.state.mixer.wo": Stored(mixer + "out_proj.weight", "d,mp", "lmpd"),
-        "layers.mlp.mixer.up": Stored(mixer + "up_proj.weight", "f,d", "ldf"),
-        "layers.mlp.mixer.down": Stored(mixer + "down_proj.weight", "d,f", "lfd"),
-        "layers.moe.mixer.router.weight": Stored(mixer + "gate.weight", "e,d", "lde"),
-        "layers.moe.mixer.router.bias": Stored(mixer + "gate.e_score_correction_bias", "e", "le"),
-        "layers.moe.mixer.experts.up": Stored(mixer + "experts.{e}.up_proj.weight", "f,d", "ldef"),
-        "layers.moe.mixer.experts.down": Stored(mixer + "experts.{e}.down_proj.weight", "d,f", "lefd"),
-        "layers.moe.mixer.shared.up": Stored(mixer + "shared_experts.up_proj.weight", "f,d", "ldf"),
-        "layers.moe.mixer.shared.down": Stored(mixer + "shared_experts.down_proj.weight", "d,f", "lfd"),
-    }
-    if not cfg.tie_embeddings:
-        stored["head"] = Stored("lm_head.weight", "v,d", "vd")
-    return stored
+TINY["tiny-nemotron-h"] = NemotronHConfig(
+    **SIZES,
+    num_layers=8,
+    kinds=("state", "moe", "state", "full", "mlp", "state", "moe", "full"),
+    heads=8,
+    head_size=16,
+    groups=2,
+    state_size=16,
+    expert_size=64,
+    shared_size=64,
+    routing=Routing(num_experts=8, top_k=2),
+)

@@ -44,6 +44,7 @@ from models.layer_plan import FULL, SLOTS, WINDOW, Keeps, Kept
 from models.layers import HeldFields, Rope, Step, View, drawn, norm_weight, plain_rope, project, rms_norm, turns, weight
 from models.paged_attention import Held
 from models.stored import Stored
+from models.tiny import EXPERTS, LATENT_SIZES, TINY
 from models.yarn import Yarn
 
 CSA, HCA = "csa", "hca"
@@ -54,7 +55,7 @@ RATIOS = {0: WINDOW, 4: CSA, 128: HCA}
 
 
 @dataclass(frozen=True)
-class DeepseekV4Config(DecoderConfig):
+class DeepseekV4Config(DecoderConfig, model_types=("deepseek_v4",)):
     """Sizes besides those of all decoders.
 
     attention:    of each layer: "window", "csa" or "hca"
@@ -187,6 +188,54 @@ class DeepseekV4Config(DecoderConfig):
             mix_rounds=hf["hc_sinkhorn_iters"],
             mix_eps=float(hf["hc_eps"]),
         )
+
+    def checkpoint(self) -> dict[str, Stored]:
+        """Where each parameter lies in published files. Letters besides those of `Stored`: r, g, o, i, x, n as above, s
+        places of a group, m scores of a connection, q parts of them with a scale, t experts of a token."""
+        layer, attention, mlp = "layers.{l}.", "layers.{l}.attn.", "layers.{l}.ffn."
+        stored = {
+            "embed": Stored("embed.weight", "v,d", "vd"),
+            "norm": Stored("norm.weight", "d", "d"),
+            "leave.fn": Stored("hc_head_fn", "m,nd", "mnd"),
+            "leave.base": Stored("hc_head_base", "m", "m"),
+            "leave.scale": Stored("hc_head_scale", "q", "q"),
+            "layers.attention_norm": Stored(layer + "attn_norm.weight", "d", "ld"),
+            "layers.mlp_norm": Stored(layer + "ffn_norm.weight", "d", "ld"),
+            "layers.attention.wq_a": Stored(attention + "wq_a.weight", "r,d", "ldr"),
+            "layers.attention.wq_b": Stored(attention + "wq_b.weight", "hc,r", "lrhc"),
+            "layers.attention.wkv": Stored(attention + "wkv.weight", "c,d", "ldc"),
+            "layers.attention.wo_a": Stored(attention + "wo_a.weight", "go,hc", "lgohc"),
+            "layers.attention.wo_b": Stored(attention + "wo_b.weight", "d,go", "lgod"),
+            "layers.attention.q_norm": Stored(attention + "q_norm.weight", "r", "lr"),
+            "layers.attention.kv_norm": Stored(attention + "norm.weight", "c", "lc"),
+            "layers.attention.sinks": Stored(attention + "attn_sink", "h", "lh"),
+            "layers.attention.index_q": Stored(attention + "indexer.wq_b.weight", "ix,r", "lrix"),
+            "layers.attention.index_weights": Stored(attention + "indexer.weights_proj.weight", "i,d", "ldi"),
+            "layers.mlp.router.weight": Stored(mlp + "gate.weight", "e,d", "lde"),
+            "layers.mlp.router.bias": Stored(mlp + "gate.bias", "e", "le"),
+            "layers.mlp.router.table": Stored(mlp + "gate.tid2eid", "v,t", "lvt"),
+        }
+        if not self.tie_embeddings:
+            stored["head"] = Stored("head.weight", "v,d", "vd")
+        for name, there in (("compressor", "compressor."), ("index_compressor", "indexer.compressor.")):
+            stored |= {
+                f"layers.attention.{name}.wkv": Stored(attention + there + "wkv.weight", "c,d", "ldc"),
+                f"layers.attention.{name}.wgate": Stored(attention + there + "wgate.weight", "c,d", "ldc"),
+                f"layers.attention.{name}.bias": Stored(attention + there + "ape", "s,c", "lsc"),
+                f"layers.attention.{name}.norm": Stored(attention + there + "norm.weight", "c", "lc"),
+            }
+        for name, there in (("attention", "attn"), ("mlp", "ffn")):
+            stored |= {
+                f"layers.{name}_streams.fn": Stored(f"{layer}hc_{there}_fn", "m,nd", "lmnd"),
+                f"layers.{name}_streams.base": Stored(f"{layer}hc_{there}_base", "m", "lm"),
+                f"layers.{name}_streams.scale": Stored(f"{layer}hc_{there}_scale", "q", "lq"),
+            }
+        for name, there in (("gate", "w1"), ("up", "w3")):
+            stored[f"layers.mlp.{name}"] = Stored(f"{mlp}experts.{{e}}.{there}.weight", "f,d", "ldef")
+            stored[f"layers.mlp.shared_{name}"] = Stored(f"{mlp}shared_experts.{there}.weight", "f,d", "ldf")
+        stored["layers.mlp.down"] = Stored(mlp + "experts.{e}.w2.weight", "d,f", "lefd")
+        stored["layers.mlp.shared_down"] = Stored(mlp + "shared_experts.w2.weight", "d,f", "lfd")
+        return stored
 
 
 def _entries(width: int, rate: int) -> Kept:
@@ -390,50 +439,18 @@ class SparseAttention(CompressedAttention):
         return (Source(csa, view.shared[rate], chosen),), {**held, "csa": csa, "csa_index": index, "csa_state": state}
 
 
-def checkpoint(cfg: DeepseekV4Config) -> dict[str, Stored]:
-    """Where each parameter lies in published files. Letters besides those of `Stored`: r, g, o, i, x, n as above, s
-    places of a group, m scores of a connection, q parts of them with a scale, t experts of a token."""
-    layer, attention, mlp = "layers.{l}.", "layers.{l}.attn.", "layers.{l}.ffn."
-    stored = {
-        "embed": Stored("embed.weight", "v,d", "vd"),
-        "norm": Stored("norm.weight", "d", "d"),
-        "leave.fn": Stored("hc_head_fn", "m,nd", "mnd"),
-        "leave.base": Stored("hc_head_base", "m", "m"),
-        "leave.scale": Stored("hc_head_scale", "q", "q"),
-        "layers.attention_norm": Stored(layer + "attn_norm.weight", "d", "ld"),
-        "layers.mlp_norm": Stored(layer + "ffn_norm.weight", "d", "ld"),
-        "layers.attention.wq_a": Stored(attention + "wq_a.weight", "r,d", "ldr"),
-        "layers.attention.wq_b": Stored(attention + "wq_b.weight", "hc,r", "lrhc"),
-        "layers.attention.wkv": Stored(attention + "wkv.weight", "c,d", "ldc"),
-        "layers.attention.wo_a": Stored(attention + "wo_a.weight", "go,hc", "lgohc"),
-        "layers.attention.wo_b": Stored(attention + "wo_b.weight", "d,go", "lgod"),
-        "layers.attention.q_norm": Stored(attention + "q_norm.weight", "r", "lr"),
-        "layers.attention.kv_norm": Stored(attention + "norm.weight", "c", "lc"),
-        "layers.attention.sinks": Stored(attention + "attn_sink", "h", "lh"),
-        "layers.attention.index_q": Stored(attention + "indexer.wq_b.weight", "ix,r", "lrix"),
-        "layers.attention.index_weights": Stored(attention + "indexer.weights_proj.weight", "i,d", "ldi"),
-        "layers.mlp.router.weight": Stored(mlp + "gate.weight", "e,d", "lde"),
-        "layers.mlp.router.bias": Stored(mlp + "gate.bias", "e", "le"),
-        "layers.mlp.router.table": Stored(mlp + "gate.tid2eid", "v,t", "lvt"),
-    }
-    if not cfg.tie_embeddings:
-        stored["head"] = Stored("head.weight", "v,d", "vd")
-    for name, there in (("compressor", "compressor."), ("index_compressor", "indexer.compressor.")):
-        stored |= {
-            f"layers.attention.{name}.wkv": Stored(attention + there + "wkv.weight", "c,d", "ldc"),
-            f"layers.attention.{name}.wgate": Stored(attention + there + "wgate.weight", "c,d", "ldc"),
-            f"layers.attention.{name}.bias": Stored(attention + there + "ape", "s,c", "lsc"),
-            f"layers.attention.{name}.norm": Stored(attention + there + "norm.weight", "c", "lc"),
-        }
-    for name, there in (("attention", "attn"), ("mlp", "ffn")):
-        stored |= {
-            f"layers.{name}_streams.fn": Stored(f"{layer}hc_{there}_fn", "m,nd", "lmnd"),
-            f"layers.{name}_streams.base": Stored(f"{layer}hc_{there}_base", "m", "lm"),
-            f"layers.{name}_streams.scale": Stored(f"{layer}hc_{there}_scale", "q", "lq"),
-        }
-    for name, there in (("gate", "w1"), ("up", "w3")):
-        stored[f"layers.mlp.{name}"] = Stored(f"{mlp}experts.{{e}}.{there}.weight", "f,d", "ldef")
-        stored[f"layers.mlp.shared_{name}"] = Stored(f"{mlp}shared_experts.{there}.weight", "f,d", "ldf")
-    stored["layers.mlp.down"] = Stored(mlp + "experts.{e}.w2.weight", "d,f", "lefd")
-    stored["layers.mlp.shared_down"] = Stored(mlp + "shared_experts.w2.weight", "d,f", "lfd")
-    return stored
+TINY["tiny-deepseek-v4"] = DeepseekV4Config(  # pages must be multiples of 16 tokens
+    **LATENT_SIZES,
+    **EXPERTS,
+    num_layers=4,
+    attention=("window", "csa", "hca", "csa"),
+    hca_rate=16,
+    num_hashed=1,
+    query_rank=64,
+    rotated=16,
+    groups=2,
+    group_rank=32,
+    index_heads=4,
+    index_size=32,
+    index_top_k=16,
+)

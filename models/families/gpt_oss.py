@@ -29,13 +29,14 @@ from models.layers import (
 )
 from models.paged_attention import attend, write
 from models.stored import Stored, stored_decoder
+from models.tiny import EXPERTS, SIZES, TINY
 from models.yarn import Yarn
 
 ALPHA = 1.702  # of the gate's sigmoid
 
 
 @dataclass(frozen=True)
-class GptOssConfig(DecoderConfig):
+class GptOssConfig(DecoderConfig, model_types=("gpt_oss",)):
     """mlp_size: of one expert. activation_limit: gates and values are clipped there."""
 
     window: int = 128
@@ -77,6 +78,23 @@ class GptOssConfig(DecoderConfig):
             activation_limit=float(hf.get("swiglu_limit", 7.0)),
             yarn=Yarn.published(hf, rope) if rope_kind(rope) == "yarn" else None,
         )
+
+    def checkpoint(self) -> dict[str, Stored]:
+        """Where each parameter lies in published files; u: gates and values, which take turns there."""
+        attention, mlp = "model.layers.{l}.self_attn.", "model.layers.{l}.mlp."
+        return stored_decoder(self.tie_embeddings) | {
+            "layers.attention.bq": Stored(attention + "q_proj.bias", "hc", "lhc"),
+            "layers.attention.bk": Stored(attention + "k_proj.bias", "kc", "lkc"),
+            "layers.attention.bv": Stored(attention + "v_proj.bias", "kc", "lkc"),
+            "layers.attention.bo": Stored(attention + "o_proj.bias", "d", "ld"),
+            "layers.attention.sinks": Stored(attention + "sinks", "h", "lh"),
+            "layers.mlp.router": Stored(mlp + "router.weight", "e,d", "lde"),
+            "layers.mlp.router_bias": Stored(mlp + "router.bias", "e", "le"),
+            "layers.mlp.gate_up": Stored(mlp + "experts.gate_up_proj", "e,d,fu", "ldefu"),
+            "layers.mlp.gate_up_bias": Stored(mlp + "experts.gate_up_proj_bias", "e,fu", "lefu"),
+            "layers.mlp.down": Stored(mlp + "experts.down_proj", "e,f,d", "lefd"),
+            "layers.mlp.down_bias": Stored(mlp + "experts.down_proj_bias", "e,d", "led"),
+        }
 
 
 def _refuse_unsupported(hf: Mapping[str, Any], rope: Mapping[str, Any]) -> None:
@@ -144,19 +162,4 @@ class Experts(nnx.Module):
         return (hot * jax.nn.softmax(top, axis=-1)[..., None]).sum(axis=-2)
 
 
-def checkpoint(cfg: GptOssConfig) -> dict[str, Stored]:
-    """Where each parameter lies in published files; u: gates and values, which take turns there."""
-    attention, mlp = "model.layers.{l}.self_attn.", "model.layers.{l}.mlp."
-    return stored_decoder(cfg) | {
-        "layers.attention.bq": Stored(attention + "q_proj.bias", "hc", "lhc"),
-        "layers.attention.bk": Stored(attention + "k_proj.bias", "kc", "lkc"),
-        "layers.attention.bv": Stored(attention + "v_proj.bias", "kc", "lkc"),
-        "layers.attention.bo": Stored(attention + "o_proj.bias", "d", "ld"),
-        "layers.attention.sinks": Stored(attention + "sinks", "h", "lh"),
-        "layers.mlp.router": Stored(mlp + "router.weight", "e,d", "lde"),
-        "layers.mlp.router_bias": Stored(mlp + "router.bias", "e", "le"),
-        "layers.mlp.gate_up": Stored(mlp + "experts.gate_up_proj", "e,d,fu", "ldefu"),
-        "layers.mlp.gate_up_bias": Stored(mlp + "experts.gate_up_proj_bias", "e,fu", "lefu"),
-        "layers.mlp.down": Stored(mlp + "experts.down_proj", "e,f,d", "lefd"),
-        "layers.mlp.down_bias": Stored(mlp + "experts.down_proj_bias", "e,d", "led"),
-    }
+TINY["tiny-gpt-oss"] = GptOssConfig(**SIZES, **EXPERTS, num_layers=4, window=128)

@@ -36,12 +36,13 @@ from models.layers import (
 )
 from models.paged_attention import attend, write
 from models.stored import Stored, stored_decoder, stored_mlp
+from models.tiny import SIZES, TINY
 
 NORMS = ("input", "post_attention", "pre_feedforward", "post_feedforward")  # of a layer, in their order
 
 
 @dataclass(frozen=True)
-class Gemma3Config(DecoderConfig):
+class Gemma3Config(DecoderConfig, model_types=("gemma3_text",)):
     """rope_theta: of layers that read everything, at positions divided by rope_factor; local_rope_theta: of the others.
 
     query_scale: of the scores, before the square root is taken of its inverse
@@ -86,6 +87,21 @@ class Gemma3Config(DecoderConfig):
             rope_factor=float(full.get("factor", 1.0)),
             query_scale=float(hf["query_pre_attn_scalar"]),
         )
+
+    def checkpoint(self) -> dict[str, Stored]:
+        """Where each parameter lies in published files, which hold norms less 1."""
+        layer, attention = "model.layers.{l}.", "model.layers.{l}.self_attn."
+        names = ("attention_norm", "after_attention_norm", "mlp_norm", "after_mlp_norm")
+        norms = {
+            "norm": Stored("model.norm.weight", "d", "d", add=1),
+            "layers.attention.q_norm": Stored(attention + "q_norm.weight", "c", "lc", add=1),
+            "layers.attention.k_norm": Stored(attention + "k_norm.weight", "c", "lc", add=1),
+            **{
+                f"layers.{name}": Stored(f"{layer}{norm}_layernorm.weight", "d", "ld", add=1)
+                for name, norm in zip(names, NORMS, strict=True)
+            },
+        }
+        return stored_decoder(self.tie_embeddings) | stored_mlp() | norms
 
 
 def _ropes(hf: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
@@ -149,17 +165,4 @@ class Layer(nnx.Module):
         return h + rms_norm(self.mlp(rms_norm(h, self.mlp_norm, self.eps)), self.after_mlp_norm, self.eps), held
 
 
-def checkpoint(cfg: Gemma3Config) -> dict[str, Stored]:
-    """Where each parameter lies in published files, which hold norms less 1."""
-    layer, attention = "model.layers.{l}.", "model.layers.{l}.self_attn."
-    names = ("attention_norm", "after_attention_norm", "mlp_norm", "after_mlp_norm")
-    norms = {
-        "norm": Stored("model.norm.weight", "d", "d", add=1),
-        "layers.attention.q_norm": Stored(attention + "q_norm.weight", "c", "lc", add=1),
-        "layers.attention.k_norm": Stored(attention + "k_norm.weight", "c", "lc", add=1),
-        **{
-            f"layers.{name}": Stored(f"{layer}{norm}_layernorm.weight", "d", "ld", add=1)
-            for name, norm in zip(names, NORMS, strict=True)
-        },
-    }
-    return stored_decoder(cfg) | stored_mlp() | norms
+TINY["tiny-gemma3"] = Gemma3Config(**SIZES, num_layers=6, window=128)

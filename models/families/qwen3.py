@@ -32,10 +32,11 @@ from models.layers import (
 )
 from models.paged_attention import attend, write
 from models.stored import Stored, stored_decoder, stored_mlp
+from models.tiny import EXPERTS, SIZES, TINY
 
 
 @dataclass(frozen=True)
-class Qwen3Config(DecoderConfig):
+class Qwen3Config(DecoderConfig, model_types=("qwen3", "qwen3_moe")):
     """num_experts 0: every layer has one dense mlp; mlp_size is that of one expert otherwise."""
 
     num_experts: int = 0
@@ -66,6 +67,21 @@ class Qwen3Config(DecoderConfig):
             norm_topk_prob=hf.get("norm_topk_prob", False),
             tie_embeddings=hf.get("tie_word_embeddings", False),
         )
+
+    def checkpoint(self) -> dict[str, Stored]:
+        """Where each parameter lies in published files."""
+        layer, attention = "model.layers.{l}.", "model.layers.{l}.self_attn."
+        stored = stored_decoder(self.tie_embeddings) | {
+            "layers.attention.q_norm": Stored(attention + "q_norm.weight", "c", "lc"),
+            "layers.attention.k_norm": Stored(attention + "k_norm.weight", "c", "lc"),
+        }
+        if not self.num_experts:
+            return stored | stored_mlp()
+        for name in ("gate", "up"):
+            stored[f"layers.mlp.{name}"] = Stored(f"{layer}mlp.experts.{{e}}.{name}_proj.weight", "f,d", "ldef")
+        stored["layers.mlp.down"] = Stored(layer + "mlp.experts.{e}.down_proj.weight", "d,f", "lefd")
+        stored["layers.mlp.router"] = Stored(layer + "mlp.gate.weight", "e,d", "lde")
+        return stored
 
 
 def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
@@ -115,17 +131,4 @@ class SparseMlp(Experts):
         return super().__call__(h, gates / gates.sum(axis=-1, keepdims=True) if self.norm_topk_prob else gates)
 
 
-def checkpoint(cfg: Qwen3Config) -> dict[str, Stored]:
-    """Where each parameter lies in published files."""
-    layer, attention = "model.layers.{l}.", "model.layers.{l}.self_attn."
-    stored = stored_decoder(cfg) | {
-        "layers.attention.q_norm": Stored(attention + "q_norm.weight", "c", "lc"),
-        "layers.attention.k_norm": Stored(attention + "k_norm.weight", "c", "lc"),
-    }
-    if not cfg.num_experts:
-        return stored | stored_mlp()
-    for name in ("gate", "up"):
-        stored[f"layers.mlp.{name}"] = Stored(f"{layer}mlp.experts.{{e}}.{name}_proj.weight", "f,d", "ldef")
-    stored["layers.mlp.down"] = Stored(layer + "mlp.experts.{e}.down_proj.weight", "d,f", "lefd")
-    stored["layers.mlp.router"] = Stored(layer + "mlp.gate.weight", "e,d", "lde")
-    return stored
+TINY["tiny-moe"] = Qwen3Config(**SIZES, **EXPERTS, num_layers=4)

@@ -49,6 +49,7 @@ from models.layers import (
 from models.packing import Packing
 from models.paged_attention import Held
 from models.stored import Stored, stored_decoder, stored_mlp
+from models.tiny import LATENT_SIZES, TINY
 from models.yarn import Yarn, stretched_scale
 
 DENSE, SPARSE = "dense", "sparse"  # kinds of layers
@@ -57,7 +58,7 @@ INNER_EPS = 1e-6  # of the norms within attention, whatever rms_norm_eps is
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeepseekV32Config(DecoderConfig):
+class DeepseekV32Config(DecoderConfig, model_types=("deepseek_v32",)):
     """head_dim: U + P. num_kv_heads: 1, the latent. mlp_size: of a dense layer.
 
     dense_layers:  so many of the first layers have no experts
@@ -166,6 +167,34 @@ class DeepseekV32Config(DecoderConfig):
             shared_size=hf["moe_intermediate_size"] * hf["n_shared_experts"],
             yarn=Yarn.published(hf, rope) if is_yarn else None,
         )
+
+    def checkpoint(self) -> dict[str, Stored]:
+        """Where each parameter lies in published files; q, r, i, j as above, u: U + P or R + P, w: U + V', x: V'."""
+        attention, mlp = "model.layers.{l}.self_attn.", "model.layers.{l}.mlp."
+        stored = {
+            name: there for name, there in stored_decoder(self.tie_embeddings).items() if ".attention.w" not in name
+        }
+        stored |= {
+            "layers.attention.wq_down": Stored(attention + "q_a_proj.weight", "q,d", "ldq"),
+            "layers.attention.q_norm": Stored(attention + "q_a_layernorm.weight", "q", "lq"),
+            "layers.attention.wq": Stored(attention + "q_b_proj.weight", "hu,q", "lqhu"),
+            "layers.attention.w_latent": Stored(attention + "kv_a_proj_with_mqa.weight", "u,d", "ldu"),
+            "layers.attention.latent_norm": Stored(attention + "kv_a_layernorm.weight", "r", "lr"),
+            "layers.attention.w_made": Stored(attention + "kv_b_proj.weight", "hw,r", "lrhw"),
+            "layers.attention.wo": Stored(attention + "o_proj.weight", "d,hx", "lhxd"),
+            "layers.attention.indexer.wq": Stored(attention + "indexer.wq_b.weight", "ij,q", "lqij"),
+            "layers.attention.indexer.wk": Stored(attention + "indexer.wk.weight", "j,d", "ldj"),
+            "layers.attention.indexer.w_heads": Stored(attention + "indexer.weights_proj.weight", "i,d", "ldi"),
+            "layers.attention.indexer.k_norm": Stored(attention + "indexer.k_norm.weight", "j", "lj"),
+            "layers.attention.indexer.k_norm_bias": Stored(attention + "indexer.k_norm.bias", "j", "lj"),
+            "layers.mlp.router.weight": Stored(mlp + "gate.weight", "e,d", "lde"),
+            "layers.mlp.router.bias": Stored(mlp + "gate.e_score_correction_bias", "e", "le"),
+        }
+        for name, (axes, there) in {"gate": ("df", "f,d"), "up": ("df", "f,d"), "down": ("fd", "d,f")}.items():
+            routed = "ldef" if axes == "df" else "lefd"
+            stored[f"layers.mlp.experts.{name}"] = Stored(f"{mlp}experts.{{e}}.{name}_proj.weight", there, routed)
+            stored[f"layers.mlp.shared.{name}"] = Stored(f"{mlp}shared_experts.{name}_proj.weight", there, "l" + axes)
+        return stored | stored_mlp()
 
 
 def _refuse_unsupported(hf: Mapping[str, Any], rope: Mapping[str, Any]) -> None:
@@ -286,28 +315,19 @@ def paired(x: Array) -> Array:
     return jnp.swapaxes(x.reshape(*x.shape[:-1], -1, 2), -1, -2).reshape(x.shape)
 
 
-def checkpoint(cfg: DeepseekV32Config) -> dict[str, Stored]:
-    """Where each parameter lies in published files; q, r, i, j as above, u: U + P or R + P, w: U + V', x: V'."""
-    attention, mlp = "model.layers.{l}.self_attn.", "model.layers.{l}.mlp."
-    stored = {name: there for name, there in stored_decoder(cfg).items() if ".attention.w" not in name}
-    stored |= {
-        "layers.attention.wq_down": Stored(attention + "q_a_proj.weight", "q,d", "ldq"),
-        "layers.attention.q_norm": Stored(attention + "q_a_layernorm.weight", "q", "lq"),
-        "layers.attention.wq": Stored(attention + "q_b_proj.weight", "hu,q", "lqhu"),
-        "layers.attention.w_latent": Stored(attention + "kv_a_proj_with_mqa.weight", "u,d", "ldu"),
-        "layers.attention.latent_norm": Stored(attention + "kv_a_layernorm.weight", "r", "lr"),
-        "layers.attention.w_made": Stored(attention + "kv_b_proj.weight", "hw,r", "lrhw"),
-        "layers.attention.wo": Stored(attention + "o_proj.weight", "d,hx", "lhxd"),
-        "layers.attention.indexer.wq": Stored(attention + "indexer.wq_b.weight", "ij,q", "lqij"),
-        "layers.attention.indexer.wk": Stored(attention + "indexer.wk.weight", "j,d", "ldj"),
-        "layers.attention.indexer.w_heads": Stored(attention + "indexer.weights_proj.weight", "i,d", "ldi"),
-        "layers.attention.indexer.k_norm": Stored(attention + "indexer.k_norm.weight", "j", "lj"),
-        "layers.attention.indexer.k_norm_bias": Stored(attention + "indexer.k_norm.bias", "j", "lj"),
-        "layers.mlp.router.weight": Stored(mlp + "gate.weight", "e,d", "lde"),
-        "layers.mlp.router.bias": Stored(mlp + "gate.e_score_correction_bias", "e", "le"),
-    }
-    for name, (axes, there) in {"gate": ("df", "f,d"), "up": ("df", "f,d"), "down": ("fd", "d,f")}.items():
-        routed = "ldef" if axes == "df" else "lefd"
-        stored[f"layers.mlp.experts.{name}"] = Stored(f"{mlp}experts.{{e}}.{name}_proj.weight", there, routed)
-        stored[f"layers.mlp.shared.{name}"] = Stored(f"{mlp}shared_experts.{name}_proj.weight", there, "l" + axes)
-    return stored | stored_mlp()
+TINY["tiny-deepseek-v32"] = DeepseekV32Config(
+    **LATENT_SIZES,
+    num_layers=4,
+    score_scale=32**-0.5,
+    query_rank=48,
+    latent_size=32,
+    rotated_size=16,
+    value_size=32,
+    index_heads=16,
+    index_size=32,
+    index_top_k=64,
+    routing=Routing(num_experts=8, top_k=2, groups=4, top_groups=2),
+    expert_size=64,
+    shared_size=64,
+    dense_layers=1,
+)

@@ -21,6 +21,7 @@ from flax import nnx
 from jax import Array
 
 from models.decoder import published_sizes, refuse_unsupported, rope_kind
+from models.families.qwen3 import Qwen3Config, SparseMlp
 from models.layer_plan import FULL, STATE, Keeps, Kept
 from models.layers import (
     GatedMlp,
@@ -37,15 +38,15 @@ from models.layers import (
     weight,
 )
 from models.paged_attention import attend, write
-from models.qwen3 import Qwen3Config, SparseMlp
 from models.recurrence import convolve, read_states, run_tokens, write_states
 from models.stored import Stored, stored_decoder
+from models.tiny import EXPERTS, SIZES, TINY
 
 PERIOD = 4  # layers, of which the last reads everything
 
 
 @dataclass(frozen=True)
-class Qwen3NextConfig(Qwen3Config):
+class Qwen3NextConfig(Qwen3Config, model_types=("qwen3_next",)):
     """mlp_size: of one expert; rotary_dim: of a head, the first so many are rotated"""
 
     shared_mlp_size: int = 0
@@ -109,6 +110,49 @@ class Qwen3NextConfig(Qwen3Config):
             value_dim=hf["linear_value_head_dim"],
             kernel=hf["linear_conv_kernel_dim"],
         )
+
+    def checkpoint(self) -> dict[str, Stored]:
+        """Where each parameter lies in published files, which hold most norms less 1.
+
+        g, r, e: G, R and a value's entries, w: W, u: query and gate, or what is learned and kept, x: all that one key
+        head has of a projection
+        """
+        layer = "model.layers.{l}."
+        attention, net, mlp = layer + "self_attn.", layer + "linear_attn.", layer + "mlp."
+        keys, values = self.key_heads * self.key_dim, self.value_heads * self.value_dim
+        channels = 2 * keys + values
+        stored = stored_decoder(self.tie_embeddings)
+        stored = {name: stored[name] for name in stored if not name.startswith("layers.attention.w")}
+        stored |= {
+            "norm": Stored("model.norm.weight", "d", "d", add=1),
+            "layers.attention_norm": Stored(layer + "input_layernorm.weight", "d", "ld", add=1),
+            "layers.mlp_norm": Stored(layer + "post_attention_layernorm.weight", "d", "ld", add=1),
+            "layers.full.attention.wqg": Stored(attention + "q_proj.weight", "huc,d", "ldhuc"),
+            "layers.full.attention.wk": Stored(attention + "k_proj.weight", "kc,d", "ldkc"),
+            "layers.full.attention.wv": Stored(attention + "v_proj.weight", "kc,d", "ldkc"),
+            "layers.full.attention.wo": Stored(attention + "o_proj.weight", "d,hc", "lhcd"),
+            "layers.full.attention.q_norm": Stored(attention + "q_norm.weight", "c", "lc", add=1),
+            "layers.full.attention.k_norm": Stored(attention + "k_norm.weight", "c", "lc", add=1),
+            "layers.state.attention.qkvz": Stored(net + "in_proj_qkvz.weight", "gx,d", "ldgx"),
+            "layers.state.attention.ba": Stored(net + "in_proj_ba.weight", "gur,d", "ldgur"),
+            "layers.state.attention.q_kernel": Stored(net + "conv1d.weight", "gc,,w", "lgcw", part=(0, channels)),
+            "layers.state.attention.k_kernel": Stored(net + "conv1d.weight", "gc,,w", "lgcw", part=(keys, channels)),
+            "layers.state.attention.v_kernel": Stored(
+                net + "conv1d.weight", "gre,,w", "lgrew", part=(2 * keys, channels)
+            ),
+            "layers.state.attention.log_decay": Stored(net + "A_log", "gr", "lgr"),
+            "layers.state.attention.step_bias": Stored(net + "dt_bias", "gr", "lgr"),
+            "layers.state.attention.out_norm": Stored(net + "norm.weight", "e", "le"),
+            "layers.state.attention.wo": Stored(net + "out_proj.weight", "d,gre", "lgred"),
+            "layers.mlp.experts.router": Stored(mlp + "gate.weight", "e,d", "lde"),
+            "layers.mlp.experts.down": Stored(mlp + "experts.{e}.down_proj.weight", "d,f", "lefd"),
+            "layers.mlp.shared.down": Stored(mlp + "shared_expert.down_proj.weight", "d,f", "lfd"),
+            "layers.mlp.shared_gate": Stored(mlp + "shared_expert_gate.weight", "o,d", "ldo"),
+        }
+        for name in ("gate", "up"):
+            stored[f"layers.mlp.experts.{name}"] = Stored(f"{mlp}experts.{{e}}.{name}_proj.weight", "f,d", "ldef")
+            stored[f"layers.mlp.shared.{name}"] = Stored(f"{mlp}shared_expert.{name}_proj.weight", "f,d", "ldf")
+        return stored
 
 
 def _refuse_unsupported(hf: Mapping[str, Any], num_layers: int) -> None:
@@ -214,40 +258,14 @@ class SharedExperts(nnx.Module):
         return self.experts(h) + jax.nn.sigmoid(h @ self.shared_gate[...]) * self.shared(h)
 
 
-def checkpoint(cfg: Qwen3NextConfig) -> dict[str, Stored]:
-    """Where each parameter lies in published files, which hold most norms less 1. g, r, e: G, R and a value's entries,
-    w: W, u: query and gate, or what is learned and kept, x: all that one key head has of a projection."""
-    layer = "model.layers.{l}."
-    attention, net, mlp = layer + "self_attn.", layer + "linear_attn.", layer + "mlp."
-    keys, values = cfg.key_heads * cfg.key_dim, cfg.value_heads * cfg.value_dim
-    channels = 2 * keys + values
-    stored = stored_decoder(cfg)
-    stored = {name: stored[name] for name in stored if not name.startswith("layers.attention.w")}
-    stored |= {
-        "norm": Stored("model.norm.weight", "d", "d", add=1),
-        "layers.attention_norm": Stored(layer + "input_layernorm.weight", "d", "ld", add=1),
-        "layers.mlp_norm": Stored(layer + "post_attention_layernorm.weight", "d", "ld", add=1),
-        "layers.full.attention.wqg": Stored(attention + "q_proj.weight", "huc,d", "ldhuc"),
-        "layers.full.attention.wk": Stored(attention + "k_proj.weight", "kc,d", "ldkc"),
-        "layers.full.attention.wv": Stored(attention + "v_proj.weight", "kc,d", "ldkc"),
-        "layers.full.attention.wo": Stored(attention + "o_proj.weight", "d,hc", "lhcd"),
-        "layers.full.attention.q_norm": Stored(attention + "q_norm.weight", "c", "lc", add=1),
-        "layers.full.attention.k_norm": Stored(attention + "k_norm.weight", "c", "lc", add=1),
-        "layers.state.attention.qkvz": Stored(net + "in_proj_qkvz.weight", "gx,d", "ldgx"),
-        "layers.state.attention.ba": Stored(net + "in_proj_ba.weight", "gur,d", "ldgur"),
-        "layers.state.attention.q_kernel": Stored(net + "conv1d.weight", "gc,,w", "lgcw", part=(0, channels)),
-        "layers.state.attention.k_kernel": Stored(net + "conv1d.weight", "gc,,w", "lgcw", part=(keys, channels)),
-        "layers.state.attention.v_kernel": Stored(net + "conv1d.weight", "gre,,w", "lgrew", part=(2 * keys, channels)),
-        "layers.state.attention.log_decay": Stored(net + "A_log", "gr", "lgr"),
-        "layers.state.attention.step_bias": Stored(net + "dt_bias", "gr", "lgr"),
-        "layers.state.attention.out_norm": Stored(net + "norm.weight", "e", "le"),
-        "layers.state.attention.wo": Stored(net + "out_proj.weight", "d,gre", "lgred"),
-        "layers.mlp.experts.router": Stored(mlp + "gate.weight", "e,d", "lde"),
-        "layers.mlp.experts.down": Stored(mlp + "experts.{e}.down_proj.weight", "d,f", "lefd"),
-        "layers.mlp.shared.down": Stored(mlp + "shared_expert.down_proj.weight", "d,f", "lfd"),
-        "layers.mlp.shared_gate": Stored(mlp + "shared_expert_gate.weight", "o,d", "ldo"),
-    }
-    for name in ("gate", "up"):
-        stored[f"layers.mlp.experts.{name}"] = Stored(f"{mlp}experts.{{e}}.{name}_proj.weight", "f,d", "ldef")
-        stored[f"layers.mlp.shared.{name}"] = Stored(f"{mlp}shared_expert.{name}_proj.weight", "f,d", "ldf")
-    return stored
+TINY["tiny-qwen3-next"] = Qwen3NextConfig(
+    **SIZES,
+    **EXPERTS,
+    num_layers=8,
+    key_heads=2,
+    value_heads=4,
+    key_dim=16,
+    value_dim=16,
+    shared_mlp_size=64,
+    rotary_dim=16,
+)

@@ -14,10 +14,11 @@ from models.decoder import DecoderConfig, published_sizes, refuse_unsupported, r
 from models.layers import GatedMlp, HeldFields, PreNormLayer, Projections, Step, project, rotate
 from models.paged_attention import attend, write
 from models.stored import Stored, stored_decoder, stored_mlp
+from models.tiny import SIZES, TINY
 
 
 @dataclass(frozen=True)
-class LlamaConfig(DecoderConfig):
+class LlamaConfig(DecoderConfig, model_types=("llama",)):
     def layer(self, kind: str) -> PreNormLayer:
         return PreNormLayer(
             Attention(self, kind),
@@ -37,6 +38,10 @@ class LlamaConfig(DecoderConfig):
             rope_theta=float(rope.get("rope_theta", hf.get("rope_theta", 10_000.0))),
             tie_embeddings=hf.get("tie_word_embeddings", False),
         )
+
+    def checkpoint(self) -> dict[str, Stored]:
+        """Where each parameter lies in published files."""
+        return stored_decoder(self.tie_embeddings) | stored_mlp()
 
 
 def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
@@ -67,6 +72,4 @@ class Attention(Projections):
         return project("bthc,hcd->btd", out, self.wo), {"kv": kv}
 
 
-def checkpoint(cfg: LlamaConfig) -> dict[str, Stored]:
-    """Where each parameter lies in published files."""
-    return stored_decoder(cfg) | stored_mlp()
+TINY["tiny-llama"] = LlamaConfig(**SIZES, num_layers=4)

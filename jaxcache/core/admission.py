@@ -112,10 +112,12 @@ class Admission:
         if needs.loads:
             self._load_back(lease, needs)
         else:
-            self._make_room(lease, full, needs.num_own)
+            if full.device.allocator.num_free < needs.num_own:
+                self._make_room(lease, full, needs.num_own)
             full.open(lease, pieces, needs.num_own)
             for kind, need in zip(extras, needs.extras):  # noqa: B905
-                self._make_room(lease, kind, need.num_own)
+                if kind.device.allocator.num_free < need.num_own:
+                    self._make_room(lease, kind, need.num_own)
                 kind.open(lease, need)
         lease.note_room(prefix.num_tokens)
         if extras:
@@ -132,9 +134,8 @@ class Admission:
 
     def _make_room(self, lease: Lease, kind: Kind, num_pages: int) -> None:
         """As was promised."""
-        if kind.device.allocator.num_free < num_pages:
-            room = self.tiers.make_room(kind.device, num_pages, lease.purpose)
-            assert room, f"{kind.name}: promised {num_pages} pages"
+        room = self.tiers.make_room(kind.device, num_pages, lease.purpose)
+        assert room, f"{kind.name}: promised {num_pages} pages"
 
     def _load_back(self, lease: Lease, needs: Needs) -> None:
         """Opens a lease whose entries are partly in host memory only: they get a place on the device."""
@@ -184,7 +185,7 @@ class Admission:
         stops = [branch] if branch else []
         for kind in self.kinds.extras:
             stops += kind.stops(lease.sequence.prompt_tokens, bool(branch))
-        lease._stops = tuple(sorted(dict.fromkeys(stop for stop in stops if stop > prefix.num_tokens)))
+        lease._stops = tuple(sorted({stop for stop in stops if stop > prefix.num_tokens}))
         for kind in self.kinds.extras:
             kind.grow(lease, prefix.num_tokens, lease.num_tokens)
 

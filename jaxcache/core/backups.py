@@ -119,9 +119,10 @@ class Backups:
         pages = node.pages[kind.device.index]
         assert pages is not None
         num_pages = len(pages)
-        purpose = Purpose(purpose.lease, node.group)
-        has_room = num_pages <= host.allocator.num_free
-        if not has_room and not (host.available(node.group) >= num_pages and tiers.make_room(host, num_pages, purpose)):
+        if num_pages > host.allocator.num_free and not (
+            host.available(node.group) >= num_pages
+            and tiers.make_room(host, num_pages, Purpose(purpose.lease, node.group))
+        ):
             self.counters["skipped_backup_pages"] += num_pages
             return []
         host_pages = host.allocator.allocate(num_pages)

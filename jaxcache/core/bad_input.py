@@ -56,11 +56,14 @@ def check_namespace(owner: Owner, namespace: Any) -> None:
         raise RefusedValue(f"{namespace!r} was retired")
 
 
-def check_ticket(owner: Owner, ticket: Any) -> None:
+def check_ticket(owner: Owner, ticket: Any, sequence: Sequence | None = None) -> None:
+    """sequence: that it must have been made for; None: any"""
     if not isinstance(ticket, Ticket):
         raise RefusedType(f"a Ticket is needed, not {type(ticket).__name__}")
     if ticket.sequence.namespace.owner is not owner:
         raise RefusedValue(f"{ticket!r} belongs to another cache")
+    if sequence is not None and ticket.sequence is not sequence:
+        raise RefusedValue(f"{ticket!r} was made for another sequence")
 
 
 def check_sequence(owner: Owner, sequence: Any) -> None:

@@ -170,42 +170,35 @@ class PrefixCache:
         try:  # as @changes
             if self.serving.ended is not None:
                 self.serving.check()
-            return self._admit_any(sequence, num_new_tokens, ticket, max_cached_tokens)
+            if type(sequence) is not Sequence or sequence.namespace.owner is not self:
+                bad_input.check_sequence(self, sequence)
+            if type(num_new_tokens) is not int or not 0 < num_new_tokens < bad_input.MANY:
+                num_new_tokens = bad_input.count("num_new_tokens", num_new_tokens, 1)
+            if max_cached_tokens is not None:
+                max_cached_tokens = bad_input.count("max_cached_tokens", max_cached_tokens, 0)
+            if ticket is not None:
+                bad_input.check_ticket(self, ticket, sequence)
+            prefix, needs = self.admission.longest(sequence, max_cached_tokens, num_new_tokens)
+            if needs is None and not self._runs():
+                prefix, needs = self.admission.longest_that_fits(sequence, max_cached_tokens, num_new_tokens)
+            if needs is None:
+                floors = self.quotas is not None and not self.is_busy() and self.quotas.floors_block(num_new_tokens)
+                return self._wait("floors" if floors else "no room")
+            if self.quotas is not None and self.quotas.over(sequence, prefix, num_new_tokens):
+                self.counters["quota_waits"] += 1
+                return self._wait("over quota")
+            if ticket is not None and not ticket.done:
+                if self.prefetches.policy is not PrefetchPolicy.BEST_EFFORT:
+                    self.prefetches.wait_for(ticket)
+                    return self._wait("prefetch")
+                self.prefetches.take_what_came(ticket)
+                prefix, needs = self.admission.longest_that_fits(sequence, max_cached_tokens, num_new_tokens)
+                if needs is None:  # under write_back the pages that came pin those above them
+                    return self._wait("no room")
+            return self._admit(sequence, prefix, needs, num_new_tokens, ticket)
         except BaseException as error:
             self.serving.interrupted(error, "admit")
             raise
-
-    def _admit_any(
-        self, sequence: Sequence, num_new_tokens: int, ticket: Ticket | None, max_cached_tokens: int | None
-    ) -> Lease | Wait:
-        if type(sequence) is not Sequence or sequence.namespace.owner is not self:
-            bad_input.check_sequence(self, sequence)
-        if type(num_new_tokens) is not int or not 0 < num_new_tokens < bad_input.MANY:
-            num_new_tokens = bad_input.count("num_new_tokens", num_new_tokens, 1)
-        if max_cached_tokens is not None:
-            max_cached_tokens = bad_input.count("max_cached_tokens", max_cached_tokens, 0)
-        if ticket is not None:
-            bad_input.check_ticket(self, ticket)
-            if ticket.sequence is not sequence:
-                raise RefusedValue(f"{ticket!r} was made for another sequence")
-        prefix, need = self.admission.longest(sequence, max_cached_tokens, num_new_tokens)
-        if need is None and not self._runs():
-            prefix, need = self.admission.longest_that_fits(sequence, max_cached_tokens, num_new_tokens)
-        if need is None:
-            floors = self.quotas is not None and not self.is_busy() and self.quotas.floors_block(num_new_tokens)
-            return self._wait("floors" if floors else "no room")
-        if self.quotas is not None and self.quotas.over(sequence, prefix, num_new_tokens):
-            self.counters["quota_waits"] += 1
-            return self._wait("over quota")
-        if ticket is not None and not ticket.done:
-            if self.prefetches.policy is not PrefetchPolicy.BEST_EFFORT:
-                self.prefetches.wait_for(ticket)
-                return self._wait("prefetch")
-            self.prefetches.take_what_came(ticket)
-            prefix, need = self.admission.longest_that_fits(sequence, max_cached_tokens, num_new_tokens)
-            if need is None:  # under write_back the pages that came pin those above them
-                return self._wait("no room")
-        return self._admit(sequence, prefix, need, num_new_tokens, ticket)
 
     def _wait(self, reason: str) -> Wait:
         self.counters["waits"] += 1
@@ -297,32 +290,27 @@ class PrefixCache:
             if self.serving.ended is not None:
                 self.serving.check()
             options = () if priority is ZERO and retain_steps is ZERO else (priority, retain_steps)
-            num_computed = self._checked_insert(lease, num_computed, states, options)
+            if type(num_computed) is not int:
+                num_computed = bad_input.count("num_computed", num_computed)
+            if (
+                type(lease) is not Lease
+                or lease._released
+                or lease._tiers is not self.tiers
+                or not lease.num_computed <= num_computed <= lease.num_tokens
+            ):
+                bad_input.check_lease(self.leases, lease, num_computed)
+            if num_computed > lease.sequence.num_tokens:
+                bad_input.check_known(lease, num_computed)
+            if options:
+                bad_input.check_options(self.config, *options)
+            if states is not NO_POSITIONS:
+                bad_input.check_states(lease, states, num_computed)
+            if lease.first_step > self.tiers.step and num_computed > lease.num_computed:
+                bad_input.check_may_run(self.tiers, lease)
             self._insert(lease, num_computed, states, options)
         except BaseException as error:
             self.serving.interrupted(error, "insert")
             raise
-
-    def _checked_insert(self, lease: Lease, num_computed: int, states: TokenPositions, options: tuple[int, ...]) -> int:
-        """num_computed as an int of Python, if so much can be published."""
-        if type(num_computed) is not int:
-            num_computed = bad_input.count("num_computed", num_computed)
-        if (
-            type(lease) is not Lease
-            or lease._released
-            or lease._tiers is not self.tiers
-            or not lease.num_computed <= num_computed <= lease.num_tokens
-        ):
-            bad_input.check_lease(self.leases, lease, num_computed)
-        if num_computed > lease.sequence.num_tokens:
-            bad_input.check_known(lease, num_computed)
-        if options:
-            bad_input.check_options(self.config, *options)
-        if states is not NO_POSITIONS:
-            bad_input.check_states(lease, states, num_computed)
-        if lease.first_step > self.tiers.step and num_computed > lease.num_computed:
-            bad_input.check_may_run(self.tiers, lease)
-        return num_computed
 
     def _insert(self, lease: Lease, num_computed: int, states: TokenPositions, options: tuple[int, ...]) -> None:
         """options: priority and retain_steps, unless both are 0."""

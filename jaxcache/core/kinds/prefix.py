@@ -150,7 +150,8 @@ class Prefix(Kind, name="prefix"):
         pages = slice(at // page, child.end // page)
         theirs = child.pages[c]
         if theirs is None:
-            self.device.publish(child, lease.table[pages].copy())
+            mine = lease.table[pages]  # tables never change: a view, unless it keeps a much larger one alive
+            self.device.publish(child, mine if 2 * len(mine) >= len(lease.table) else mine.copy())
             child.parent.resident_children[c] += 1  # pyright: ignore[reportOptionalMemberAccess]
             self.tiers.tree.version += 1
             return 0

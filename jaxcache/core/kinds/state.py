@@ -106,9 +106,9 @@ class State(Extra, name="state"):
             slots.last_grid_point = last
 
     def _checkpoint(self, lease: Lease, slots: Slots, position: int) -> None:
-        device, purpose = self.device, lease.purpose
+        device = self.device
         if device.allocator.num_free or (
-            device.available(purpose.account) and self.tiers.make_room(device, 1, purpose)
+            device.available(lease._node.group) and self.tiers.make_room(device, 1, lease.purpose)
         ):
             slots.checkpoints[position] = device.allocator.allocate_one()
         elif position <= lease.sequence.num_tokens:
@@ -184,12 +184,11 @@ class State(Extra, name="state"):
         passed, shared = self._states_above(newest)
         generated = [node for node in passed if node.end > lease.sequence.prompt_tokens]
         passed = passed[len(generated) :]
-        is_later = lease.purpose._replace(reason="a later state of the same answer")
-        self._drop(self.host, generated, is_later)
-        self._drop(self.device, generated, is_later)
+        self._drop(self.host, generated, lease, "a later state of the same answer")
+        self._drop(self.device, generated, lease, "a later state of the same answer")
         kept = [node for node in [*passed[::-1], *shared[::-1]] if node.pages[self.c] is not None]
         num_surplus = max(0, len(kept) + 1 - self.tiers.config.max_states_per_path)
-        self._drop(self.device, kept[:num_surplus], lease.purpose._replace(reason="max_states_per_path"))
+        self._drop(self.device, kept[:num_surplus], lease, "max_states_per_path")
         for node in passed:  # the shallowest is the first to leave
             self.device.demote(node)
             self.host.demote(node)
@@ -207,11 +206,11 @@ class State(Extra, name="state"):
             node = node.parent
         return passed, shared
 
-    def _drop(self, residency: Residency, nodes: list[Node], purpose: Purpose) -> None:
+    def _drop(self, residency: Residency, nodes: list[Node], lease: Lease, reason: str) -> None:
         """What is pinned stays."""
         for node in nodes:
             if node.pages[residency.index] is not None and not node.pins[residency.index]:
-                self.tiers.drop(residency, node, purpose)
+                self.tiers.drop(residency, node, Purpose(lease.id, lease._node.group, reason))
 
     # ---- storage
 

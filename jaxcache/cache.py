@@ -54,7 +54,7 @@ class Cache:
             cache.insert(lease, num_computed)
             cache.release(lease)
 
-    `pools` is a value, {component: {field: Array}}: whoever changes it returns the new one. Serving thread only; in a
+    `pools` is a value, {component: {field: Array}}: calls that change it return the new one. Serving thread only; in a
     fleet every process makes the same calls in the same order.
     """
 

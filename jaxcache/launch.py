@@ -211,7 +211,7 @@ def join(
     In a process that `Processes` started, all is known. Elsewhere the arguments are those of
     `jax.distributed.initialize`, and what is not given jax learns from the cluster's environment (Slurm, Open MPI);
     num_devices: of the whole fleet, see `share_cpu_devices`.
-    From now on an exception that nobody catches, and the end of whoever started this process, ends it: see `leave`.
+    From now on an uncaught exception, and the end of the process that started this one, ends it: see `leave`.
     """
     import jax
 

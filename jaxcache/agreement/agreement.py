@@ -1,7 +1,7 @@
 """The one exchange per step in which ranks agree on outcomes: issued in step t, read in step t + 1.
 
 step t       issue(what this rank saw) ---- one reduction, beside the model step ----+
-step t + 1   read() -> Agreed: the same on every rank, or RanksDiverged <------------+
+step t + 1   read() -> AgreedReport: the same on every rank, or RanksDiverged <------------+
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from jaxcache.agreement.lanes import Agreed, Lanes, Said
+from jaxcache.agreement.lanes import AgreedReport, Lanes, LocalReport
 from jaxcache.agreement.reduction import Reduction, never
 from jaxcache.types import Outcome
 
@@ -21,7 +21,7 @@ class Agreement:
     def __init__(self, lanes: Lanes, reduction: Reduction):
         self.lanes = lanes
         self._reduction = reduction
-        self._issued: Said | None = None
+        self._issued: LocalReport | None = None
 
     def issue(self, step: int, digest: int, outcomes: Mapping[int, Outcome], clock_ms: int, ok: bool) -> None:
         """Starts the exchange.
@@ -36,7 +36,7 @@ class Agreement:
         row, num_ranks = said.row, self._reduction.num_ranks
         self._reduction.start(row[None] if num_ranks == 1 else np.broadcast_to(row, (num_ranks, len(row))))
 
-    def read(self, timeout_s: float, is_reported: Callable[[], bool] = never) -> Agreed | None:
+    def read(self, timeout_s: float, is_reported: Callable[[], bool] = never) -> AgreedReport | None:
         """Waits for what was issued; None if nothing was.
 
         RanksDiverged and TransferFault end serving on every rank; RankUnresponsive here: it did not come in time.

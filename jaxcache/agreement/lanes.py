@@ -38,7 +38,7 @@ OK, NOT_OK = struct.pack("=i", 1), struct.pack("=i", 0)
 _new = tuple.__new__  # what a NamedTuple's constructor, which is written in Python, comes to
 
 
-class Said(NamedTuple):
+class LocalReport(NamedTuple):
     """What this rank said in a step.
 
     outcomes: of the live transfers, by id, in the order of their slots
@@ -55,7 +55,7 @@ class Said(NamedTuple):
         return np.frombuffer(self.packed, np.int32)
 
 
-class Agreed(NamedTuple):
+class AgreedReport(NamedTuple):
     """What all ranks know since `step`: outcomes by transfer id, and stage 0's clock, which wraps after 31 bits."""
 
     step: int
@@ -86,7 +86,7 @@ class Lanes:
     def num_lanes(self) -> int:
         return self.num_unanimous + NUM_LEADER_LANES
 
-    def pack(self, step: int, digest: int, outcomes: Mapping[int, Outcome], clock_ms: int, ok: bool) -> Said:
+    def pack(self, step: int, digest: int, outcomes: Mapping[int, Outcome], clock_ms: int, ok: bool) -> LocalReport:
         """What this rank says.
 
         digest:   of 64 bits
@@ -98,9 +98,9 @@ class Lanes:
         parts += [self._slot(id, outcome) for id, outcome in outcomes.items()]
         parts.append(self._absent_slots[: (self.max_live - len(outcomes)) * self._slot_struct.size])
         parts.append(CLOCK.pack(clock_ms % CLOCK_MODULUS))
-        return Said(step, digest, outcomes, b"".join(parts))
+        return LocalReport(step, digest, outcomes, b"".join(parts))
 
-    def unpack(self, agreed: bytes, said: Said) -> Agreed:
+    def unpack(self, agreed: bytes, said: LocalReport) -> AgreedReport:
         """What all ranks agreed on, given what this one said; if that is the same, as it often is, nothing is unpacked.
 
         agreed: the reduced row, int32[num_lanes]
@@ -114,9 +114,9 @@ class Lanes:
             raise TransferFault(f"step={said.step}: a copy between device and host failed on some rank")
         is_same = agreed.startswith(own[:-LANE_BYTES])  # but for the clock
         outcomes = said.outcomes if is_same else self._unpack_slots(agreed, said)
-        return _new(Agreed, (said.step, outcomes, CLOCK.unpack_from(agreed, len(agreed) - LANE_BYTES)[0]))
+        return _new(AgreedReport, (said.step, outcomes, CLOCK.unpack_from(agreed, len(agreed) - LANE_BYTES)[0]))
 
-    def _unpack_slots(self, agreed: bytes, said: Said) -> dict[int, Outcome]:
+    def _unpack_slots(self, agreed: bytes, said: LocalReport) -> dict[int, Outcome]:
         outcomes, at, own, slot = {}, FIRST_SLOT * LANE_BYTES, said.packed, self._slot_struct
         for id, outcome in said.outcomes.items():
             end = at + slot.size
@@ -143,7 +143,7 @@ class Lanes:
         slot[NOT_ID] = ~NEUTRAL
         return self._slot_struct.pack(*slot) * self.max_live
 
-    def _differing_ids(self, agreed: bytes, said: Said) -> RanksDiverged:
+    def _differing_ids(self, agreed: bytes, said: LocalReport) -> RanksDiverged:
         slots = np.frombuffer(agreed, np.int32)[FIRST_SLOT : self.num_unanimous].reshape(self.max_live, self.slot_lanes)
         smallest, largest = slots[:, ID], ~slots[:, NOT_ID]
         bad = int(np.argmax(smallest != largest))
@@ -174,7 +174,7 @@ def are_equal(row: Row) -> bool:
     return bool(row[0] == ~row[2] and row[1] == ~row[3])
 
 
-def _differing_digests(agreed: bytes, said: Said) -> RanksDiverged:
+def _differing_digests(agreed: bytes, said: LocalReport) -> RanksDiverged:
     lanes = np.frombuffer(agreed, np.int32, DIGEST_LANES).tolist()
     low, high = _hex(lanes[0], lanes[1]), _hex(~lanes[2], ~lanes[3])
     return RanksDiverged(

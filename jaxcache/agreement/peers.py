@@ -6,11 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaxcache.core.plan import Decision, describe
+from jaxcache.core.decisions import Decision, describe
 from jaxcache.types import RanksDiverged, RankUnresponsive, ServingEnded, TransferFault
 
 
-class State(NamedTuple):
+class ProcessReport(NamedTuple):
     """What one process knows of itself.
 
     agreed:    the last step whose digests were equal, and what was agreed in it
@@ -51,26 +51,28 @@ class Peers(ABC):
         """Until these are computed; RankUnresponsive if they are not in time, or failed."""
 
     @abstractmethod
-    def watch(self, state: Callable[[], State]) -> None:
+    def watch(self, state: Callable[[], ProcessReport]) -> None:
         """From now on `state`, a bound method that another thread may call, says what this process knows of itself."""
 
     @abstractmethod
-    def fault(self, error: ServingEnded, state: State, is_own: bool = True) -> ServingEnded:
+    def fault(self, error: ServingEnded, state: ProcessReport, is_own: bool = True) -> ServingEnded:
         """A copy or a call failed, and serving ends here. Returns what to raise.
 
         is_own: it failed in this process
         """
 
     @abstractmethod
-    def unresponsive(self, what: str, error: RankUnresponsive, state: State) -> RankUnresponsive | TransferFault:
+    def unresponsive(
+        self, what: str, error: RankUnresponsive, state: ProcessReport
+    ) -> RankUnresponsive | TransferFault:
         """`what` did not come. Returns what to raise."""
 
     @abstractmethod
-    def diverged(self, error: RanksDiverged, state: State) -> RanksDiverged:
+    def diverged(self, error: RanksDiverged, state: ProcessReport) -> RanksDiverged:
         """Every process has seen a difference in the same step. Returns what to raise."""
 
     @abstractmethod
-    def give_up(self, error: Exception, state: State) -> None:
+    def give_up(self, error: Exception, state: ProcessReport) -> None:
         """This process cannot go on, whatever the others do."""
 
     @abstractmethod

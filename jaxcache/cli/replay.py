@@ -116,7 +116,7 @@ def make_settings(args: argparse.Namespace) -> list[Any]:
     from jaxcache.core.eviction import POLICIES
     from jaxcache.replay.replay import KINDS, Setting
 
-    policies = list(POLICIES) if args.all_policies else args.policy or ["lru"]
+    policies = sorted(POLICIES, key=lambda name: (name != "lru", name)) if args.all_policies else args.policy or ["lru"]
     components = tuple(args.components.split(","))
     for what, names, known in (("--policy", policies, POLICIES), ("--components", components, KINDS)):
         unknown = [name for name in names if name not in known]

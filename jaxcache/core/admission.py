@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxcache.core.decisions import Counters
 from jaxcache.core.kinds import Kind, Kinds, Need
 from jaxcache.core.lease import Lease
 from jaxcache.core.match import Matcher, Prefix
 from jaxcache.core.node import Node
-from jaxcache.core.plan import Counters, Planner
+from jaxcache.core.outbox import Outbox
 from jaxcache.core.tiers import Tiers
 from jaxcache.core.tokens import Sequence
 from jaxcache.types import Move, Tier, TransferKind
@@ -39,11 +40,11 @@ NOTHING: list[Any] = []  # never changed
 class Admission:
     """loading: until which step load-backs pin what they write: until it is scattered, running or not."""
 
-    def __init__(self, tiers: Tiers, kinds: Kinds, matcher: Matcher, planner: Planner, counters: Counters):
+    def __init__(self, tiers: Tiers, kinds: Kinds, matcher: Matcher, outbox: Outbox, counters: Counters):
         self.tiers = tiers
         self.kinds = kinds
         self.matcher = matcher
-        self.planner = planner
+        self.outbox = outbox
         self.counters = counters
         self.loading: dict[int, int] = {}
 
@@ -78,14 +79,14 @@ class Admission:
         loads: list[tuple[Kind, Node]] = NOTHING
         if not full.fits_at_once(num_tokens, node, num_own):
             need = full.need(num_tokens, node, end)
-            if need.num_pages > full.device.available(node.group):
+            if need.num_pages > full.device.available(node.account):
                 return None
             loads = [(full, load) for load in need.loads]
         if not extras:
             return Needs(num_own, NOTHING, loads)
         needs = [kind.need(num_tokens, node, end) for kind in extras]
         for kind, need in zip(extras, needs, strict=True):
-            if need.num_pages > kind.device.available(node.group):
+            if need.num_pages > kind.device.available(node.account):
                 return None
             if need.loads:
                 loads = [*loads, *((kind, load) for load in need.loads)]
@@ -150,7 +151,7 @@ class Admission:
             self._load(lease, kind, need.num_own, needs.loads, moves)
             kind.open(lease, need)
         tiers.holds.release("sources")
-        load_back = self.planner.add(TransferKind.LOAD_BACK, tuple(moves))
+        load_back = self.outbox.add(TransferKind.LOAD_BACK, tuple(moves))
         self.counters["load_back_pages"] += sum(len(move.src_page_ids) for move in moves)
         lease.first_step = max(lease.first_step, tiers.step + 1)
         self.loading[load_back] = tiers.step + 1

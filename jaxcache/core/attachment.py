@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from jaxcache.core.backups import Backups
 from jaxcache.core.bad_input import said
-from jaxcache.core.plan import Planner, checksum
+from jaxcache.core.decisions import Decisions, checksum
 from jaxcache.core.prefetches import Prefetches
 from jaxcache.core.serving import RefusedCall, RefusedValue, Serving, changes
 from jaxcache.core.stores import Stores
@@ -22,11 +22,17 @@ class Attachment:
     """The storage of one cache, as far as the core is concerned."""
 
     def __init__(
-        self, serving: Serving, tiers: Tiers, planner: Planner, stores: Stores, prefetches: Prefetches, backups: Backups
+        self,
+        serving: Serving,
+        tiers: Tiers,
+        decisions: Decisions,
+        stores: Stores,
+        prefetches: Prefetches,
+        backups: Backups,
     ):
         self.serving = serving
         self.tiers = tiers
-        self.planner = planner
+        self.decisions = decisions
         self.stores = stores
         self.prefetches = prefetches
         self.backups = backups
@@ -54,7 +60,7 @@ class Attachment:
             raise RefusedValue("a storage needs a host tier to read into: set CacheConfig.host_pages")
         self.stores.attached = True
         self.stores.back_fill()
-        self.planner.note("attach", checksum(kind.encode()))
+        self.decisions.note("attach", checksum(kind.encode()))
 
     @changes
     def detach(self) -> None:
@@ -68,7 +74,7 @@ class Attachment:
         self.prefetches.abandon_all()
         self.stores.drop_waiting()
         self.stores.forget()
-        self.planner.note("detach")
+        self.decisions.note("detach")
 
     @changes
     def cleared(self) -> None:
@@ -83,7 +89,7 @@ class Attachment:
         stores.forget()
         stores.back_fill()
         stores.num_awaited_exchanges = EXCHANGES_TO_KNOW
-        self.planner.note("cleared")
+        self.decisions.note("cleared")
 
     @changes
     def change(self, prefetch_policy: PrefetchPolicy | None, write_policy: WritePolicy | None) -> None:
@@ -104,4 +110,4 @@ class Attachment:
         if prefetch_policy is not None:
             self.prefetches.policy = prefetch_policy
         codes = [list(type(policy)).index(policy) for policy in (self.prefetches.policy, self.backups.policy)]
-        self.planner.note("policies", *codes)
+        self.decisions.note("policies", *codes)

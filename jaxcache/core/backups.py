@@ -14,11 +14,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+from jaxcache.core.decisions import Counters
 from jaxcache.core.kinds import Kind, Kinds
 from jaxcache.core.lease import Lease
 from jaxcache.core.node import Node
+from jaxcache.core.outbox import Outbox
 from jaxcache.core.pages import Purpose
-from jaxcache.core.plan import Counters, Planner
 from jaxcache.core.stores import Stores, joined
 from jaxcache.core.tiers import Tiers
 from jaxcache.types import Move, PageIds, TransferKind, WritePolicy
@@ -41,7 +42,7 @@ class Backups:
         self,
         tiers: Tiers,
         kinds: Kinds,
-        planner: Planner,
+        outbox: Outbox,
         stores: Stores,
         counters: Counters,
         drop_subtree: Callable[[Node, Purpose], None],
@@ -49,7 +50,7 @@ class Backups:
         """drop_subtree: of a node whose full pages find no room in host memory"""
         self.tiers = tiers
         self.kinds = kinds
-        self.planner = planner
+        self.outbox = outbox
         self.stores = stores
         self.counters = counters
         self.use(tiers.config.write_policy if tiers.has_host else WritePolicy.NONE)
@@ -120,8 +121,8 @@ class Backups:
         assert pages is not None
         num_pages = len(pages)
         if num_pages > host.allocator.num_free and not (
-            host.available(node.group) >= num_pages
-            and tiers.make_room(host, num_pages, Purpose(purpose.lease, node.group))
+            host.available(node.account) >= num_pages
+            and tiers.make_room(host, num_pages, Purpose(purpose.lease, node.account))
         ):
             self.counters["skipped_backup_pages"] += num_pages
             return []
@@ -142,7 +143,7 @@ class Backups:
                 targets = joined([copy.host_pages for copy in mine])
                 moves.append(Move(kind.name, joined([device_pages(copy) for copy in mine]), targets))
                 num_pages += len(targets)
-        self.planner.add(TransferKind.BACKUP, tuple(moves))
+        self.outbox.add(TransferKind.BACKUP, tuple(moves))
         self.counters["backup_pages"] += num_pages
         nodes = {copy.node.id: copy.node for copy in copies}
         self.stores.later(list(nodes.values()))

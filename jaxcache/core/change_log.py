@@ -39,14 +39,14 @@ class Tree(Protocol):
 
 
 class ChangeLog:
-    """append: what the tree and the residencies call. Bounded, because whoever takes may be slow or not there."""
+    """append: what the tree and the residencies call. Bounded: the thread that takes may be slow or not there."""
 
     def __init__(self, max_changes: int):
         self.max_changes = max_changes
         self._changes: deque[tuple[Any, ...]] = deque()
         self.append = self._changes.append
         self._logged_bytes = 0  # written by the serving thread
-        self._taken_bytes = 0  # written by whoever takes
+        self._taken_bytes = 0  # written by the thread that takes
 
     def __len__(self) -> int:
         return len(self._changes)

@@ -15,8 +15,8 @@ from jaxcache.core.admission import Admission
 from jaxcache.core.holds import Hold
 from jaxcache.core.kinds import Kinds
 from jaxcache.core.node import Node
+from jaxcache.core.outbox import Outbox
 from jaxcache.core.pages import Purpose, Residency
-from jaxcache.core.plan import Planner
 from jaxcache.core.prefetches import Prefetches
 from jaxcache.core.stores import Stores
 from jaxcache.core.tiers import Tiers
@@ -36,7 +36,7 @@ class Owners(Protocol):
 
     tiers: Tiers
     kinds: Kinds
-    planner: Planner
+    outbox: Outbox
     stores: Stores
     prefetches: Prefetches
     admission: Admission
@@ -122,7 +122,7 @@ class Clearing:
         lost: dict[int, list[PageIds]] = {}
         stays = []
         indices = {residency.component.name: residency.index for residency in core.tiers.host}
-        for transfer in core.planner.transfers:
+        for transfer in core.outbox.transfers:
             if transfer.kind is TransferKind.BACKUP:
                 for move in transfer.moves:
                     lost.setdefault(indices[move.component], []).append(move.dst_page_ids)
@@ -130,7 +130,7 @@ class Clearing:
                 core.stores.withdraw(transfer.id)
             elif transfer.kind is not TransferKind.LOAD_BACK:
                 stays.append(transfer)
-        core.planner.transfers[:] = stays
+        core.outbox.transfers[:] = stays
         return {index: np.concatenate(pages) for index, pages in lost.items()}
 
     def _keep(self, kept: dict[int, Node], lost: dict[int, np.ndarray]) -> None:

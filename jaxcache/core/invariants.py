@@ -129,7 +129,7 @@ def check_empty(core: PrefixCache) -> None:
     roots = core.tiers.tree.all_roots() or [None]
     for residency in core.tiers.residencies:  # the device first: under write_back it goes to host memory
         for root in roots:  # everybody may take all that is its own
-            purpose = Purpose(account=0 if root is None else root.group)
+            purpose = Purpose(account=0 if root is None else root.account)
             core.tiers.make_room(residency, residency.allocator.num_pages, purpose)
         allocator = residency.allocator
         assert allocator.num_free == allocator.num_pages, f"I10: {residency.component.name} {residency.tier.name}"

@@ -185,7 +185,7 @@ class Lease:
     @property
     def purpose(self) -> Purpose:
         """Of room that is made for it."""
-        return Purpose(self.id, self._node.group)
+        return Purpose(self.id, self._node.account)
 
     def note_room(self, num_computed: int) -> None:
         """Notes up to where it may grow by moving numbers alone.

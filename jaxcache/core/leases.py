@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence as Row
 
 from jaxcache.core import bad_input
+from jaxcache.core.decisions import Counters, Decisions
 from jaxcache.core.kinds import Extra, Kinds
 from jaxcache.core.lease import Lease
 from jaxcache.core.limits.quotas import Quotas
 from jaxcache.core.node import FULL, Node
 from jaxcache.core.pages import Residency
-from jaxcache.core.plan import Counters, Planner
 from jaxcache.core.serving import Refusal
 from jaxcache.core.tiers import Tiers
 
@@ -29,11 +29,11 @@ class Leases(dict[int, Lease]):
     uncomputed: what was said to be computed before the pools had come in which it is
     """
 
-    def __init__(self, tiers: Tiers, kinds: Kinds, planner: Planner, counters: Counters, quotas: Quotas | None):
+    def __init__(self, tiers: Tiers, kinds: Kinds, decisions: Decisions, counters: Counters, quotas: Quotas | None):
         super().__init__()
         self.tiers = tiers
         self.kinds = kinds
-        self.planner = planner
+        self.decisions = decisions
         self.counters = counters
         self.quotas = quotas
         self.uncomputed: bad_input.Uncomputed | None = None
@@ -75,7 +75,7 @@ class Leases(dict[int, Lease]):
                 return False
             for kind in (self.kinds.full, *self.kinds.extras):
                 kind.extend(lease, missing)
-            self.planner.note("grow", lease.id, num_computed, end - num_computed)
+            self.decisions.note("grow", lease.id, num_computed, end - num_computed)
         lease.num_tokens = max(lease.num_tokens, end)
         lease.note_room(num_computed)
         for kind in self.kinds.extras:
@@ -88,7 +88,7 @@ class Leases(dict[int, Lease]):
         """For so many pages more in each of its tables; False, and nothing has changed, if that cannot be."""
         wanted: list[tuple[Residency, int]] = [(self.kinds.full.device, missing)]
         wanted += [(kind.device, kind.num_missing_pages(missing)) for kind in self.kinds.extras]
-        if any(num_pages > device.available(lease._node.group) for device, num_pages in wanted):
+        if any(num_pages > device.available(lease._node.account) for device, num_pages in wanted):
             return False
         for device, num_pages in wanted:
             if device.allocator.num_free < num_pages:
@@ -197,7 +197,7 @@ class Leases(dict[int, Lease]):
 
     def _lives(self, lease: Lease, num_computed: int) -> list[tuple[Extra, int]]:
         """Extras that have tables, and where what they publish begins."""
-        starts = [(kind, kind.live_start(lease, num_computed)) for kind in self.kinds.extras]
+        starts = [(kind, kind.window_start_to_keep(lease, num_computed)) for kind in self.kinds.extras]
         return [(kind, live) for kind, live in starts if live is not None]
 
     def _child(self, lease: Lease, node: Node, at: int, end: int, lives: list[tuple[Extra, int]]) -> Node | None:

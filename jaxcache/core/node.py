@@ -18,20 +18,20 @@ class Node:
     hits:        admits that found it
     last_used:   order of uses (-1: generated text, the first to leave)
     is_output:   generated text, not (yet) part of a prompt
-    priority:    of whoever inserted it with the highest
-    group:       the account that its pages are on (see core/limits/tenants.py); of the root, for all below
+    priority:    the highest that it was inserted with
+    account:     the account that its pages are on (see core/limits/tenants.py); of the root, for all below
     retained:    retentions that keep its full attention on the device
     use:         what the profile of reuse says of it, if there is one
     keys:        page keys, once somebody needed them
     """
 
     __slots__ = (
+        "account",
         "children",
         "edge",
         "end",
         "ends_here",
         "first_page",
-        "group",
         "hits",
         "id",
         "is_output",
@@ -63,7 +63,7 @@ class Node:
         self.last_used = 0
         self.is_output = False
         self.priority = 0
-        self.group: int = 0 if parent is None else parent.group
+        self.account: int = 0 if parent is None else parent.account
         self.retained = 0
         self.use: Any = None
         self.keys: list[bytes] | None = None

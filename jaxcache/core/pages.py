@@ -18,7 +18,7 @@ import numpy as np
 from jaxcache.components.base import Component
 from jaxcache.core.change_log import PUT, TAKEN, ChangeLog
 from jaxcache.core.eviction import EvictionOrder
-from jaxcache.core.limits.tenants import Groups
+from jaxcache.core.limits.tenants import Accounts
 from jaxcache.core.node import Node
 from jaxcache.types import PageIds, Tier
 
@@ -27,7 +27,7 @@ class Purpose(NamedTuple):
     """Why room is made, or an entry leaves.
 
     lease:   for which; 0: for none
-    account: on whose behalf (`Node.group`): its own tenant's pages leave as far as they may, others' down to the floor
+    account: on whose behalf: the pages of its own tenant leave as far as they may, others' down to their floors
     reason:  "room"; "quota": only the tenant's own leave; or, of a state, what has made it useless
     """
 
@@ -86,7 +86,7 @@ class Residency(ABC):
 
     is_closed: entries hang together from the root: a node has one only if its parent has
     output_leaves_first: whether what lies on generated text leaves before what lies on prompts
-    groups: the accounts of tenants, which are the order of eviction then; None: nobody has limits
+    accounts: the accounts of tenants, which are the order of eviction then; None: nobody has limits
     spill:  what carries a victim to another tier before it leaves; None: victims are dropped
     """
 
@@ -94,10 +94,10 @@ class Residency(ABC):
     output_leaves_first: ClassVar[bool] = False
 
     __slots__ = (
+        "accounts",
         "allocator",
         "clock",
         "component",
-        "groups",
         "index",
         "log",
         "num_pinned",
@@ -122,7 +122,7 @@ class Residency(ABC):
         self.index = index
         self.allocator = PageAllocator(num_pages)
         self.order = order
-        self.groups = order if isinstance(order, Groups) else None
+        self.accounts = order if isinstance(order, Accounts) else None
         self.clock = clock  # uses, counted over all residencies
         self.log = log  # as the tree's
         self.spill: Callable[[Node, Purpose], None] | None = None
@@ -133,14 +133,14 @@ class Residency(ABC):
 
     def available(self, account: int = 0) -> int:
         """Pages that an allocation for an account could have, evicting whatever may leave."""
-        if self.groups is not None:
-            return self.allocator.num_free + self.groups.promised(account)
+        if self.accounts is not None:
+            return self.allocator.num_free + self.accounts.promised(account)
         return self.allocator.num_free + self.num_resident - self.num_pinned
 
     def victim(self, num_pages: int, purpose: Purpose = UNTOLD) -> tuple[Node | None, int]:
         """What leaves next while room is made for `num_pages`, and how many of its pages may."""
-        if self.groups is not None:
-            return self.groups.victim(purpose.account, num_pages, purpose.reason == "quota")
+        if self.accounts is not None:
+            return self.accounts.victim(purpose.account, num_pages, purpose.reason == "quota")
         return self.order.first(), self.allocator.num_pages
 
     # ---- entries
@@ -163,10 +163,10 @@ class Residency(ABC):
         self.num_pinned += num_pages
         if self.log is not None:
             self.log.append((PUT, node.id, index))
-        if self.groups is not None:
+        if self.accounts is not None:
             if not node.last_used:  # what has just come was not used long ago
                 node.last_used = next(self.clock)
-            self.groups.count(node.group, num_pages, num_pages)
+            self.accounts.count(node.account, num_pages, num_pages)
 
     @abstractmethod
     def take(self, node: Node) -> PageIds:
@@ -184,7 +184,7 @@ class Residency(ABC):
         """What `put` does for every kind; returns how many of the pages are pinned."""
         index = self.index
         assert node.pages[index] is None, f"I1: {node=} has pages already"
-        if self.groups is not None and not node.last_used:  # what has just come was not used long ago
+        if self.accounts is not None and not node.last_used:  # what has just come was not used long ago
             node.last_used = next(self.clock)
         node.pages[index] = page_ids
         if self.log is not None:
@@ -193,8 +193,8 @@ class Residency(ABC):
         num_pinned = num_pages if node.pins[index] else 0
         self.num_resident += num_pages
         self.num_pinned += num_pinned
-        if self.groups is not None:
-            self.groups.count(node.group, num_pages, num_pinned)
+        if self.accounts is not None:
+            self.accounts.count(node.account, num_pages, num_pinned)
         return num_pinned
 
     def _leave(self, node: Node) -> PageIds:
@@ -206,8 +206,8 @@ class Residency(ABC):
         if self.log is not None:
             self.log.append((TAKEN, node.id, index))
         self.num_resident -= len(page_ids)
-        if self.groups is not None:
-            self.groups.count(node.group, -len(page_ids), 0)
+        if self.accounts is not None:
+            self.accounts.count(node.account, -len(page_ids), 0)
         self.order.discard(node)
         return page_ids
 
@@ -218,8 +218,8 @@ class Residency(ABC):
         node.pages[self.index] = pages[:num_pages]
         num_left = len(pages) - num_pages
         self.num_resident -= num_left
-        if self.groups is not None:
-            self.groups.count(node.group, -num_left, 0)
+        if self.accounts is not None:
+            self.accounts.count(node.account, -num_left, 0)
         return pages[num_pages:]
 
     def _candidate(self, node: Node) -> None:
@@ -232,7 +232,7 @@ class Residency(ABC):
 
     def pin_up(self, node: Node, top: int = 0) -> int:
         """Pins a node and its ancestors down to position `top`; returns the start of the topmost one."""
-        index, account, before = self.index, node.group, self.num_pinned
+        index, account, before = self.index, node.account, self.num_pinned
         if top < 0:
             top = 0  # where the root ends
         while node.end > top:
@@ -245,8 +245,8 @@ class Residency(ABC):
                         self.order.discard(node)
             pins[index] += 1
             node = node.parent  # pyright: ignore[reportAssignmentType]
-        if self.groups is not None:
-            self.groups.count(account, 0, self.num_pinned - before)
+        if self.accounts is not None:
+            self.accounts.count(account, 0, self.num_pinned - before)
         return node.end
 
     def pin(self, node: Node) -> None:
@@ -255,7 +255,7 @@ class Residency(ABC):
     def unpin_up(self, node: Node, top: int = 0, is_use: bool = True) -> None:
         """Takes back what `pin_up` did, the deepest node first: it is the first to leave. is_use: it counts as one."""
         index, order, output_leaves_first = self.index, self.order, self.output_leaves_first
-        account, before = node.group, self.num_pinned
+        account, before = node.account, self.num_pinned
         now = next(self.clock)
         if top < 0:
             top = 0  # where the root ends
@@ -277,8 +277,8 @@ class Residency(ABC):
                         else:
                             order.add(node)
             node = node.parent  # pyright: ignore[reportAssignmentType]
-        if self.groups is not None:
-            self.groups.count(account, 0, self.num_pinned - before)
+        if self.accounts is not None:
+            self.accounts.count(account, 0, self.num_pinned - before)
 
     def unpin(self, node: Node) -> None:
         self.unpin_up(node, node.end - 1)
@@ -290,21 +290,21 @@ class Residency(ABC):
         if node in self.order:
             self.order.discard(node)
             self.order.add(node)
-        if self.groups is not None:
-            self.groups.note(node.group)
+        if self.accounts is not None:
+            self.accounts.note(node.account)
 
     def demote(self, node: Node) -> None:
         """Leaves before all others, if it is a candidate: the next use makes it an ordinary one again."""
         if node in self.order:
             self.order.discard(node)
             self.order.add_as_next_victim(node)
-        if self.groups is not None:
-            self.groups.note(node.group)
+        if self.accounts is not None:
+            self.accounts.note(node.account)
 
     def reorder(self, node: Node) -> None:
         """Takes its place anew, if it is a candidate: what its place depends on has changed."""
         if node in self.order:
             self.order.discard(node)
             self._candidate(node)
-        if self.groups is not None:
-            self.groups.note(node.group)
+        if self.accounts is not None:
+            self.accounts.note(node.account)

@@ -33,7 +33,8 @@ class Prefetch:
     progress:    leading good pages per component, as last agreed
     accepted:    token spans that became the tree's; unresolved_tokens are not yet counted as used or unfulfilled
     num_wanting: requests whose tickets stand for it; without any it is cancelled
-    num_held, held_since_ms: of those, whose admissions wait for it; since when, by the agreed clock (None: not known)
+    num_waiting_admits: of those, whose admissions wait for it
+    waited_for_since_ms: since when, by the agreed clock; None: not known
     """
 
     __slots__ = (
@@ -42,10 +43,9 @@ class Prefetch:
         "bound",
         "cancelled",
         "end",
-        "held_since_ms",
         "id",
         "matched_end",
-        "num_held",
+        "num_waiting_admits",
         "num_wanting",
         "pages",
         "progress",
@@ -53,6 +53,7 @@ class Prefetch:
         "start",
         "state",
         "unresolved_tokens",
+        "waited_for_since_ms",
     )
 
     def __init__(self, sequence: Sequence, matched_end: int, start: int, end: int, pages: list[PageIds]):
@@ -68,9 +69,9 @@ class Prefetch:
         self.progress: Mapping[str, int] = {}
         self.accepted: list[Span] = []
         self.unresolved_tokens = 0
-        self.num_wanting = self.num_held = 0
+        self.num_wanting = self.num_waiting_admits = 0
         self.cancelled = False
-        self.held_since_ms: int | None = None
+        self.waited_for_since_ms: int | None = None
 
     @property
     def is_over(self) -> bool:
@@ -87,16 +88,16 @@ class Ticket:
     sequence:  what it was asked for
     prefetch:  what is being read
     is_wanted: until it was used or cancelled; others may want the same prefetch longer
-    is_held:   its admission waits for the prefetch
+    is_waited_for:   its admission waits for the prefetch
     """
 
-    __slots__ = ("is_held", "is_wanted", "prefetch", "sequence")
+    __slots__ = ("is_waited_for", "is_wanted", "prefetch", "sequence")
 
     def __init__(self, sequence: Sequence, prefetch: Prefetch):
         self.sequence = sequence
         self.prefetch = prefetch
         self.is_wanted = True
-        self.is_held = False
+        self.is_waited_for = False
 
     @property
     def state(self) -> PrefetchState:

@@ -23,18 +23,19 @@ import numpy as np
 
 from jaxcache.config import pages_of_share
 from jaxcache.core.backups import Backups
+from jaxcache.core.decisions import Counters, Decisions
 from jaxcache.core.kinds import Kind, Kinds
 from jaxcache.core.match import Matcher
 from jaxcache.core.node import Node
+from jaxcache.core.outbox import Outbox
 from jaxcache.core.pages import Purpose
-from jaxcache.core.plan import Counters, Planner
 from jaxcache.core.prefetch import Prefetch, PrefetchState, Ticket
 from jaxcache.core.stores import Stores
 from jaxcache.core.tiers import Tiers
 from jaxcache.core.tokens import Namespace, Sequence
 from jaxcache.types import CLOCK_MODULUS, DECLINED, NO_PAGES, Move, Outcome, PageIds, Span, TransferKind
 
-MAX_HELD_MS = CLOCK_MODULUS // 2  # what looks longer is a clock that went back
+MAX_WAIT_MS = CLOCK_MODULUS // 2  # what looks longer is a clock that went back
 
 
 class Prefetches:
@@ -45,7 +46,8 @@ class Prefetches:
         tiers: Tiers,
         kinds: Kinds,
         matcher: Matcher,
-        planner: Planner,
+        decisions: Decisions,
+        outbox: Outbox,
         stores: Stores,
         backups: Backups,
         counters: Counters,
@@ -53,7 +55,8 @@ class Prefetches:
         self.tiers = tiers
         self.kinds = kinds
         self.matcher = matcher
-        self.planner = planner
+        self.decisions = decisions
+        self.outbox = outbox
         self.stores = stores
         self.backups = backups
         self.counters = counters
@@ -82,7 +85,7 @@ class Prefetches:
             self.counters["prefetch_no_room"] += 1
             return None
         prefetch = Prefetch(sequence, prefix.num_tokens, start, end, pages)
-        prefetch.id = self.planner.add(TransferKind.QUERY, self._questions(prefetch))
+        prefetch.id = self.outbox.add(TransferKind.QUERY, self._questions(prefetch))
         self.live[prefetch.id] = prefetch
         self.counters["prefetches"] += 1
         return self._ticket(sequence, prefetch)
@@ -90,7 +93,7 @@ class Prefetches:
     def _ticket(self, sequence: Sequence, prefetch: Prefetch) -> Ticket:
         prefetch.num_wanting += 1
         content = sequence.checksum(0, 0)
-        self.planner.note("prefetch", prefetch.id, prefetch.end, sequence.namespace.checksum, content)
+        self.decisions.note("prefetch", prefetch.id, prefetch.end, sequence.namespace.checksum, content)
         return Ticket(sequence, prefetch)
 
     def _serves(self, shared: Prefetch, sequence: Sequence, start: int, wanted_end: int, worthwhile: int) -> bool:
@@ -114,7 +117,7 @@ class Prefetches:
         """Host pages of a component that prefetches may still reserve, for a sequence."""
         reserved = sum(len(prefetch.pages[kind.c]) for prefetch in self.live.values())
         most = pages_of_share(self.tiers.config.prefetch_host_share, kind.host.allocator.num_pages)
-        return max(0, min(most - reserved, kind.host.available(sequence.root.group)))
+        return max(0, min(most - reserved, kind.host.available(sequence.root.account)))
 
     def _reserve(self, sequence: Sequence, start: int, end: int) -> list[PageIds] | None:
         """Host pages for every component, evicting others but not what the fetched pages will hang below."""
@@ -127,7 +130,7 @@ class Prefetches:
         pages = []
         if fits:
             for kind, count in zip(self.kinds, counts, strict=True):
-                room = tiers.make_room(kind.host, count, Purpose(0, sequence.root.group))
+                room = tiers.make_room(kind.host, count, Purpose(0, sequence.root.account))
                 assert room, f"{kind.name}: promised {count} pages"
                 pages.append(kind.host.allocator.allocate(count))
         tiers.holds.release("a reservation")
@@ -211,7 +214,7 @@ class Prefetches:
         self.counters["agreed_storage_tokens"] += prefetch.unresolved_tokens
         self.counters["agreed_fetches"] += 1
         prefetch.state = PrefetchState.FETCH
-        prefetch.id = self.planner.add(TransferKind.FETCH, self._fetches(prefetch))
+        prefetch.id = self.outbox.add(TransferKind.FETCH, self._fetches(prefetch))
         self.live[prefetch.id] = prefetch
 
     def _forget_beyond(self, prefetch: Prefetch, end: int) -> None:
@@ -253,7 +256,7 @@ class Prefetches:
             self._forget_rest(prefetch)
         self._accept(prefetch, reason)
         num_left = sum(len(pages) for pages in prefetch.pages)
-        self.planner.note("fetched", prefetch.id, prefetch.agreed_end, num_left)
+        self.decisions.note("fetched", prefetch.id, prefetch.agreed_end, num_left)
 
     def _accept(self, prefetch: Prefetch, reason: str) -> None:
         """Takes what has come as far as it is of use. reason: why the rest of the agreed tokens is missing."""
@@ -300,7 +303,7 @@ class Prefetches:
             path = tiers.tree.walk(sequence, base)
         index = self.kinds.full.host.index
         if any(node.pages[index] is None for node, _ in path):
-            self.backups.back_up([node for node, _ in path], Purpose(0, sequence.root.group))
+            self.backups.back_up([node for node, _ in path], Purpose(0, sequence.root.account))
             path = tiers.tree.walk(sequence, base)
         missing = not path or path[-1][1] < base or any(node.pages[index] is None for node, _ in path)
         return None if missing else path[-1][0]
@@ -381,13 +384,13 @@ class Prefetches:
         clock_ms: stage 0's clock as agreed, modulo CLOCK_MODULUS; no other clock is ever looked at
         """
         for prefetch in list(self.live.values()):
-            if not prefetch.num_held or prefetch.is_over:
+            if not prefetch.num_waiting_admits or prefetch.is_over:
                 continue
-            since = prefetch.held_since_ms
-            held_ms = 0 if since is None else (clock_ms - since) % CLOCK_MODULUS
-            if since is None or held_ms >= MAX_HELD_MS:  # the clock of another host of stage 0 was taken: count anew
-                prefetch.held_since_ms = clock_ms
-            elif held_ms >= self._allowance_ms(prefetch):
+            since = prefetch.waited_for_since_ms
+            waited_ms = 0 if since is None else (clock_ms - since) % CLOCK_MODULUS
+            if since is None or waited_ms >= MAX_WAIT_MS:  # the clock of another host of stage 0 was taken: count anew
+                prefetch.waited_for_since_ms = clock_ms
+            elif waited_ms >= self._allowance_ms(prefetch):
                 self.counters["prefetch_timeouts"] += 1
                 self._stop(prefetch)
 
@@ -395,13 +398,13 @@ class Prefetches:
         config = self.tiers.config
         num_tokens = prefetch.end - prefetch.matched_end
         allowance = config.prefetch_timeout_s * 1000 + config.prefetch_timeout_s_per_1k_tokens * num_tokens
-        return min(allowance, MAX_HELD_MS - 1)
+        return min(allowance, MAX_WAIT_MS - 1)
 
     def wait_for(self, ticket: Ticket) -> None:
         """Its admission waits for nothing but the prefetch: from now on the deadline counts."""
-        if not ticket.is_held:
-            ticket.is_held = True
-            ticket.prefetch.num_held += 1
+        if not ticket.is_waited_for:
+            ticket.is_waited_for = True
+            ticket.prefetch.num_waiting_admits += 1
 
     def take_what_came(self, ticket: Ticket) -> None:
         """What is agreed so far becomes the tree's, and nothing more is wanted; unless others want all of it: then this
@@ -427,11 +430,11 @@ class Prefetches:
     def _leave(self, ticket: Ticket) -> None:
         prefetch = ticket.prefetch
         prefetch.num_wanting -= 1
-        prefetch.num_held -= ticket.is_held
-        if not prefetch.num_held:
-            prefetch.held_since_ms = None
-        ticket.is_wanted = ticket.is_held = False
-        self.planner.note("leave", prefetch.id, prefetch.num_wanting)
+        prefetch.num_waiting_admits -= ticket.is_waited_for
+        if not prefetch.num_waiting_admits:
+            prefetch.waited_for_since_ms = None
+        ticket.is_wanted = ticket.is_waited_for = False
+        self.decisions.note("leave", prefetch.id, prefetch.num_wanting)
 
     def abandon_all(self, namespace: Namespace | None = None) -> None:
         """Those that are not decided (of one namespace, or all) are not wanted any more; their requests go on."""
@@ -449,7 +452,7 @@ class Prefetches:
         if prefetch.state is PrefetchState.FETCH:
             prefetch.state = PrefetchState.DRAIN
             self.counters["fetches_cancelled_in_flight"] += 1
-        self.planner.note("cancel", prefetch.id)
+        self.decisions.note("cancel", prefetch.id)
 
     def _finish(self, prefetch: Prefetch) -> None:
         for kind, pages in zip(self.kinds, prefetch.pages, strict=True):
@@ -458,4 +461,4 @@ class Prefetches:
         self.tiers.holds.release(prefetch.id)
         prefetch.state = PrefetchState.DONE
         del self.live[prefetch.id]
-        self.planner.note("quiet", prefetch.id)
+        self.decisions.note("quiet", prefetch.id)

@@ -22,6 +22,7 @@ from jaxcache.core.admission import Admission, Needs
 from jaxcache.core.attachment import Attachment
 from jaxcache.core.backups import Backups
 from jaxcache.core.clearing import Clearing
+from jaxcache.core.decisions import Counters, Decisions
 from jaxcache.core.explain import Explanation, explain
 from jaxcache.core.kinds import first_with_arrays, make_kinds, residency_of, validate, with_spine
 from jaxcache.core.lease import NO_POSITIONS, Lease, TokenPositions
@@ -29,7 +30,7 @@ from jaxcache.core.leases import Leases
 from jaxcache.core.limits.quotas import Quotas
 from jaxcache.core.limits.retention import Retentions
 from jaxcache.core.match import Matcher, Prefix
-from jaxcache.core.plan import Counters, Planner
+from jaxcache.core.outbox import Outbox
 from jaxcache.core.prefetch import Ticket
 from jaxcache.core.prefetches import Prefetches
 from jaxcache.core.serving import RefusedType, RefusedValue, Serving, changes
@@ -48,26 +49,29 @@ class PrefixCache:
         validate(components, config)
         self.components, self.config = with_spine(components, config)
         self.counters: Counters = defaultdict(int)
-        self.planner = Planner()
+        self.decisions = Decisions()
+        self.outbox = Outbox(self.decisions)
         self.tiers = tiers = Tiers(self.components, self.config, residency_of, first_with_arrays(self.components))
         self.kinds = kinds = make_kinds(tiers, self.counters)
         self.matcher = Matcher(tiers, kinds)
         self.clearing = Clearing(self)
-        self.stores = Stores(tiers, kinds, self.planner, self.counters)
-        self.backups = Backups(tiers, kinds, self.planner, self.stores, self.counters, self.clearing.drop)
-        self.admission = Admission(tiers, kinds, self.matcher, self.planner, self.counters)
+        self.stores = Stores(tiers, kinds, self.decisions, self.outbox, self.counters)
+        self.backups = Backups(tiers, kinds, self.outbox, self.stores, self.counters, self.clearing.drop)
+        self.admission = Admission(tiers, kinds, self.matcher, self.outbox, self.counters)
         self.quotas = None if tiers.tenants is None else Quotas(tiers.tenants, tiers, kinds, self.counters)
-        self.leases = Leases(tiers, kinds, self.planner, self.counters, self.quotas)
+        self.leases = Leases(tiers, kinds, self.decisions, self.counters, self.quotas)
         self.serving = Serving(self.leases)
         self.next_lease_id = 1
-        self.prefetches = Prefetches(tiers, kinds, self.matcher, self.planner, self.stores, self.backups, self.counters)
+        self.prefetches = Prefetches(
+            tiers, kinds, self.matcher, self.decisions, self.outbox, self.stores, self.backups, self.counters
+        )
         self.retentions = Retentions(tiers, kinds, self.counters)
-        self.attachment = Attachment(self.serving, tiers, self.planner, self.stores, self.prefetches, self.backups)
+        self.attachment = Attachment(self.serving, tiers, self.decisions, self.stores, self.prefetches, self.backups)
         self._scatter_is_due = False
 
     @property
     def digest(self) -> int:
-        return self.planner.digest
+        return self.decisions.digest
 
     def sizes(self) -> list[int]:
         """Of the tree and of pages: equal on ranks which hold the same, whatever they decided."""
@@ -111,8 +115,8 @@ class PrefixCache:
             return known
         root = self.tiers.tree.root(namespace)
         if self.tiers.tenants is not None:
-            root.group = self.tiers.tenants.open(namespace, root)
-        self.planner.note("namespace", namespace.checksum, root.id)
+            root.account = self.tiers.tenants.open(namespace, root)
+        self.decisions.note("namespace", namespace.checksum, root.id)
         return namespace
 
     @changes
@@ -122,14 +126,14 @@ class PrefixCache:
         self.retentions.release_all(namespace)
         self.prefetches.abandon_all(namespace)
         if self.tiers.tenants is not None:
-            self.tiers.tenants.retire(self.tiers.tree.root(namespace).group)
+            self.tiers.tenants.retire(self.tiers.tree.root(namespace).account)
         self.tiers.tree.retire(namespace)
-        self.planner.note("retire", namespace.checksum, len(self.tiers.tree.roots))
+        self.decisions.note("retire", namespace.checksum, len(self.tiers.tree.roots))
 
     def sequence(self, tokens: Any, namespace: Namespace) -> Sequence:
         if type(namespace) is not Namespace or namespace.owner is not self or namespace.retired:
             bad_input.check_namespace(self, namespace)
-        return Sequence(namespace, self.tiers.tree.root(namespace), tokens, self.config.page_tokens, self.planner)
+        return Sequence(namespace, self.tiers.tree.root(namespace), tokens, self.config.page_tokens, self.decisions)
 
     def extend_all(self, sequences: list[Sequence], tokens: Any) -> None:
         """`Sequence.extend` by one token each, for many at once."""
@@ -239,7 +243,7 @@ class PrefixCache:
         counters["prompt_tokens"] += sequence.num_tokens
         counters["device_hit_tokens"] += device_tokens
         content = sequence.checksum(num_cached, lease._node.id + (sum(lease._stops) << 32))
-        self.planner.note("admit", id, num_cached, sequence.namespace.checksum, content, num_new_tokens)
+        self.decisions.note("admit", id, num_cached, sequence.namespace.checksum, content, num_new_tokens)
         return lease
 
     def grow(self, lease: Lease, num_computed: int, num_new_tokens: int) -> bool:
@@ -318,7 +322,7 @@ class PrefixCache:
         publishes = self.config.caching and not lease.sequence.namespace.retired
         self.leases.insert(lease, num_computed, states, publishes)
         positions = sum(states) if states else 0
-        self.planner.note("insert", lease.id, lease._published, lease._node.id, num_computed, positions)
+        self.decisions.note("insert", lease.id, lease._published, lease._node.id, num_computed, positions)
         if publishes:
             if options:
                 self._set_options(lease, *options)
@@ -337,7 +341,7 @@ class PrefixCache:
             return
         for lease in leases:
             if lease._duplicates is not None and not lease._released:
-                self.planner.note("duplicates", lease.id, self.leases.free_duplicates(lease))
+                self.decisions.note("duplicates", lease.id, self.leases.free_duplicates(lease))
                 if self.quotas is not None:
                     self.quotas.settle(lease)
 
@@ -345,7 +349,7 @@ class PrefixCache:
         self.tiers.raise_priority(lease._node, priority)
         if retain_steps:
             self.retentions.retain(lease, retain_steps)
-        self.planner.note("options", lease.id, priority, retain_steps)
+        self.decisions.note("options", lease.id, priority, retain_steps)
 
     def release(self, lease: Lease) -> None:
         """Gives back what the lease holds. Raises ValueError the second time."""
@@ -355,7 +359,7 @@ class PrefixCache:
             if type(lease) is not Lease or self.leases.get(lease.id) is not lease:
                 bad_input.check_lease(self.leases, lease, None)
             self.leases.release(lease)
-            self.planner.note("release", lease.id)
+            self.decisions.note("release", lease.id)
         except BaseException as error:
             self.serving.interrupted(error, "release")
             raise
@@ -402,9 +406,9 @@ class PrefixCache:
         returns:  the ids of the transfers that have ended
         Raises RuntimeError while a planned load-back is unapplied.
         """
-        bad_input.check_applied(self.planner.transfers)
+        bad_input.check_applied(self.outbox.transfers)
         self.tiers.step += 1
-        self.planner.step = self.tiers.step
+        self.decisions.step = self.tiers.step
         if self.admission.loading:
             self._scatter_is_due |= self.admission.scattered()
         self.retentions.expire()
@@ -429,9 +433,9 @@ class PrefixCache:
 
     @changes
     def take_plan(self) -> Plan:
-        """What has been planned since the last time; whoever takes it applies it."""
+        """What has been planned since the last time; the caller applies it."""
         self._scatter_is_due = False
-        return self.planner.take()
+        return self.outbox.take()
 
     def plan_is_applied(self) -> bool:
         """Whether a model step may run: nothing is planned, and no load-back waits to be scattered in this step.
@@ -439,7 +443,7 @@ class PrefixCache:
         Raises ServingEnded if none may ever run again.
         """
         self.serving.check()
-        return not self.planner.transfers and not self._scatter_is_due
+        return not self.outbox.transfers and not self._scatter_is_due
 
     # ---- everything at once
 
@@ -450,7 +454,7 @@ class PrefixCache:
         self.retentions.release_all()
         self.clearing.clear_all()
         self.leases.uncomputed = None
-        self.planner.note("reset")
+        self.decisions.note("reset")
 
     @changes
     def forget_device(self) -> None:
@@ -463,4 +467,4 @@ class PrefixCache:
         self.retentions.release_all()
         self.clearing.keep_host()
         self.leases.uncomputed = None
-        self.planner.note("forget_device")
+        self.decisions.note("forget_device")

@@ -119,7 +119,7 @@ class Restoring:
         )
         large = PrefixCache(core.components, config)
         if large.tiers.tenants is not None and tiers.tenants is not None:
-            for groups, real in zip(large.tiers.tenants.groups, tiers.tenants.groups, strict=True):
+            for groups, real in zip(large.tiers.tenants.accounts, tiers.tenants.accounts, strict=True):
                 groups.floors = real.floors
                 groups.quotas = [groups.quotas[0], *real.quotas[1:]]  # of those that have limits
         origins = Restoring(large).adopt(record, placements(large, record), 0)
@@ -133,7 +133,7 @@ class Restoring:
         surplus = residency.allocator.num_pages - num_pages
         num = len(large.tiers.components)
         for root in (None, *large.tiers.tree.all_roots()):  # floors protect a tenant from all but itself
-            large.tiers.make_room(residency, surplus, Purpose(account=0 if root is None else root.group))
+            large.tiers.make_room(residency, surplus, Purpose(account=0 if root is None else root.account))
             if residency.allocator.num_free >= surplus:
                 break
         names = [component.name for component in large.components]
@@ -170,7 +170,7 @@ class Restoring:
             _restore_order(residency.order, [nodes[i] for i in order.tolist()])
         if core.stores.attached:
             core.stores.back_fill()
-        core.planner.note("restore", record.num_nodes, checksum)
+        core.decisions.note("restore", record.num_nodes, checksum)
         return origins
 
     def _nodes(self, record: TreeRecord, roots: Sequence[Node]) -> list[Node]:

@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxcache.core.decisions import Counters, Decisions
 from jaxcache.core.kinds import Kinds
 from jaxcache.core.node import Node
-from jaxcache.core.plan import Counters, Planner
+from jaxcache.core.outbox import Outbox
 from jaxcache.core.tiers import Tiers
 from jaxcache.types import Move, Outcome, PageIds, TransferKind
 
@@ -64,10 +65,11 @@ class Stores:
     num_awaited_exchanges: no STORE begins, and nothing is asked, before so many exchanges of ranks have been read
     """
 
-    def __init__(self, tiers: Tiers, kinds: Kinds, planner: Planner, counters: Counters):
+    def __init__(self, tiers: Tiers, kinds: Kinds, decisions: Decisions, outbox: Outbox, counters: Counters):
         self.tiers = tiers
         self.kinds = kinds
-        self.planner = planner
+        self.decisions = decisions
+        self.outbox = outbox
         self.counters = counters
         self.attached = False
         self.queue: deque[list[Waiting]] = deque()
@@ -107,7 +109,7 @@ class Stores:
                     return  # a large tree of which little is in host memory: the rest in later steps
                 continue
             moves = tuple(self._move(c, found) for c, found in runs.items())
-            store = self.planner.add(TransferKind.STORE, moves)
+            store = self.outbox.add(TransferKind.STORE, moves)
             keys = {move.component: move.page_keys for move in moves}
             ends = frozenset((self._name(c), run.keys[-1]) for c, found in runs.items() for run in found)
             self.live[store] = LiveStore(keys, ends)
@@ -271,7 +273,7 @@ class Stores:
             self.mark_stored(component, page_keys[:good], run_ends)
             self.counters["stored_pages"] += good
             self.counters["failed_store_pages"] += len(page_keys) - good
-        self.planner.note("stored", store)
+        self.decisions.note("stored", store)
 
     def mark_stored(self, component: str, page_keys: tuple[bytes, ...], run_ends: frozenset[PageName]) -> None:
         """These need not be written again."""

@@ -17,15 +17,15 @@ import numpy as np
 from jaxcache.components.base import Component
 from jaxcache.config import CacheConfig
 from jaxcache.core.change_log import ChangeLog
+from jaxcache.core.decisions import checksum
 from jaxcache.core.eviction import policy
 from jaxcache.core.eviction.order import OrderContext
 from jaxcache.core.eviction.reuse_profile import ReuseProfile
 from jaxcache.core.holds import Holds
-from jaxcache.core.limits.tenants import Groups, Tenants
+from jaxcache.core.limits.tenants import Accounts, Tenants
 from jaxcache.core.missing import Cause, Eviction
 from jaxcache.core.node import FULL, Node
 from jaxcache.core.pages import UNTOLD, Purpose, Residency
-from jaxcache.core.plan import checksum
 from jaxcache.core.tokens import Sequence
 from jaxcache.core.tree import RadixTree
 from jaxcache.types import NO_PAGES, PageIds, Tier, WritePolicy
@@ -86,7 +86,7 @@ class Tiers:
         num_pages = self.config.pages_of(component.name, tier)
         index = c + tier * len(self.components)
         context = OrderContext(index, num_pages, tier, c != FULL, self.profile)
-        by_account = order(context) if self.tenants is None else Groups(context, order, self.tenants)
+        by_account = order(context) if self.tenants is None else Accounts(context, order, self.tenants)
         return residency_of(component)(component, tier, index, num_pages, by_account, self.clock, self.log)
 
     # ---- changes
@@ -98,7 +98,7 @@ class Tiers:
         for residency in self.residencies:
             residency.split(node, prefix, num_pages)
         if self.tenants is not None:
-            self.tenants.changed[node.group] = None
+            self.tenants.changed[node.account] = None
         return prefix
 
     def put(self, residency: Residency, node: Node, page_ids) -> None:

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from jaxcache.core.decisions import Decisions, checksum
 from jaxcache.core.node import Node
-from jaxcache.core.plan import Planner, checksum
 from jaxcache.core.serving import RefusedType, RefusedValue, Serving
 
 INT32 = np.dtype(np.int32)
@@ -29,7 +29,7 @@ class Owner(Protocol):
     """The cache that namespaces and sequences belong to."""
 
     serving: Serving
-    planner: Planner
+    decisions: Decisions
 
 
 class Namespace:
@@ -97,6 +97,7 @@ class Sequence:
     __slots__ = (
         "cuts",
         "data",
+        "decisions",
         "found",
         "found_end",
         "found_limit",
@@ -108,14 +109,13 @@ class Sequence:
         "num_leases",
         "num_tokens",
         "page_bytes",
-        "planner",
         "prefix",
         "prompt_tokens",
         "root",
         "uses",
     )
 
-    def __init__(self, namespace: Namespace, root: Node, tokens: Any, page_tokens: int, planner: Planner):
+    def __init__(self, namespace: Namespace, root: Node, tokens: Any, page_tokens: int, decisions: Decisions):
         self.namespace = namespace
         self.root = root
         self.data: bytes | bytearray = token_bytes(tokens)  # a bytearray from the first extend on
@@ -123,7 +123,7 @@ class Sequence:
         if not self.num_tokens:
             raise ValueError("a sequence needs at least one token")
         self.page_bytes = page_tokens * 4
-        self.planner = planner
+        self.decisions = decisions
         self.lease_id = self.num_leases = 0
         self.keys: list[bytes] = []
         self.found = root
@@ -155,7 +155,7 @@ class Sequence:
         try:
             self.data += new
             self.num_tokens = num_tokens = len(self.data) // 4
-            self.planner.note("extend", self.lease_id, num_tokens, checksum(new))
+            self.decisions.note("extend", self.lease_id, num_tokens, checksum(new))
         except BaseException as error:  # tokens without their number, or in one process's digest only
             serving.end(error, "extend")
             raise
@@ -226,7 +226,7 @@ def _append(core: Owner, sequences: list[Sequence] | tuple[Sequence, ...], new: 
         sequence.num_tokens += 1
         at += 4
     ids = np.fromiter([sequence.lease_id for sequence in sequences], np.int64, len(sequences))
-    core.planner.note("extend_all", len(sequences), checksum(ids), checksum(new))
+    core.decisions.note("extend_all", len(sequences), checksum(ids), checksum(new))
 
 
 def token_bytes(tokens: Any) -> bytes:

@@ -157,7 +157,7 @@ class RadixTree:
         return node
 
     def split(self, node: Node, at: int) -> Node:
-        """Cuts a node at token `at`; the new node is the prefix, so whoever ends at `node` still does.
+        """Cuts a node at token `at`; the new node is the prefix, so leases that end at `node` still do.
 
         parent --[ edge ]-- node    becomes    parent --[ prefix ]-- new --[ rest ]-- node
         """

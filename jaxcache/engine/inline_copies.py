@@ -2,7 +2,7 @@
 
     gather program --> staging --> worker --> rows      two copies, a program, and a job for each device
     pages of the pool -----------------------> rows     one copy, no longer than that dispatch
-    rows --------------------> pages of the pool        after a donation, which waits for whoever still reads them
+    rows --------------------> pages of the pool        after a donation, which waits for all that still read them
 
 Only of pools that are computed and rows that nobody uses; otherwise nothing is done, and the usual way is taken.
 """

@@ -53,7 +53,7 @@ class Pause(NamedTuple):
 class Job:
     """Something that will be done, or fail. As a `concurrent.futures.Future`, which takes ten times as long to make.
 
-    Callbacks are called once, by whoever ends it or adds them; they raise nothing.
+    Callbacks are called once, in the thread that ends the job or adds them; they raise nothing.
     """
 
     __slots__ = ("__weakref__", "_callbacks", "_error", "_is_done", "_lock", "_result")

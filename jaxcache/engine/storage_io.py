@@ -1,6 +1,6 @@
 """STORE, QUERY and FETCH: storage's own threads, deadlines and circuit breaker.
 
-    start --> one job per batch of pages, after whoever fills or reads its host pages --> StorageOperation --> poll
+    start --> one job per batch of pages, after the jobs that fill or read its host pages --> StorageOperation --> poll
 
 Nothing here raises for what storage does: a failure, a deadline or an open breaker makes misses, and is counted.
 A failure is anything that a storage raises, BaseException included (a library's panic, a SystemExit), and any answer

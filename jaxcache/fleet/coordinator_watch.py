@@ -54,7 +54,7 @@ class CoordinatorWatch:
             was_there = True
             self._hold(connection)
             num_short = num_short + 1 if time.monotonic() - start < SHORT_S else 0
-            if num_short:  # whoever goes on dropping connections at once is asked rarely
+            if num_short:  # a coordinator that goes on dropping connections at once is asked rarely
                 self._is_over.wait(NAP_S if num_short <= MAX_NAPS else SHORT_S)
 
     def _hold(self, connection: socket.socket) -> None:

@@ -22,9 +22,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jaxcache.agreement.peers import Peers, State
+from jaxcache.agreement.peers import Peers, ProcessReport
 from jaxcache.agreement.readiness import wait_until_ready
-from jaxcache.core.plan import DecisionLog, first_difference
+from jaxcache.core.decisions import DecisionLog, first_difference
 from jaxcache.fleet.bulletin import Bulletin, coordinator_address
 from jaxcache.fleet.coordinator_watch import CoordinatorWatch
 from jaxcache.fleet.process_end import reason
@@ -67,7 +67,7 @@ class Fleet(Peers):
                 raise error.__cause__ from None  # no other process can be to blame
             raise
 
-    def watch(self, state: Callable[[], State]) -> None:
+    def watch(self, state: Callable[[], ProcessReport]) -> None:
         """From now on says on stderr what `state`, called on another thread, returns when process 0 is gone."""
 
         state_of = weakref.WeakMethod(state)  # a thread must keep no cache alive
@@ -93,7 +93,7 @@ class Fleet(Peers):
         """Whether another process has given up or left."""
         return len(self.processes) > 1 and self._bulletin.is_posted(GIVEN_UP, self.processes)
 
-    def fault(self, error: ServingEnded, state: State, is_own: bool = True) -> ServingEnded:
+    def fault(self, error: ServingEnded, state: ProcessReport, is_own: bool = True) -> ServingEnded:
         """A copy or a call failed, and this process stops: the others are told why before they miss it, or say why.
 
         RankUnresponsive: what failed here is what a lost process owes, as far as one can tell.
@@ -105,7 +105,9 @@ class Fleet(Peers):
             return RankUnresponsive("\n  ".join([f"{error} (process {self.process})", *_by_process(heard), *silent]))
         return error if is_own else _fault_of(heard) or error
 
-    def unresponsive(self, what: str, error: RankUnresponsive, state: State) -> RankUnresponsive | TransferFault:
+    def unresponsive(
+        self, what: str, error: RankUnresponsive, state: ProcessReport
+    ) -> RankUnresponsive | TransferFault:
         """The report on `what`, which did not come; `error` says how. TransferFault: another stopped for that."""
         own = f"{what} {error}; {state.summary}"
         self._say(own)
@@ -116,7 +118,7 @@ class Fleet(Peers):
             return fault
         return RankUnresponsive("\n  ".join([f"{what} {error} (process {self.process})", *_by_process(heard), *silent]))
 
-    def give_up(self, error: Exception, state: State) -> None:
+    def give_up(self, error: Exception, state: ProcessReport) -> None:
         """This process cannot go on, whatever the others do: they are told why before they miss it."""
         self._say(f"{reason(error)}; {state.summary}")
         self._exchange(GIVEN_UP, f"cannot go on: {reason(error)}")
@@ -129,7 +131,7 @@ class Fleet(Peers):
         why = f" ({self._bulletin.why_silent})" if self._bulletin.why_silent else ""
         return [*left, f"nothing was heard within {self.listen_s:g} s of: process {', '.join(map(str, silent))}{why}"]
 
-    def diverged(self, error: RanksDiverged, state: State) -> RanksDiverged:
+    def diverged(self, error: RanksDiverged, state: ProcessReport) -> RanksDiverged:
         """The report on a difference that every process has seen in the same step."""
         self._say(f"{error}; {state.summary}")
         own = {"summary": state.summary, "since": state.since, "log": state.decisions, "counts": dict(state.counts)}
@@ -139,15 +141,15 @@ class Fleet(Peers):
         if difference is None and len(logs) == len(self.processes):
             difference = f"none since step {max(log.since for log in logs.values())}"
         lines = [f"{error} (process {self.process})", f"first difference: {difference or 'not known'}"]
-        lines += different({process: said["counts"] for process, said in heard.items()})
+        lines += lines_that_differ({process: said["counts"] for process, said in heard.items()})
         lines += _by_process({process: said["summary"] for process, said in heard.items()})
         return RanksDiverged("\n  ".join([*lines, *self._silent(heard)]))
 
-    def differing(self, settings: Mapping[str, str]) -> list[str]:
+    def exchange_settings(self, settings: Mapping[str, str]) -> list[str]:
         """What all processes say about themselves, where that differs; and who said nothing."""
         heard = self._exchange("settings", json.dumps(dict(settings)))
         said = {process: json.loads(text) for process, text in heard.items()}
-        return [*different(said), *self._silent(heard)]
+        return [*lines_that_differ(said), *self._silent(heard)]
 
     def failures(self, own: str) -> list[str]:
         """Why processes could not start, of all that say so; own: why this one could not, or nothing."""
@@ -158,7 +160,7 @@ class Fleet(Peers):
         return self._bulletin.exchange(kind, self.process, text, self.processes, self.listen_s)
 
 
-def different(said: Mapping[int, Mapping[str, object]]) -> list[str]:
+def lines_that_differ(said: Mapping[int, Mapping[str, object]]) -> list[str]:
     """One line for every name under which processes hold different values, in the order of the names."""
     names = dict.fromkeys(name for values in said.values() for name in values)
     lines = []

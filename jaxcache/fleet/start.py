@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 from jaxcache import __version__
 from jaxcache.agreement.collective import reduction_of
 from jaxcache.agreement.lanes import CLOCK_MODULUS, DIGEST_LANES, NEUTRAL, are_equal, digest_lanes
-from jaxcache.agreement.peers import Peers, State
+from jaxcache.agreement.peers import Peers, ProcessReport
 from jaxcache.components.base import Component
 from jaxcache.config import CacheConfig
 from jaxcache.fleet.fleet import Fleet
@@ -44,7 +44,7 @@ REFUSED = -1  # instead of capacities, by a process whose settings cannot be
 _starts: Counter[str] = Counter()  # by the devices of the mesh
 
 
-class Start(NamedTuple):
+class AgreedStart(NamedTuple):
     """The config that all ranks use, the layouts of its pages, and the fleet of the cache's later reports."""
 
     config: CacheConfig
@@ -52,7 +52,9 @@ class Start(NamedTuple):
     fleet: Fleet
 
 
-def agree_on_start(components: Sequence[Component], mesh: Mesh, config: CacheConfig, storage: Storage | None) -> Start:
+def agree_on_start(
+    components: Sequence[Component], mesh: Mesh, config: CacheConfig, storage: Storage | None
+) -> AgreedStart:
     """Every process of the mesh calls it with its own capacities, and everything else equal.
 
     Raises RanksDiverged, in all of them, naming what differs; RankUnresponsive if one does not come. ValueError for
@@ -77,15 +79,15 @@ def agree_on_start(components: Sequence[Component], mesh: Mesh, config: CacheCon
     row = _reduced(own_row, mesh, fleet, "the agreement on capacities")
     fleet = Fleet(mesh, config.agreement_timeout_s, f"{topic}-{row[NUM_UNANIMOUS]}")
     if not are_equal(row):
-        differing = fleet.differing(said)
-        raise problem or _error("the ranks' settings differ", fleet, differing)
+        different = fleet.exchange_settings(said)
+        raise problem or _error("the ranks' settings differ", fleet, different)
     if problem or REFUSED in row[DIGEST_LANES:NUM_UNANIMOUS]:
         failures = fleet.failures(reason(problem) if problem else "")
         raise problem or _error("another process refuses its own settings", fleet, failures)
     agreed = iter(row[DIGEST_LANES:NUM_UNANIMOUS].tolist())
     smallest = {tier: {name: next(agreed) for name in names} for tier in CAPACITIES}
     config = config if smallest == own else replace(config, **smallest)
-    return Start(replace(config, storage_unit_pages=_units(config, components, layouts)), layouts, fleet)
+    return AgreedStart(replace(config, storage_unit_pages=_units(config, components, layouts)), layouts, fleet)
 
 
 @contextmanager
@@ -175,5 +177,5 @@ def _reduced(row: np.ndarray, mesh: Mesh, fleet: Peers, what: str) -> np.ndarray
         reduction.start(np.broadcast_to(row, (mesh.size, len(row))))
         return np.frombuffer(reduction.finish(fleet.wait_s, fleet.is_reported), np.int32)
     except RankUnresponsive as error:
-        state = State(0, 0, "nothing agreed yet", 0, [], {})
+        state = ProcessReport(0, 0, "nothing agreed yet", 0, [], {})
         raise fleet.unresponsive(what, error, state) from error

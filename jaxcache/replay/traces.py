@@ -70,7 +70,7 @@ def read_trace(path: Path, num_requests: int | None = None, skipped: list[str] |
 
 
 def _block_tokens(requests: list[TraceRequest]) -> int:
-    """The power of two that explains most lengths (512 if in doubt), or else the smallest size that does."""
+    """The power of two that explains most lengths (512 if none explains more), or else the smallest size that does."""
 
     def num_fitting(size: int) -> int:
         return sum((len(r.block_ids) - 1) * size < r.input_length <= len(r.block_ids) * size for r in requests)

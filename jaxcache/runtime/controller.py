@@ -14,8 +14,8 @@ from typing import Any, Generic, TypeVar
 
 from jaxcache.agreement import local_outcomes
 from jaxcache.agreement.agreement import Agreement
-from jaxcache.agreement.lanes import Agreed
-from jaxcache.agreement.peers import Peers, State
+from jaxcache.agreement.lanes import AgreedReport
+from jaxcache.agreement.peers import Peers, ProcessReport
 from jaxcache.core import bad_input
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.core.serving import changes
@@ -38,7 +38,7 @@ class Controller(Generic[E]):
         self.serving = core.serving
         self._has_told = False
         self.is_draining = False  # the loop does nothing else: storing does not rest, and each step tells the clock
-        self.agreed = Agreed(0, {}, 0)  # the last one
+        self.agreed = AgreedReport(0, {}, 0)  # the last one
         fleet.watch(self._state)
 
     def step(self) -> None:
@@ -51,7 +51,7 @@ class Controller(Generic[E]):
 
     @changes
     def _step(self) -> None:
-        bad_input.check_applied(self.core.planner.transfers)  # before the agreement is taken
+        bad_input.check_applied(self.core.outbox.transfers)  # before the agreement is taken
         agreed = self._read()
         ended = self.core.commit({}) if agreed is None else self.core.commit(agreed.outcomes, agreed.clock_ms)
         is_busy = bool(self.core.leases)
@@ -63,7 +63,7 @@ class Controller(Generic[E]):
             self.engine.cancel(id)
         self._issue()
 
-    def _read(self) -> Agreed | None:
+    def _read(self) -> AgreedReport | None:
         try:
             agreed = self.agreement.read(self.fleet.wait_s, self.fleet.is_reported)
         except RankUnresponsive as error:
@@ -152,13 +152,13 @@ class Controller(Generic[E]):
         if self.serving.ended is None:
             self.engine.close()
 
-    def _state(self) -> State:
-        core, planner, agreed = self.core, self.core.planner, self.agreed
-        since = max(agreed.step, planner.complete_since())
-        decisions = [decision for decision in planner.recent.copy() if decision[0] >= since]
+    def _state(self) -> ProcessReport:
+        core, known, agreed = self.core, self.core.decisions, self.agreed
+        since = max(agreed.step, known.complete_since())
+        decisions = [decision for decision in known.recent.copy() if decision[0] >= since]
         ids = f"transfers {sorted(agreed.outcomes)}" if agreed.outcomes else "no transfers"
         last = f"last agreed in step {agreed.step} on {ids}"
-        return State(core.step_number, local_outcomes.digest(core), last, since, decisions, core.counts())
+        return ProcessReport(core.step_number, local_outcomes.digest(core), last, since, decisions, core.counts())
 
     def apply(self, pools: P) -> P:
         """Dispatches everything planned so far, in plan order; load-backs of earlier steps are scattered first.
@@ -167,7 +167,7 @@ class Controller(Generic[E]):
         """
         self._check()
         core = self.core
-        bad_input.check_computed(core.leases.uncomputed, core.tiers, core.planner.transfers)
+        bad_input.check_computed(core.leases.uncomputed, core.tiers, core.outbox.transfers)
         try:
             plan = self.core.take_plan()
             return self.engine.apply(pools, plan.transfers, self.core.step_number)

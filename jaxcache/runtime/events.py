@@ -1,6 +1,6 @@
 """Events: which pages came and went, for routers that send a request to the replica that has its prefix.
 
-    core --ChangeLog--> EventStream --BlockStored, BlockRemoved, AllCleared--> whoever asks, in any thread
+    core --ChangeLog--> EventStream --BlockStored, BlockRemoved, AllCleared--> any thread that takes them
 
 The core notes changes of nodes; here a mirror of its nodes turns them into changes of pages, and hashes the page keys.
 A replay of the events holds exactly the (tier, component, page key) that the tree holds and a request can find.

@@ -114,9 +114,9 @@ class Scenario:
             plane.time.advance(now_us)
 
     def _same_digests(self) -> None:
-        digest = self.core.planner.digest
+        digest = self.core.decisions.digest
         for core in self.cores:
-            assert core.planner.digest == digest, f"I8: digests={[core.digest for core in self.cores]}"
+            assert core.decisions.digest == digest, f"I8: digests={[core.digest for core in self.cores]}"
 
     def apply(self) -> None:
         for rank in self.ranks:

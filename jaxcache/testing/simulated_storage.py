@@ -68,7 +68,7 @@ class SimulatedStorage:
             self.put(rank, ObjectKey(keys[-1], self.components[c], name), payload, is_torn)
 
     def clear(self) -> None:
-        """Empties it for all ranks, whoever asks."""
+        """Empties it for all ranks."""
         for values in self.values:
             values.clear()
 

@@ -200,7 +200,7 @@ class Simulation:
             for request in list(scenario.running):
                 if request in scenario.running:
                     scenario.run(request)
-        if any(transfer.kind is TransferKind.LOAD_BACK for transfer in scenario.core.planner.transfers):
+        if any(transfer.kind is TransferKind.LOAD_BACK for transfer in scenario.core.outbox.transfers):
             scenario.apply()
 
     def _admit(self, request: Request) -> None:

@@ -20,9 +20,9 @@ PAGE_FAULTS = ("lost", "corrupt", "torn")
 CALL_FAULTS = ("short", "slow", "stalled", "refused")
 FAULTS = (*PAGE_FAULTS, *CALL_FAULTS)
 PAGE_FAULTS_OF = {"exists": (), "get": ("lost", "corrupt"), "put": ("torn",)}
-CARDS = 4096
-PAGE_CARDS = 240  # of CARDS, each kind of fault of pages
-CALL_CARDS = 40
+NUM_DRAWS = 4096
+DRAWS_PER_PAGE_FAULT = 240  # of NUM_DRAWS, each kind of fault of pages
+DRAWS_PER_CALL_FAULT = 40
 ALL_RANKS, LOTS = 64, 256  # so many of so many faults strike every rank
 OUTAGE_STEPS, OUTAGES = 16, 64  # storage refuses everything for so many steps, once in so many times as long
 
@@ -35,29 +35,30 @@ class StorageFaults:
         self.num_ranks = num_ranks
         self.counts: Counter[str] = Counter()
         self._has_outages = "refused" in kinds
-        of_calls = self._cards(CALL_FAULTS, kinds, int(CALL_CARDS * rate))
-        self._cards_of = {
-            call: self._cards(own, kinds, int(PAGE_CARDS * rate)) + of_calls for call, own in PAGE_FAULTS_OF.items()
+        of_calls = self._draws(CALL_FAULTS, kinds, int(DRAWS_PER_CALL_FAULT * rate))
+        self._draws_of = {
+            call: self._draws(own, kinds, int(DRAWS_PER_PAGE_FAULT * rate)) + of_calls
+            for call, own in PAGE_FAULTS_OF.items()
         }
 
     @staticmethod
-    def _cards(known: tuple[str, ...], kinds: Collection[str], number: int) -> list[str]:
-        """The faults that can be drawn; all other cards are empty."""
+    def _draws(known: tuple[str, ...], kinds: Collection[str], number: int) -> list[str]:
+        """The faults that can be drawn; all other draws are empty."""
         return [kind for kind in known if kind in kinds for _ in range(number)]
 
     def of_call(self, rank: int, step: int, call: str, page_key: bytes) -> str:
         """What strikes a call that is made in `step`; "" is nothing."""
-        cards = self._cards_of[call]
-        if not cards:
+        draws = self._draws_of[call]
+        if not draws:
             return ""
         if self._has_outages and not mix(self.seed, step // OUTAGE_STEPS) % OUTAGES:
             return "refused"
         number = mix(self.seed, step, number_of(page_key), len(call))
-        card = number % CARDS
-        if card >= len(cards):
+        draw = number % NUM_DRAWS
+        if draw >= len(draws):
             return ""
-        lot = number // CARDS % LOTS
-        return cards[card] if lot < ALL_RANKS or lot % self.num_ranks == rank else ""
+        lot = number // NUM_DRAWS % LOTS
+        return draws[draw] if lot < ALL_RANKS or lot % self.num_ranks == rank else ""
 
     def struck(self, kind: str) -> None:
         self.counts[kind] += 1

@@ -14,8 +14,8 @@ import numpy as np
 
 from jaxcache.agreement import reduction
 from jaxcache.agreement.agreement import Agreement
-from jaxcache.agreement.lanes import Agreed, Lanes
-from jaxcache.agreement.peers import Peers, State
+from jaxcache.agreement.lanes import AgreedReport, Lanes
+from jaxcache.agreement.peers import Peers, ProcessReport
 from jaxcache.agreement.reduction import Reduction, never
 from jaxcache.core.prefetch import Prefetch
 from jaxcache.core.prefix_cache import PrefixCache
@@ -69,7 +69,7 @@ class VirtualRank:
 
     def apply(self) -> None:
         """Raises what a check of the plane has raised, rather than that the plan was not carried out."""
-        if self.core.planner.transfers:
+        if self.core.outbox.transfers:
             self._check_planned()
         try:
             self.plane.pools = self.controller.apply(self.plane.pools)
@@ -105,7 +105,7 @@ class VirtualRank:
 
     def _check_planned(self) -> None:
         """I5: nothing ever waits for storage to let go of a host page: it is used again when all ranks are quiet."""
-        for transfer in self.core.planner.transfers:
+        for transfer in self.core.outbox.transfers:
             if transfer.kind is TransferKind.FETCH:
                 self._check_found(transfer)
             is_writer = transfer.kind in WRITERS
@@ -150,7 +150,7 @@ class WatchedAgreement(Agreement):
         super().__init__(lanes, reduction)
         self.engine = engine
 
-    def read(self, timeout_s: float, is_reported: Callable[[], bool] = never) -> Agreed | None:
+    def read(self, timeout_s: float, is_reported: Callable[[], bool] = never) -> AgreedReport | None:
         agreed = super().read(timeout_s, is_reported)
         if agreed is not None and agreed.outcomes:
             self._check(agreed.outcomes)
@@ -210,19 +210,19 @@ class SilentPeers(Peers):
     def wait_for(self, arrays: Sequence[Any]) -> None:
         pass
 
-    def watch(self, state: Callable[[], State]) -> None:
+    def watch(self, state: Callable[[], ProcessReport]) -> None:
         pass
 
-    def fault(self, error: ServingEnded, state: State, is_own: bool = True) -> ServingEnded:
+    def fault(self, error: ServingEnded, state: ProcessReport, is_own: bool = True) -> ServingEnded:
         return error
 
-    def unresponsive(self, what: str, error: RankUnresponsive, state: State) -> RankUnresponsive:
+    def unresponsive(self, what: str, error: RankUnresponsive, state: ProcessReport) -> RankUnresponsive:
         return error
 
-    def diverged(self, error: RanksDiverged, state: State) -> RanksDiverged:
+    def diverged(self, error: RanksDiverged, state: ProcessReport) -> RanksDiverged:
         return error
 
-    def give_up(self, error: Exception, state: State) -> None:
+    def give_up(self, error: Exception, state: ProcessReport) -> None:
         pass
 
     def failures(self, own: str) -> list[str]:

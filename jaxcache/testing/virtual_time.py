@@ -57,7 +57,7 @@ class VirtualWorkers(Workers):
 
     def put(self, steps: Steps) -> None:
         self._ready.append(steps)
-        if not self._is_beginning:  # else whoever is below on the stack goes on with it
+        if not self._is_beginning:  # else the call below on the stack goes on with it
             self._begin_ready()
 
     def end(self) -> list[threading.Thread]:

@@ -57,7 +57,7 @@ def retirements_break(monkeypatch):
     def retire(self: Scenario, index: int) -> None:
         self.counts["retired_namespaces"] += 1
         if self.counts["retired_namespaces"] == 2:
-            self.cores[1].planner.note("reset")
+            self.cores[1].decisions.note("reset")
 
     monkeypatch.setattr(Scenario, "retire", retire)
 

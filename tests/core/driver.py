@@ -168,7 +168,7 @@ def iterate(scenario: Scenario, rng: random.Random, max_tokens: int, abort_chanc
                 scenario.run(request)
             if not scenario.core.plan_is_applied() and rng.random() < 0.5:
                 scenario.apply()
-    if any(transfer.kind is TransferKind.LOAD_BACK for transfer in scenario.core.planner.transfers):
+    if any(transfer.kind is TransferKind.LOAD_BACK for transfer in scenario.core.outbox.transfers):
         scenario.apply()
 
 

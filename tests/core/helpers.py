@@ -69,7 +69,7 @@ class Server:
         return self.core.match(self.sequence([*tokens, NEXT], namespace))
 
     def planned(self, kind: TransferKind) -> list[Transfer]:
-        return [transfer for transfer in self.core.planner.transfers if transfer.kind is kind]
+        return [transfer for transfer in self.core.outbox.transfers if transfer.kind is kind]
 
     def free(self, component: str = "full") -> int:
         return self._residency(self.core.tiers.device, component).allocator.num_free

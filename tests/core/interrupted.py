@@ -179,7 +179,7 @@ def fingerprint(core: PrefixCache) -> tuple:
         (lease.id, lease.num_computed, lease.num_tokens, lease._published, tuple(map(id, lease.page_ids)))
         for lease in core.leases.values()
     ]
-    return core.digest, core.sizes(), nodes, free, leases, len(core.planner.transfers), core.next_lease_id
+    return core.digest, core.sizes(), nodes, free, leases, len(core.outbox.transfers), core.next_lease_id
 
 
 def main(name: str, num_steps: int, one_of: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxcache.core.limits.tenants import Groups
+from jaxcache.core.limits.tenants import Accounts
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.testing.request import Request
 from jaxcache.testing.scenario import Scenario
@@ -32,36 +32,36 @@ def tenant(core: PrefixCache, request: Request) -> int:
     return 0 if tenants is None or namespace.retired else tenants.numbers.get(namespace.fields["tenant"], 0)
 
 
-def groups_of(core: PrefixCache) -> Groups | None:
+def accounts_of(core: PrefixCache) -> Accounts | None:
     tenants = core.tiers.tenants
-    return None if tenants is None else tenants.groups[0]
+    return None if tenants is None else tenants.accounts[0]
 
 
 def resident(core: PrefixCache) -> list[int]:
-    groups = groups_of(core)
-    return [] if groups is None else groups.resident.copy()
+    accounts = accounts_of(core)
+    return [] if accounts is None else accounts.resident.copy()
 
 
 def check_floors(core: PrefixCache, before: list[int], served: int) -> None:
     """Nobody else took a page of a floor."""
-    groups = groups_of(core)
-    if groups is not None:
-        for who, (was, now, floor) in enumerate(zip(before, groups.resident, groups.floors, strict=True)):
+    accounts = accounts_of(core)
+    if accounts is not None:
+        for who, (was, now, floor) in enumerate(zip(before, accounts.resident, accounts.floors, strict=True)):
             assert who == served or now >= min(was, floor), f"E7: {who=} {was=} {now=} {floor=}"
 
 
 def check_admission(core: PrefixCache, who: int) -> None:
     """Requests of one tenant together stay within its quota; one that is alone may not."""
-    groups, tenants = groups_of(core), core.tiers.tenants
-    if groups is not None and tenants is not None and who:
-        leases = [lease for lease in core.leases.values() if tenants.tenant_of[lease._node.group] == who]
-        used = groups.pinned[who] + groups.owned[who]
-        assert len(leases) == 1 or used <= groups.quotas[who], f"E7: {who=} {used=} of {groups.quotas[who]}"
+    accounts, tenants = accounts_of(core), core.tiers.tenants
+    if accounts is not None and tenants is not None and who:
+        leases = [lease for lease in core.leases.values() if tenants.tenant_of[lease._node.account] == who]
+        used = accounts.pinned[who] + accounts.owned[who]
+        assert len(leases) == 1 or used <= accounts.quotas[who], f"E7: {who=} {used=} of {accounts.quotas[who]}"
 
 
 def check_quota(core: PrefixCache, who: int) -> None:
     """After an insert nothing is above the quota that could leave."""
-    groups = groups_of(core)
-    if groups is not None and who:
-        surplus = groups.resident[who] + groups.owned[who] - groups.quotas[who]
-        assert surplus <= 0 or groups.resident[who] == groups.pinned[who], f"E7: {who=} {surplus=}"
+    accounts = accounts_of(core)
+    if accounts is not None and who:
+        surplus = accounts.resident[who] + accounts.owned[who] - accounts.quotas[who]
+        assert surplus <= 0 or accounts.resident[who] == accounts.pinned[who], f"E7: {who=} {surplus=}"

@@ -14,7 +14,7 @@ def everything(server: Server) -> tuple:
     free = [residency.allocator.num_free for residency in tiers.residencies]
     orders = [list(residency.order) for residency in tiers.residencies]
     counters = {name: count for name, count in core.counters.items() if name != "waits"}
-    return core.digest, core.live_transfers(), free, orders, tiers.tree.num_nodes, counters, len(core.planner.transfers)
+    return core.digest, core.live_transfers(), free, orders, tiers.tree.num_nodes, counters, len(core.outbox.transfers)
 
 
 # ---- waiting

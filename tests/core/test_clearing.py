@@ -225,7 +225,7 @@ def test_dropping_the_device_loses_what_was_not_dispatched():
     assert server.planned(TransferKind.BACKUP)
     server.rank.forget_device()
     server.check()
-    assert not server.core.planner.transfers
+    assert not server.core.outbox.transfers
     assert server.match(prompt(24)) == Match(16, 0, 16, 0, ())
     assert server.host_free() == 64 - 4
     server.release(server.admit(prompt(17)))

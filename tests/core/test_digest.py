@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jaxcache.core.plan import NUMBERS
+from jaxcache.core.decisions import NUMBERS
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.types import TransferKind
 from tests.core.helpers import FULL, make_core, prompt, server_with_storage, state, window

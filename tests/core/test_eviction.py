@@ -20,7 +20,7 @@ def test_write_through_drops_from_the_device_what_host_memory_has():
     server.rank.apply()
     server.admit(prompt(16, 1000))
     assert server.match(prompt(16)).host_tokens == 16
-    assert not server.core.planner.transfers
+    assert not server.core.outbox.transfers
 
 
 def test_without_a_host_copy_an_evicted_page_is_gone():
@@ -35,9 +35,9 @@ def test_write_back_copies_what_leaves_the_device():
     """E1: and nothing earlier."""
     server = Server(device_pages=4, host_pages=16, write_policy=WritePolicy.WRITE_BACK)
     server.prefill(prompt(16))
-    assert not server.core.planner.transfers
+    assert not server.core.outbox.transfers
     lease = server.admit(prompt(12, 1000))
-    (backup,) = server.core.planner.transfers
+    (backup,) = server.core.outbox.transfers
     assert (backup.kind, len(backup.moves[0].src_page_ids)) == (TransferKind.BACKUP, 3)
     server.compute(lease, 12)
     server.release(lease)

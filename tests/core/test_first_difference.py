@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jaxcache.core.plan import RECENT_DECISIONS, DecisionLog, Difference, Planner, first_difference
+from jaxcache.core.decisions import RECENT_DECISIONS, DecisionLog, Decisions, Difference, first_difference
 
 ADMIT = (3, "admit", 1, 32, 7, 9, 0)
 INSERT = (3, "insert", 1, 32, 2, 9, 0)
@@ -63,11 +63,11 @@ def test_text():
 
 
 def test_a_planner_knows_how_far_back_its_log_reaches():
-    planner = Planner()
-    for planner.step in range(RECENT_DECISIONS):
-        planner.note("release", planner.step)
-        assert planner.complete_since() == (0 if planner.step < RECENT_DECISIONS - 1 else 1)
-    planner.step += 1
-    planner.note("release", 0)
-    assert planner.recent[0][0] == 1
-    assert planner.complete_since() == 2
+    decisions = Decisions()
+    for decisions.step in range(RECENT_DECISIONS):
+        decisions.note("release", decisions.step)
+        assert decisions.complete_since() == (0 if decisions.step < RECENT_DECISIONS - 1 else 1)
+    decisions.step += 1
+    decisions.note("release", 0)
+    assert decisions.recent[0][0] == 1
+    assert decisions.complete_since() == 2

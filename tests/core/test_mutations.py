@@ -30,7 +30,7 @@ from jaxcache.core.kinds.window import Suffix
 from jaxcache.core.leases import Leases
 from jaxcache.core.limits.quotas import Quotas
 from jaxcache.core.limits.retention import Retentions
-from jaxcache.core.limits.tenants import Groups, Tenants
+from jaxcache.core.limits.tenants import Accounts, Tenants
 from jaxcache.core.node import Node
 from jaxcache.core.pages import Residency
 from jaxcache.core.prefetches import Prefetches
@@ -131,7 +131,7 @@ MUTATIONS = (
     Mutation(
         "a window is kept relative to the current position",
         Suffix,
-        "live_start",
+        "window_start_to_keep",
         "newest // self.grid_tokens * self.grid_tokens",
         "newest",
         {"mixture": ("full", "window"), "page_tokens": 4},
@@ -252,7 +252,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a floor is promised away",
-        Groups,
+        Accounts,
         "promised",
         "min(resident - pinned, self._above_floor(tenant, served))",
         "resident - pinned",
@@ -260,19 +260,21 @@ MUTATIONS = (
     ),
     Mutation(
         "a floor protects only what is below it",
-        Groups,
+        Accounts,
         "_rank",
         "else (ABOVE_FLOOR, cap)",
         "else (ABOVE_FLOOR, self.resident[tenant])",
         FLOORS,
     ),
     Mutation("a quota is ignored at insert", Quotas, "enforce", "if excess > 0", "if False", QUOTAS),
-    Mutation("a quota is ignored at admission", Quotas, "over", "num_pages > groups.quotas[tenant]", "False", QUOTAS),
+    Mutation("a quota is ignored at admission", Quotas, "over", "num_pages > accounts.quotas[tenant]", "False", QUOTAS),
     Mutation("what leases own is no tenant's", Quotas, "settle", "new - old", "0", QUOTAS),
-    Mutation("a split is on nobody's account", Node, "__init__", "0 if parent is None else parent.group", "0", FLOORS),
+    Mutation(
+        "a split is on nobody's account", Node, "__init__", "0 if parent is None else parent.account", "0", FLOORS
+    ),
     Mutation(
         "an account does not lose what leaves",
-        Groups,
+        Accounts,
         "count",
         "self.resident[tenant] += resident",
         "self.resident[tenant] += max(0, resident)",
@@ -282,7 +284,7 @@ MUTATIONS = (
         "a retired namespace keeps its floor",
         Tenants,
         "retire",
-        "groups.move(account, 0)",
+        "accounts.move(account, 0)",
         "pass",
         {**FLOORS, "accident_chance": 0.2},
     ),

@@ -8,8 +8,8 @@ import pytest
 
 from jaxcache.config import TenantShare
 from jaxcache.core import invariants
+from jaxcache.core.decisions import describe
 from jaxcache.core.lease import Lease
-from jaxcache.core.plan import describe
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.core.tokens import PUBLIC_FIELDS, Namespace
 from jaxcache.runtime.events import EventStream
@@ -192,7 +192,7 @@ def every_text(core: PrefixCache, namespace: Namespace, foreign: Namespace) -> l
     texts += [namespace, retired, sequence, lease, ticket, *nodes, *core.tiers.tree.all_roots()]
     texts += [core.explain(core.sequence(prompt(n), namespace)) for n in (4, 16, 40)]
     texts += [core.counts(), core.sizes(), dict(core.counters), list(core.retentions.live.values())]
-    texts += [describe(decision) for decision in core.planner.recent]
+    texts += [describe(decision) for decision in core.decisions.recent]
     texts += EventStream(core.tiers).take()
     texts += list(core.tiers.evictions)
     core.release(lease)
@@ -215,7 +215,7 @@ def test_a_broken_invariant_names_no_tenant():
     core = make_core(tenants={TENANT: TenantShare(floor=0.1)})
     namespace = core.new_namespace(model="m", **PRIVATE)
     assert core.tiers.tenants is not None
-    core.tiers.tenants.tenant_of[core.tiers.tree.root(namespace).group] = 0
+    core.tiers.tenants.tenant_of[core.tiers.tree.root(namespace).account] = 0
     with pytest.raises(AssertionError) as caught:
         invariants.check(core)
     assert "I15" in str(caught.value)

@@ -66,7 +66,7 @@ def test_a_share_of_whole_pages_is_as_many_pages():
     """E7: 0.29 * 100 is a little less than 29; retentions and tenants round alike."""
     server = Server(device_pages=100, max_retained_share=0.29, tenants={"a": TenantShare(floor=0.29)})
     assert server.core.retentions.limits == [29]
-    assert server.core.tiers.tenants.groups[0].floors[1] == 29
+    assert server.core.tiers.tenants.accounts[0].floors[1] == 29
     keep(server, prompt(29 * PAGE), 20)
     assert server.core.tiers.device[0].num_pinned == 29
     server.check_empty()

@@ -107,7 +107,7 @@ class CoreMachine(RuleBasedStateMachine):
     def step(self, times: int):
         """A load-back is applied before the next step begins (`commit` insists); anything else may wait."""
         for _ in range(times):
-            if any(transfer.kind is TransferKind.LOAD_BACK for transfer in self.core.planner.transfers):
+            if any(transfer.kind is TransferKind.LOAD_BACK for transfer in self.core.outbox.transfers):
                 self.scenario.apply()
             self.scenario.step()
 

@@ -191,7 +191,7 @@ def test_a_prompt_has_two_stops_at_most(found):
 @pytest.mark.mutation
 @pytest.mark.parametrize("kinds", ["window", "state"])
 def test_without_that_the_same_prompt_finds_nothing(monkeypatch, kinds):
-    start = Window.live_start
+    start = Window.window_start_to_keep
     plan = Admission._plan_stops
 
     def of_the_end(self, lease, num_computed):
@@ -201,7 +201,7 @@ def test_without_that_the_same_prompt_finds_nothing(monkeypatch, kinds):
         plan(self, lease, prefix)
         lease._stops = lease._stops[-1:]
 
-    monkeypatch.setattr(Window, "live_start", of_the_end)
+    monkeypatch.setattr(Window, "window_start_to_keep", of_the_end)
     monkeypatch.setattr(Admission, "_plan_stops", only_the_last)
     with pytest.raises(AssertionError):
         test_the_same_prompt_finds_all_but_what_it_must_compute(kinds, 16)

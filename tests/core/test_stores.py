@@ -24,9 +24,9 @@ def test_a_store_follows_the_backup():
     """L1: of the same pages, named by their keys."""
     server = server_with_storage(FULL, window(6), state())
     server.prefill(prompt(24))
-    (backup,) = server.core.planner.transfers
+    (backup,) = server.core.outbox.transfers
     commit(server)
-    (_, store) = server.core.planner.transfers
+    (_, store) = server.core.outbox.transfers
     for copied, kept in zip(backup.moves, store.moves, strict=True):
         assert kept.component == copied.component
         assert kept.src_page_ids.tolist() == copied.dst_page_ids.tolist()

@@ -122,8 +122,8 @@ def pages(num_resident: int, floor: int, quota: int) -> dict[str, int]:
 def test_without_tenants_nothing_is_counted():
     core = make_core(FULL)
     assert core.quotas is None
-    assert all(residency.groups is None for residency in core.tiers.residencies)
-    assert all(residency.groups is not None for residency in core_of(a=TenantShare()).tiers.residencies)
+    assert all(residency.accounts is None for residency in core.tiers.residencies)
+    assert all(residency.accounts is not None for residency in core_of(a=TenantShare()).tiers.residencies)
 
 
 def test_the_same_digest_under_another_pythonhashseed():
@@ -179,7 +179,7 @@ def test_a_request_of_a_retired_namespace_is_nobody_elses():
     lease = core.admit(late, 20 * PAGE)
     assert isinstance(lease, Lease)
     assert core.tiers.tenants is not None
-    assert core.tiers.tenants.groups[0].owned == [20, 0, 0]  # nobody's
+    assert core.tiers.tenants.accounts[0].owned == [20, 0, 0]  # nobody's
     other = core.new_namespace(model="3")
     serve(core, prompt(12 * PAGE, 9000), other)
     assert found(core, kept, new).num_tokens == 8 * PAGE
@@ -197,12 +197,12 @@ def test_a_lease_without_pages_keeps_its_account():
     assert isinstance(lease, Lease)
     core.insert(lease, 2 * PAGE)
     assert core.tiers.tenants is not None
-    groups = core.tiers.tenants.groups[1]  # of the window; the spine has pages
-    assert groups.num_owned == groups.num_resident == [0, 0]
+    accounts = core.tiers.tenants.accounts[1]  # of the window; the spine has pages
+    assert accounts.num_owned == accounts.num_resident == [0, 0]
     core.retire_namespace(old)
     spaces(core, "b")
     assert core.grow(lease, 2 * PAGE, 5 * PAGE)
-    assert groups.owned == [5, 0, 0]
+    assert accounts.owned == [5, 0, 0]
     invariants.check(core)
     core.release(lease)
     invariants.check(core)
@@ -228,7 +228,7 @@ def test_a_lease_of_a_late_request_keeps_its_account():
         invariants.check(core)
     assert core.grow(lease, 2 * PAGE, 5 * PAGE)
     assert core.tiers.tenants is not None
-    assert core.tiers.tenants.groups[0].owned[1:] == [0, 0]
+    assert core.tiers.tenants.accounts[0].owned[1:] == [0, 0]
     invariants.check(core)
 
 

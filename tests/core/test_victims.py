@@ -19,7 +19,7 @@ from jaxcache.core.eviction.duel import SetDuel
 from jaxcache.core.eviction.lru import Lru
 from jaxcache.core.eviction.order import OrderContext
 from jaxcache.core.lease import Lease
-from jaxcache.core.limits.tenants import ABOVE_FLOOR, OVER_QUOTA, RETIRED, Groups, Victims
+from jaxcache.core.limits.tenants import ABOVE_FLOOR, OVER_QUOTA, RETIRED, Accounts, Victims
 from jaxcache.core.node import Node
 from jaxcache.core.pages import Residency
 from jaxcache.core.prefix_cache import PrefixCache
@@ -43,53 +43,53 @@ SHARES = {"a": TenantShare(floor=0.2, quota=0.6), "b": TenantShare(floor=0.1), "
 
 
 class Room(NamedTuple):
-    """What is asked of `Groups.victim`."""
+    """What is asked of `Accounts.victim`."""
 
     account: int
     num_coming: int
     own_only: bool
 
 
-def rank_of(groups: Groups, room: Room, account: int) -> int | None:
-    tenant, served = groups.tenants.tenant_of[account], groups.tenants.tenant_of[room.account]
+def rank_of(accounts: Accounts, room: Room, account: int) -> int | None:
+    tenant, served = accounts.tenants.tenant_of[account], accounts.tenants.tenant_of[room.account]
     if room.own_only and tenant != served:
         return None
-    if groups.tenants.retired[account]:
+    if accounts.tenants.retired[account]:
         return RETIRED
-    if tenant != served and groups.resident[tenant] <= groups.floors[tenant]:
+    if tenant != served and accounts.resident[tenant] <= accounts.floors[tenant]:
         return None
     coming = room.num_coming if tenant == served else 0
-    used = groups.resident[tenant] + groups.owned[tenant] + coming
-    return OVER_QUOTA if used > groups.quotas[tenant] else ABOVE_FLOOR
+    used = accounts.resident[tenant] + accounts.owned[tenant] + coming
+    return OVER_QUOTA if used > accounts.quotas[tenant] else ABOVE_FLOOR
 
 
-def search(groups: Groups, room: Room) -> tuple[Node | None, dict[int, Node | None]]:
+def search(accounts: Accounts, room: Room) -> tuple[Node | None, dict[int, Node | None]]:
     """The first victim of all, and that of each account that may lose anything."""
     victims = {}
-    for account in range(len(groups.orders)):
-        rank = rank_of(groups, room, account)
+    for account in range(len(accounts.orders)):
+        rank = rank_of(accounts, room, account)
         if rank is not None:
-            victims[account] = groups.orders[account].first()
-    found = [(rank_of(groups, room, a), v.last_used, v.id, v) for a, v in victims.items() if v is not None]
+            victims[account] = accounts.orders[account].first()
+    found = [(rank_of(accounts, room, a), v.last_used, v.id, v) for a, v in victims.items() if v is not None]
     return (min(found, key=lambda key: key[:3])[-1] if found else None), victims
 
 
 def watch(patch: pytest.MonkeyPatch) -> Callable[[], int]:
     """From now on every choice is compared with a search; returns how to ask how many there were."""
-    victim_of, choices = Groups.victim, count()
+    victim_of, choices = Accounts.victim, count()
 
-    def checked(groups: Groups, account: int, num_coming: int, own_only: bool) -> tuple[Node | None, int]:
-        chosen, num_leaving = victim_of(groups, account, num_coming, own_only)
-        expected, victims = search(groups, Room(account, num_coming, own_only))
+    def checked(accounts: Accounts, account: int, num_coming: int, own_only: bool) -> tuple[Node | None, int]:
+        chosen, num_leaving = victim_of(accounts, account, num_coming, own_only)
+        expected, victims = search(accounts, Room(account, num_coming, own_only))
         for account, victim in victims.items():
             entry = None if victim is None else (victim.last_used, victim.id, account)
-            is_noted = any(account in changed for changed in groups.victims._changed)
-            assert is_noted or groups.victims._entries[account] == entry, f"{account=} has changed, but was not noted"
+            is_noted = any(account in changed for changed in accounts.victims._changed)
+            assert is_noted or accounts.victims._entries[account] == entry, f"{account=} has changed, but was not noted"
         assert chosen is expected
         next(choices)
         return chosen, num_leaving
 
-    patch.setattr(Groups, "victim", checked)
+    patch.setattr(Accounts, "victim", checked)
     return lambda: next(choices)
 
 
@@ -200,7 +200,7 @@ class Operations:
 
     def is_noted(self, lease: Lease) -> None:
         assert self.core.tiers.tenants is not None
-        assert lease._node.group in self.core.tiers.tenants.changed
+        assert lease._node.account in self.core.tiers.tenants.changed
 
 
 def random_core(seed: int, policy: str, mixture: str) -> PrefixCache:
@@ -276,7 +276,7 @@ def test_every_call_of_a_residency_notes_the_account(call, mixture):
     (node,) = invariants.all_nodes(core)
     core.tiers.tenants.changed.clear()
     change(core.tiers, residency, node, call)
-    assert list(core.tiers.tenants.changed) == [node.group]
+    assert list(core.tiers.tenants.changed) == [node.account]
 
 
 def test_out_of_date_entries_do_not_pile_up():
@@ -287,15 +287,15 @@ def test_out_of_date_entries_do_not_pile_up():
         victims.open(account, 0)
     nodes = [Node(i, None, b"", b"", 0, 1) for i in range(8)]
     for i, node in enumerate(nodes):
-        node.group, node.last_used = i % 4, i - 8
-        orders[node.group].add(node)
+        node.account, node.last_used = i % 4, i - 8
+        orders[node.account].add(node)
     victims.all_changed()
     for now in range(1000):
         node = nodes[(1, 5)[now % 2]]
         node.last_used = now
-        orders[node.group].discard(node)
-        orders[node.group].add(node)
-        victims.changed(node.group)
+        orders[node.account].discard(node)
+        orders[node.account].add(node)
+        victims.changed(node.account)
         first = victims.first(0)
         assert first is min((order.first() for order in orders), key=lambda n: (n.last_used, n.id))
     assert len(victims._heaps[0]) <= 2 * 4 + 64

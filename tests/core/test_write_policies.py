@@ -43,7 +43,7 @@ def test_one_backup_per_insert_with_one_move_per_component():
     lease = server.admit([*prompt(24), NEXT])
     server.compute(lease, 25)
     server.insert(lease, 25)
-    (backup,) = server.core.planner.transfers
+    (backup,) = server.core.outbox.transfers
     assert [(move.component, len(move.src_page_ids)) for move in backup.moves] == [
         ("full", 6),
         ("window", 2),
@@ -118,7 +118,7 @@ def test_backup_then_evict_then_reuse_in_one_step():
     server = Server(FULL, window(6), device_pages=4, host_pages=16)
     server.prefill(prompt(16))
     lease = server.admit(prompt(16, 1000))
-    assert [transfer.kind for transfer in server.core.planner.transfers] == [BACKUP]
+    assert [transfer.kind for transfer in server.core.outbox.transfers] == [BACKUP]
     assert set(server.planned(BACKUP)[0].moves[0].src_page_ids.tolist()) == set(lease.page_ids[0].tolist())
     server.compute(lease, 16)
     server.insert(lease, 16)
@@ -137,7 +137,7 @@ def test_load_back_of_what_is_not_backed_up_yet():
     server.prefill(prompt(16))
     server.release(server.admit(prompt(20, 1000)))
     lease = server.admit(prompt(17))
-    assert [transfer.kind for transfer in server.core.planner.transfers] == [BACKUP, LOAD_BACK]
+    assert [transfer.kind for transfer in server.core.outbox.transfers] == [BACKUP, LOAD_BACK]
     assert lease.num_cached_tokens == 16
     server.compute(lease, 17)
 
@@ -160,7 +160,7 @@ def test_a_split_while_the_copy_is_under_way_changes_nothing():
 def test_without_a_host_tier_nothing_is_planned():
     server = Server(FULL, window(6), state(), host_pages=0)
     server.prefill(prompt(24))
-    assert not server.core.planner.transfers
+    assert not server.core.outbox.transfers
     assert server.core.counters["skipped_backup_pages"] == 0
 
 

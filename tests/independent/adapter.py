@@ -91,7 +91,7 @@ class Rank:
     @property
     def plans_load_back(self) -> bool:
         """Whether `commit` has to refuse."""
-        return any(transfer.kind is TransferKind.LOAD_BACK for transfer in self.core.planner.transfers)
+        return any(transfer.kind is TransferKind.LOAD_BACK for transfer in self.core.outbox.transfers)
 
     @property
     def is_settled(self) -> bool:

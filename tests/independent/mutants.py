@@ -17,16 +17,16 @@ import pytest
 from jaxcache.core import backups, tokens, tree
 from jaxcache.core.admission import Admission
 from jaxcache.core.clearing import Clearing
+from jaxcache.core.decisions import Decisions
 from jaxcache.core.kinds import base, prefix, window
 from jaxcache.core.kinds.prefix import Prefix, PrefixResidency
 from jaxcache.core.kinds.state import State
 from jaxcache.core.kinds.window import Window
 from jaxcache.core.leases import Leases
 from jaxcache.core.limits.retention import Retentions
-from jaxcache.core.limits.tenants import Groups
+from jaxcache.core.limits.tenants import Accounts
 from jaxcache.core.match import Matcher
 from jaxcache.core.pages import PageAllocator
-from jaxcache.core.plan import Planner
 from jaxcache.core.prefetches import Prefetches
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.core.stores import Stores
@@ -140,21 +140,21 @@ def one_page_more(original: Any, self: Prefetches, prefetch: Any, reason: str) -
 
 def admits_unnoted(patch: pytest.MonkeyPatch) -> None:
     """Every other cache keeps its admits to itself."""
-    numbers, note, init = itertools.count(), Planner.note, Planner.__init__
+    numbers, note, init = itertools.count(), Decisions.note, Decisions.__init__
     silent: set[int] = set()
 
-    def made(self: Planner) -> None:
+    def made(self: Decisions) -> None:
         init(self)
         silent.discard(id(self))
         if next(numbers) % 2:
             silent.add(id(self))
 
-    def noted(self: Planner, what: str, *numbers: int) -> None:
+    def noted(self: Decisions, what: str, *numbers: int) -> None:
         if what != "admit" or id(self) not in silent:
             note(self, what, *numbers)
 
-    patch.setattr(Planner, "__init__", made)
-    patch.setattr(Planner, "note", noted)
+    patch.setattr(Decisions, "__init__", made)
+    patch.setattr(Decisions, "note", noted)
 
 
 def without_log(original: Any, self: RadixTree, *args: Any) -> Any:
@@ -207,7 +207,7 @@ def transit_free(original: Any, self: Clearing, *args: Any) -> None:
 
 
 def wait_noted(original: Any, self: PrefixCache, reason: str) -> Any:
-    self.planner.note("wait", 99, 0)
+    self.decisions.note("wait", 99, 0)
     return original(self, reason)
 
 
@@ -288,7 +288,7 @@ def pin_left(original: Any, self: Leases, lease: Any) -> None:
         self.tiers.device[0].pin_up(lease._node, lease._node.end - 1)
 
 
-def no_floors(original: Any, self: Groups, *args: Any) -> None:
+def no_floors(original: Any, self: Accounts, *args: Any) -> None:
     original(self, *args)
     self.floors = [0] * len(self.floors)
 
@@ -312,7 +312,7 @@ MUTANTS = (
     Mutant("tables keep the ids of freed duplicates", around(Prefix, "publish", table_kept)),
     Mutant(
         "a window is given back a page too early",
-        around(Window, "live_start", lambda f, self, lease, n: min(f(self, lease, n) + self.page_tokens, n)),
+        around(Window, "window_start_to_keep", lambda f, self, lease, n: min(f(self, lease, n) + self.page_tokens, n)),
     ),
     Mutant("windows left behind are not freed", during(Window, "report", PageAllocator, "free", nothing)),
     Mutant("match ignores a missing state", match_without(State)),
@@ -346,6 +346,6 @@ MUTANTS = (
         "every load-back is worth it", around(Admission, "_worth_loading", lambda f, self, prefix: True), is_rare=True
     ),
     Mutant("insert changes a table that was handed out", around(Prefix, "publish", table_changed)),
-    Mutant("a floor protects nothing", around(Groups, "__init__", no_floors), is_rare=True),
+    Mutant("a floor protects nothing", around(Accounts, "__init__", no_floors), is_rare=True),
     Mutant("a hit may be longer than its cap", around(Matcher, "longest", cap_ignored)),
 )

@@ -5,7 +5,7 @@ import pytest
 
 from jaxcache.agreement import collective as collective_module
 from jaxcache.agreement.collective import CollectiveReduction, agreement_on, collective
-from jaxcache.agreement.lanes import FIRST_SLOT, ID, NEUTRAL, Agreed, Lanes
+from jaxcache.agreement.lanes import FIRST_SLOT, ID, NEUTRAL, AgreedReport, Lanes
 from jaxcache.agreement.reduction import LocalReduction, reduce_rows
 from jaxcache.types import Outcome, RanksDiverged, TransferFault
 
@@ -33,7 +33,7 @@ def random_rows(rng, num_ranks, num_lanes=40):
 
 def test_one_rank_gets_back_what_it_said():
     own = said(123, OUTCOMES, 4567)
-    assert LANES.unpack(agree_of(own), own) == Agreed(5, OUTCOMES, 4567)
+    assert LANES.unpack(agree_of(own), own) == AgreedReport(5, OUTCOMES, 4567)
 
 
 @pytest.mark.parametrize("which", [0, 1])
@@ -146,7 +146,7 @@ def test_issue_and_read(make_mesh, form):
     agreement.issue(4, 99, OUTCOMES, 1234, True)
     with pytest.raises(AssertionError, match="has not been read"):
         agreement.issue(5, 99, OUTCOMES, 1235, True)
-    assert agreement.read(60.0) == Agreed(4, OUTCOMES, 1234)
+    assert agreement.read(60.0) == AgreedReport(4, OUTCOMES, 1234)
     assert agreement.read(60.0) is None
 
 

@@ -20,7 +20,7 @@ from jaxcache.agreement import local_outcomes
 from jaxcache.agreement.lanes import DIGEST_LANES
 from jaxcache.agreement.reduction import LocalReduction
 from jaxcache.fleet import start as start_agreement
-from jaxcache.fleet.fleet import FAULT, Fleet, State, different
+from jaxcache.fleet.fleet import FAULT, Fleet, ProcessReport, lines_that_differ
 from jaxcache.fleet.start import agree_on_start, all_or_none
 from jaxcache.types import RanksDiverged, RankUnresponsive, TransferFault
 
@@ -29,7 +29,7 @@ COMPONENT = jaxcache.FullAttention("full", (KV,))
 CONFIG = jaxcache.CacheConfig(page_tokens=4, device_pages=64, host_pages={"full": 8}, agreement_timeout_s=0.5)
 WITH_UNITS = replace(CONFIG, storage_unit_pages={"full": 64})  # of 2 KiB
 DECISIONS = [(3, "admit", 4, 32, 9, 8, 1), (3, "release", 4, 0, 0, 0, 0)]
-STATE = State(3, 0xABC, "last agreed in step 2 on transfers [7]", 2, DECISIONS, {"nodes": 5, "leases": 0})
+STATE = ProcessReport(3, 0xABC, "last agreed in step 2 on transfers [7]", 2, DECISIONS, {"nodes": 5, "leases": 0})
 
 
 @pytest.fixture
@@ -138,8 +138,8 @@ def test_the_bound_holds_waiting_and_listening(make_mesh, timeout_s):
 
 
 def test_different():
-    assert different({0: {"a": 1, "b": 2}, 1: {"a": 1}}) == ["b differs: process 0: 2; process 1: None"]
-    assert different({0: {"a": 1}, 1: {"a": 1}}) == []
+    assert lines_that_differ({0: {"a": 1, "b": 2}, 1: {"a": 1}}) == ["b differs: process 0: 2; process 1: None"]
+    assert lines_that_differ({0: {"a": 1}, 1: {"a": 1}}) == []
 
 
 # ---- at start
@@ -204,9 +204,9 @@ def test_every_setting_but_the_capacities_counts(make_mesh):
         "component full": ([replace(COMPONENT, fields=(replace(KV, dtype="float16"),))], mesh, CONFIG, None),
     }
     for name, args in changed.items():
-        assert [line.split(" differs")[0] for line in different({0: base, 1: start_agreement.settings(*args)})] == [
-            name
-        ]
+        assert [
+            line.split(" differs")[0] for line in lines_that_differ({0: base, 1: start_agreement.settings(*args)})
+        ] == [name]
     one, other = ({"a": share, "b": jaxcache.TenantShare()}, {"b": jaxcache.TenantShare(), "a": share})
     assert start_agreement.settings([COMPONENT], mesh, replace(CONFIG, tenants=one), None) == start_agreement.settings(
         [COMPONENT], mesh, replace(CONFIG, tenants=other), None
@@ -226,7 +226,7 @@ def test_versions_are_settings(make_mesh, monkeypatch, name, owner):
     else:
         monkeypatch.setattr(owner, "__version__", "9.9")
     other = start_agreement.settings([COMPONENT], make_mesh(), CONFIG, None)
-    assert [line.split(" differs")[0] for line in different({0: base, 1: other})] == [name]
+    assert [line.split(" differs")[0] for line in lines_that_differ({0: base, 1: other})] == [name]
 
 
 @pytest.mark.parametrize(
@@ -436,7 +436,7 @@ def test_a_cache_that_was_dropped_is_kept_by_no_watch(make_mesh):
     fleet.processes, fleet.process = [0, 1], 1
 
     class Cache:
-        def state(self) -> State:
+        def state(self) -> ProcessReport:
             return STATE
 
     cache, gone = Cache(), threading.Event()

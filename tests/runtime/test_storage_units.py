@@ -268,7 +268,7 @@ def test_a_window_alone_is_fetched(make_mesh):
         assert cache.match(sequence).num_tokens == 0, "the window has left the device and host memory"
         ticket = cache.prefetch(sequence)
         assert ticket is not None
-        assert not cache.core.planner.transfers[-1].moves[0].page_keys
+        assert not cache.core.outbox.transfers[-1].moves[0].page_keys
         while not ticket.done:
             pools = cache.apply(cache.step(pools))
             cache.engine.drain(1)

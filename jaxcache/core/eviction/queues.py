@@ -56,7 +56,7 @@ class Queue:
         self.num_pages -= self.sizes.pop(node)
 
     def oldest(self) -> Node | None:
-        """Counts its pages anew: whoever is first is trimmed in place, and nobody says so."""
+        """Counts its pages anew: the first one is trimmed in place, and no call says so."""
         node = self.order.first()
         if node is not None:
             self._count(node)

@@ -8,12 +8,12 @@ from importlib import import_module
 
 from jaxcache.components.base import Component
 from jaxcache.config import CacheConfig
+from jaxcache.core.decisions import Counters
 from jaxcache.core.kinds.base import KINDS, Extra, Kind, Need, Path
 from jaxcache.core.kinds.prefix import Prefix
 from jaxcache.core.kinds.spine import SPINE, first_with_arrays, with_spine
 from jaxcache.core.kinds.state import State
 from jaxcache.core.pages import Residency
-from jaxcache.core.plan import Counters
 from jaxcache.core.tiers import Tiers
 
 for _module in pkgutil.iter_modules(__path__, f"{__name__}."):

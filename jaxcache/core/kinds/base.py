@@ -15,11 +15,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from typing import ClassVar, NamedTuple
 
+from jaxcache.core.decisions import Counters
 from jaxcache.core.lease import Lease
 from jaxcache.core.missing import Missing
 from jaxcache.core.node import Node
 from jaxcache.core.pages import Residency
-from jaxcache.core.plan import Counters
 from jaxcache.core.tiers import Eviction, Tiers
 from jaxcache.core.tokens import Sequence
 from jaxcache.types import PageIds, Span, Tier
@@ -210,7 +210,7 @@ class Extra(Kind):
     # ---- publishing
 
     @abstractmethod
-    def live_start(self, lease: Lease, num_computed: int) -> int | None:
+    def window_start_to_keep(self, lease: Lease, num_computed: int) -> int | None:
         """Pages of its table below this are not published; None: it has no table."""
 
     def begin_insert(self, lease: Lease, num_computed: int) -> None:

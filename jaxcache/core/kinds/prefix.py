@@ -97,7 +97,7 @@ class Prefix(Kind, name="prefix"):
         and true nearly always."""
         if num_tokens and node.pages[self.c] is None:
             return False
-        return num_own + num_tokens // self.page_tokens <= self.device.available(node.group)
+        return num_own + num_tokens // self.page_tokens <= self.device.available(node.account)
 
     def pin(self, lease: Lease) -> list[PageIds | None]:
         """Up to the root, where each node is hit. Returns what the nodes have, the deepest first."""
@@ -120,8 +120,8 @@ class Prefix(Kind, name="prefix"):
             pins[c] += 1
             node, parent = parent, parent.parent
         lease.first_step = first_step
-        if device.groups is not None:
-            device.groups.count(lease._node.group, 0, device.num_pinned - before)
+        if device.accounts is not None:
+            device.accounts.count(lease._node.account, 0, device.num_pinned - before)
         return pieces
 
     def pages_on_path(self, lease: Lease) -> list[PageIds | None]:

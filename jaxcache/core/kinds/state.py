@@ -108,7 +108,7 @@ class State(Extra, name="state"):
     def _checkpoint(self, lease: Lease, slots: Slots, position: int) -> None:
         device = self.device
         if device.allocator.num_free or (
-            device.available(lease._node.group) and self.tiers.make_room(device, 1, lease.purpose)
+            device.available(lease._node.account) and self.tiers.make_room(device, 1, lease.purpose)
         ):
             slots.checkpoints[position] = device.allocator.allocate_one()
         elif position <= lease.sequence.num_tokens:
@@ -133,7 +133,7 @@ class State(Extra, name="state"):
 
     # ---- publishing
 
-    def live_start(self, lease: Lease, num_computed: int) -> int | None:
+    def window_start_to_keep(self, lease: Lease, num_computed: int) -> int | None:
         return None
 
     def begin_insert(self, lease: Lease, num_computed: int) -> None:
@@ -169,9 +169,9 @@ class State(Extra, name="state"):
             tiers.put(device, node, np.array([slot], np.int32))
         else:
             device.allocator.free_one(slot)
-        self._thin_out(node, lease)
+        self._limit_states_on_path(node, lease)
 
-    def _thin_out(self, newest: Node, lease: Lease) -> None:
+    def _limit_states_on_path(self, newest: Node, lease: Lease) -> None:
         """Which states above `newest` are kept, and which leave first.
 
         root --- S -+- p1 --- e1 --- p2 --- newest        passed: p1, e1, p2, which only lead to `newest`
@@ -210,7 +210,7 @@ class State(Extra, name="state"):
         """What is pinned stays."""
         for node in nodes:
             if node.pages[residency.index] is not None and not node.pins[residency.index]:
-                self.tiers.drop(residency, node, Purpose(lease.id, lease._node.group, reason))
+                self.tiers.drop(residency, node, Purpose(lease.id, lease._node.account, reason))
 
     # ---- storage
 

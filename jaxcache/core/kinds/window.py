@@ -13,6 +13,7 @@ from typing import ClassVar
 import numpy as np
 
 from jaxcache.components.base import Component
+from jaxcache.core.decisions import Counters
 from jaxcache.core.kinds.base import (
     Extra,
     FindEviction,
@@ -27,7 +28,6 @@ from jaxcache.core.lease import Lease, WindowTable, read_only
 from jaxcache.core.missing import Cause, Missing
 from jaxcache.core.node import Node
 from jaxcache.core.pages import Residency
-from jaxcache.core.plan import Counters
 from jaxcache.core.tiers import Tiers
 from jaxcache.core.tokens import Sequence
 from jaxcache.types import PageIds, Span
@@ -129,7 +129,7 @@ class Suffix(Extra):
         own = part.page_ids[lease._published // self.page_tokens :]
         return [own[own != self.device.allocator.num_pages]]
 
-    def live_start(self, lease: Lease, num_computed: int) -> int:
+    def window_start_to_keep(self, lease: Lease, num_computed: int) -> int:
         """Start of the window at the newest position where the request can be resumed: on the grid, and for a prompt
         that is computed before its end, since the same prompt, sent again, has to compute its last token.
 
@@ -143,7 +143,7 @@ class Suffix(Extra):
     def report(self, lease: Lease, num_computed: int) -> None:
         """Gives back own pages, and pins, that are behind the live window."""
         part: WindowTable = lease.parts[self.p]
-        live = self.live_start(lease, num_computed)
+        live = self.window_start_to_keep(lease, num_computed)
         if live > part.window_start:
             page_ids, allocator = part.page_ids, self.device.allocator
             first, last = max(lease._published, part.window_start) // self.page_tokens, live // self.page_tokens

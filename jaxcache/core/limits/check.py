@@ -33,31 +33,35 @@ def check_retentions(core: PrefixCache, nodes: list[Node]) -> None:
 def check_tenants(core: PrefixCache, nodes: list[Node]) -> None:
     """I15: the accounts of every tenant add up, and a node is on the account of its namespace."""
     tenants = core.tiers.tenants
-    assert all(node.parent is not None and node.group == node.parent.group for node in nodes), "I15: a strange group"
+    assert all(node.parent is not None and node.account == node.parent.account for node in nodes), (
+        "I15: a strange account"
+    )
     if tenants is None:
         return
     for root in core.tiers.tree.roots.values():
         name = core.tiers.tree.namespaces[root.keys[0]].fields.get("tenant", "")  # pyright: ignore[reportOptionalSubscript]
         tenant = tenants.numbers.get(name, 0)
-        assert tenants.tenant_of[root.group] == tenant, f"I15: {root=} {root.group=} is not of {tenant=}"
+        assert tenants.tenant_of[root.account] == tenant, f"I15: {root=} {root.account=} is not of {tenant=}"
     for lease in core.leases.values():
-        namespace, group = lease.sequence.namespace, lease._node.group
+        namespace, account = lease.sequence.namespace, lease._node.account
         tenant = 0 if namespace.retired else tenants.numbers.get(namespace.fields.get("tenant", ""), 0)
-        assert tenants.tenant_of[group] == tenant, f"I15: {lease=} is charged to {group=}, which is not of {tenant=}"
-    for residency, groups in zip(core.tiers.residencies, tenants.groups, strict=True):
+        assert tenants.tenant_of[account] == tenant, (
+            f"I15: {lease=} is charged to {account=}, which is not of {tenant=}"
+        )
+    for residency, accounts in zip(core.tiers.residencies, tenants.accounts, strict=True):
         resident, pinned = [0] * len(tenants.tenant_of), [0] * len(tenants.tenant_of)
         for node in nodes:
             pages = node.pages[residency.index]
             if pages is not None:
-                resident[node.group] += len(pages)
-                pinned[node.group] += len(pages) if node.pins[residency.index] else 0
+                resident[node.account] += len(pages)
+                pinned[node.account] += len(pages) if node.pins[residency.index] else 0
         where = f"{residency.component.name} {residency.tier.name}"
-        assert (resident, pinned) == (groups.num_resident, groups.num_pinned), f"I15: accounts of {where}"
+        assert (resident, pinned) == (accounts.num_resident, accounts.num_pinned), f"I15: accounts of {where}"
         owned = [0] * len(tenants.tenant_of)
         for lease in core.leases.values() if residency.tier is Tier.DEVICE else ():
-            owned[lease._node.group] += _num_owned(core, lease, residency.index)
-        assert owned == groups.num_owned, f"I15: {owned=} {groups.num_owned=} of {where}"
-        kept = (groups.resident, groups.pinned, groups.owned)
+            owned[lease._node.account] += _num_owned(core, lease, residency.index)
+        assert owned == accounts.num_owned, f"I15: {owned=} {accounts.num_owned=} of {where}"
+        kept = (accounts.resident, accounts.pinned, accounts.owned)
         for sums, counts in zip(kept, (resident, pinned, owned), strict=True):
             again = [0] * len(tenants.shares)
             for account, tenant in enumerate(tenants.tenant_of):

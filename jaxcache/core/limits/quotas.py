@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from jaxcache.core.decisions import Counters
 from jaxcache.core.kinds import Kinds
 from jaxcache.core.lease import Lease
 from jaxcache.core.limits.tenants import Tenants
 from jaxcache.core.match import Prefix
-from jaxcache.core.plan import Counters
 from jaxcache.core.tiers import Tiers
 from jaxcache.core.tokens import Sequence
 from jaxcache.types import Tier
@@ -32,19 +32,19 @@ class Quotas:
     def settle(self, lease: Lease) -> None:
         """Counts anew the pages that belong to a lease and not (yet) to the tree: something has changed."""
         _, before = self._owned.get(lease.id, (0, [0] * len(self.kinds)))
-        account = lease._node.group
+        account = lease._node.account
         now = [sum(map(len, kind.owned(lease))) for kind in self.kinds]
         for c, page_ids in lease._duplicates or ():
             now[c] += len(page_ids)
         for kind, old, new in zip(self.kinds, before, now, strict=True):
-            self.tenants.groups[kind.device.index].own(account, new - old)
+            self.tenants.accounts[kind.device.index].own(account, new - old)
         self._owned[lease.id] = account, now
 
     def forget(self, lease: Lease) -> None:
         """It is released."""
         account, owned = self._owned.pop(lease.id)
         for kind, num_pages in zip(self.kinds, owned, strict=True):
-            self.tenants.groups[kind.device.index].own(account, -num_pages)
+            self.tenants.accounts[kind.device.index].own(account, -num_pages)
 
     # ---- admission
 
@@ -55,15 +55,15 @@ class Quotas:
         nothing waits for ever.
         """
         tenant_of = self.tenants.tenant_of
-        tenant = tenant_of[sequence.root.group]
+        tenant = tenant_of[sequence.root.account]
         if not tenant or not any(tenant_of[account] == tenant for account, _ in self._owned.values()):
             return False
         end = prefix.num_tokens + num_new_tokens
         for kind in self.kinds:
-            groups = self.tenants.groups[kind.device.index]
+            accounts = self.tenants.accounts[kind.device.index]
             need = kind.need(prefix.num_tokens, prefix.node, end)
-            num_pages = groups.pinned[tenant] + groups.owned[tenant] + need.num_pages
-            if num_pages > groups.quotas[tenant]:
+            num_pages = accounts.pinned[tenant] + accounts.owned[tenant] + need.num_pages
+            if num_pages > accounts.quotas[tenant]:
                 return True
         return False
 
@@ -75,17 +75,17 @@ class Quotas:
 
     def enforce(self, lease: Lease) -> None:
         """What the tenant of a lease has beyond its quota leaves at once, on every tier, as far as it may leave."""
-        tenant = self.tenants.tenant_of[lease._node.group]
+        tenant = self.tenants.tenant_of[lease._node.account]
         if not tenant:
             return
         purpose = lease.purpose._replace(reason="quota")
         for residency in self.tiers.residencies:
-            groups = self.tenants.groups[residency.index]
-            excess = groups.excess(tenant)
+            accounts = self.tenants.accounts[residency.index]
+            excess = accounts.excess(tenant)
             if excess > 0:
-                before = groups.resident[tenant]
+                before = accounts.resident[tenant]
                 self.tiers.make_room(residency, residency.allocator.num_free + excess, purpose)
-                self.counters["quota_pages"] += before - groups.resident[tenant]
+                self.counters["quota_pages"] += before - accounts.resident[tenant]
 
     # ---- to look at
 
@@ -100,10 +100,10 @@ class Quotas:
         }
 
     def _counts(self, index: int, tenant: int) -> dict[str, int]:
-        groups = self.tenants.groups[index]
+        accounts = self.tenants.accounts[index]
         return {
-            "resident": groups.resident[tenant],
-            "pinned": groups.pinned[tenant],
-            "floor": groups.floors[tenant],
-            "quota": groups.quotas[tenant],
+            "resident": accounts.resident[tenant],
+            "pinned": accounts.pinned[tenant],
+            "floor": accounts.floors[tenant],
+            "quota": accounts.quotas[tenant],
         }

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 
 from jaxcache.config import pages_of_share
+from jaxcache.core.decisions import Counters
 from jaxcache.core.kinds import Kinds
 from jaxcache.core.lease import Lease
 from jaxcache.core.node import FULL, Node
-from jaxcache.core.plan import Counters
 from jaxcache.core.tiers import Tiers
 from jaxcache.core.tokens import Namespace
 
@@ -111,7 +111,9 @@ class Retentions:
         for c, device in enumerate(tiers.device):
             if self.num_pages[c] + costs[c] > self.limits[c]:
                 return False
-            if tiers.tenants is not None and not tiers.tenants.groups[device.index].may_retain(node.group, costs[c]):
+            if tiers.tenants is not None and not tiers.tenants.accounts[device.index].may_retain(
+                node.account, costs[c]
+            ):
                 return False
         return True
 
@@ -136,7 +138,7 @@ class Retentions:
         for c, device in enumerate(tiers.device):
             self.num_pages[c] += changes[c]
             if tiers.tenants is not None:
-                tiers.tenants.groups[device.index].retain(retention.node.group, changes[c])
+                tiers.tenants.accounts[device.index].retain(retention.node.account, changes[c])
 
     def _remind(self, retention: Retention) -> None:
         heappush(self._ends, (retention.until, retention.node.id))

@@ -2,7 +2,7 @@
 
     0 ------------ floor ---------------------------------- quota ------------------- pages of a tenant
     |  nobody else  |  what was used longest ago leaves, of   |   leaves before that
-    |  takes these  |  whoever is above its floor             |   of anybody else
+    |  takes these  |  tenants above their floors             |   of anybody else
 
 A tenant is the value of the namespace field `tenant`; tenant 0 is everybody who has no limits. An account is what one
 namespace of a tenant has (account 0: all of tenant 0), so that a retired namespace changes hands in O(1).
@@ -23,7 +23,7 @@ RETIRED, OVER_QUOTA, ABOVE_FLOOR = 0, 1, 2  # in this order they leave
 
 
 class Tenants:
-    """Who is who. tenant_of, retired: by account, which is the `group` of every node of a namespace.
+    """Who is who. tenant_of, retired: by account, which is the `account` of every node of a namespace.
 
     changed:        accounts whose nodes or leases have changed, of which the orders have not been told yet
     perhaps_unused: retired accounts that have changed since they were last seen in use
@@ -38,7 +38,7 @@ class Tenants:
         self.roots: list[Node | None] = [None]
         self.changed: dict[int, None] = {}
         self.perhaps_unused: dict[int, None] = {}
-        self.groups: list[Groups] = []
+        self.accounts: list[Accounts] = []
 
     def open(self, namespace: Namespace, root: Node) -> int:
         """The account of a new namespace: a retired one to which nothing can be charged any more, or one more."""
@@ -53,8 +53,8 @@ class Tenants:
             self.roots.append(None)
         self.roots[account] = root
         self.tenant_of[account], self.retired[account] = tenant, False
-        for groups in self.groups:
-            groups.open(account, tenant)
+        for accounts in self.accounts:
+            accounts.open(account, tenant)
         return account
 
     def _unused(self) -> int | None:
@@ -69,8 +69,10 @@ class Tenants:
             root = self.roots[account]
             assert root is not None, f"I15: {account=} has no root"
             if not root.children and not root.ends_here:
-                assert not any(groups.num_resident[account] + groups.num_owned[account] for groups in self.groups)
-                root.group = 0  # a request of the retired namespace may still come
+                assert not any(
+                    accounts.num_resident[account] + accounts.num_owned[account] for accounts in self.accounts
+                )
+                root.account = 0  # a request of the retired namespace may still come
                 return account
         return None
 
@@ -83,23 +85,23 @@ class Tenants:
         for account in self.changed:
             if self.retired[account]:
                 self.perhaps_unused[account] = None
-            for groups in self.groups:
-                groups.victims.changed(account)
+            for accounts in self.accounts:
+                accounts.victims.changed(account)
         self.changed.clear()
 
     def retire(self, account: int) -> None:
         """What can never be found again is on nobody's account; it leaves first, and no floor protects it."""
         if account:
-            for groups in self.groups:
-                groups.move(account, 0)
+            for accounts in self.accounts:
+                accounts.move(account, 0)
             self.tenant_of[account] = 0
             self.retired[account] = True
             self.changed[account] = None
-            for groups in self.groups:
-                groups.victims.move(account, self.queue_of(account))
+            for accounts in self.accounts:
+                accounts.victims.move(account, self.queue_of(account))
 
 
-class Groups(EvictionOrder):
+class Accounts(EvictionOrder):
     """The candidates of one (component, tier): one order of the configured policy for each account, and the sums.
 
     num_resident, num_pinned, num_owned: pages by account: of the tree, pinned ones of these, and what leases own
@@ -124,7 +126,7 @@ class Groups(EvictionOrder):
         self.num_pinned: list[int] = []
         self.num_owned: list[int] = []
         self.open(0, 0)
-        tenants.groups.append(self)
+        tenants.accounts.append(self)
 
     # ---- accounts
 
@@ -240,23 +242,23 @@ class Groups(EvictionOrder):
     # ---- an order among others
 
     def add(self, node: Node) -> None:
-        self.orders[node.group].add(node)
+        self.orders[node.account].add(node)
 
     def add_as_next_victim(self, node: Node) -> None:
-        self.orders[node.group].add_as_next_victim(node)
+        self.orders[node.account].add_as_next_victim(node)
 
     def readmit(self, node: Node) -> None:
-        self.orders[node.group].readmit(node)
+        self.orders[node.account].readmit(node)
 
     def discard(self, node: Node) -> None:
-        self.orders[node.group].discard(node)
+        self.orders[node.account].discard(node)
 
     def __iter__(self) -> Iterator[Node]:
         """One account after the other."""
         return chain.from_iterable(self.orders)
 
     def __contains__(self, node: Node) -> bool:
-        return node in self.orders[node.group]
+        return node in self.orders[node.account]
 
     def __len__(self) -> int:
         return sum(len(order) for order in self.orders)

@@ -1,7 +1,7 @@
-"""What the core has decided: the transfers that the runtime must now do, a digest of all decisions, and their log.
+"""What the core has decided: the last decisions, and a digest of all.
 
-Transfer ids are consecutive and equal on every rank. The digest is made of ints only, so it does not depend on
-PYTHONHASHSEED; equal sequences of calls and agreed outcomes give equal digests.
+The digest is made of ints only, so it does not depend on PYTHONHASHSEED; equal sequences of calls and agreed outcomes
+give equal digests.
 
 Every call that changes the core notes a decision, but for a `grow` that needs no page, whose tokens are noted when they
 come: who, how much, and, where content comes in (a namespace, a prompt, generated tokens), a checksum of it, so that
@@ -16,8 +16,6 @@ from itertools import zip_longest
 from typing import NamedTuple
 
 from xxhash import xxh3_64_intdigest
-
-from jaxcache.types import Move, Plan, Transfer, TransferKind
 
 checksum: Callable[..., int] = xxh3_64_intdigest  # of bytes; against accidents, not against attackers
 
@@ -56,18 +54,15 @@ NUMBERS: dict[str, tuple[str, ...]] = {
 CODES = {name: code for code, name in enumerate(NUMBERS)}
 
 Counters = defaultdict[str, int]  # what happened, by name, from zero
-NOTHING_TO_DO = Plan(())
 RECENT_DECISIONS = 4096  # more than two steps make
 
 
-class Planner:
-    """step: counts `commit`s. recent: the last notes, for the report when ranks diverge."""
+class Decisions:
+    """Of one rank. step: counts `commit`s. recent: the last ones, for the report when ranks diverge."""
 
     def __init__(self):
         self.step = 0
-        self.transfers: list[Transfer] = []
         self.recent: deque[tuple] = deque(maxlen=RECENT_DECISIONS)
-        self._last_id = 0
         self._hash = 0
 
     @property
@@ -76,26 +71,13 @@ class Planner:
         return self._hash & (2**64 - 1)
 
     def note(self, what: str, a: int = 0, b: int = 0, c: int = 0, d: int = 0, e: int = 0) -> None:
-        """One decision, of a kind in `decisions.NUMBERS`. Only ints enter the digest."""
+        """One decision, of a kind in `NUMBERS`. Only ints enter the digest."""
         self._hash = hash((self._hash, CODES[what], a, b, c, d, e))
         self.recent.append((self.step, what, a, b, c, d, e))
 
     def complete_since(self) -> int:
         """The first step of which every decision is still in `recent`."""
         return self.recent[0][0] + 1 if len(self.recent) == RECENT_DECISIONS else 0
-
-    def add(self, kind: TransferKind, moves: tuple[Move, ...]) -> int:
-        self._last_id += 1
-        self.transfers.append(Transfer(self._last_id, kind, self.step, moves))
-        self.note(kind.name, self._last_id, sum(len(m.src_page_ids) for m in moves), len(moves))
-        return self._last_id
-
-    def take(self) -> Plan:
-        if not self.transfers:
-            return NOTHING_TO_DO
-        plan = Plan(tuple(self.transfers))
-        self.transfers.clear()
-        return plan
 
 
 # ---- where ranks part

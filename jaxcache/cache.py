@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from os import PathLike
 from types import TracebackType
 from typing import Any, TypeVar
@@ -376,9 +377,9 @@ class Cache:
         self, *, prefetch_policy: PrefetchPolicy | None = None, write_policy: WritePolicy | None = None
     ) -> None:
         """Other policies from now on; None leaves one as it is. Raises ValueError, and changes nothing, for one that
-        cannot be: write_back can neither come nor go at run time."""
+        cannot be: write_back can neither come nor go at run time. `config` says what holds."""
         self._check_open()
-        self.core.attachment.change(prefetch_policy, write_policy)
+        self.config = replace(self.config, **self.core.attachment.change(prefetch_policy, write_policy))
 
     # ---- everything at once
 

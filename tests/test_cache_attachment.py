@@ -305,6 +305,8 @@ def test_policies_at_run_time(rig):
         assert cache.admit(sequence, 16, ticket) == jaxcache.Wait("prefetch")
         cache.set_policies(prefetch_policy=jaxcache.PrefetchPolicy.BEST_EFFORT)
         assert cache.admit(sequence, 16, ticket)
+        policies = cache.config.prefetch_policy, cache.config.write_policy
+        assert policies == (jaxcache.PrefetchPolicy.BEST_EFFORT, jaxcache.WritePolicy.WRITE_THROUGH)
 
 
 def test_a_prefetch_that_holds_up_a_request_for_too_long(rig):

@@ -6,6 +6,8 @@ rank is quiet, as always, and what it says of a storage that is gone does not co
 
 from __future__ import annotations
 
+from typing import Any
+
 from jaxcache.core.backups import Backups
 from jaxcache.core.bad_input import said
 from jaxcache.core.decisions import Decisions, checksum
@@ -92,9 +94,10 @@ class Attachment:
         self.decisions.note("cleared")
 
     @changes
-    def change(self, prefetch_policy: PrefetchPolicy | None, write_policy: WritePolicy | None) -> None:
+    def change(self, prefetch_policy: PrefetchPolicy | None, write_policy: WritePolicy | None) -> dict[str, Any]:
         """Other policies from now on. None: as before. Raises ValueError, and changes nothing, for one that cannot be.
 
+        Returns those that hold, as fields of `CacheConfig`.
         write_back keeps host pages that hang below device pages, so it can neither come nor go at run time.
         """
         for policy, kind in ((prefetch_policy, PrefetchPolicy), (write_policy, WritePolicy)):
@@ -109,5 +112,9 @@ class Attachment:
             self.backups.use(write_policy)
         if prefetch_policy is not None:
             self.prefetches.policy = prefetch_policy
-        codes = [list(type(policy)).index(policy) for policy in (self.prefetches.policy, self.backups.policy)]
-        self.decisions.note("policies", *codes)
+        policies: dict[str, PrefetchPolicy | WritePolicy] = {
+            "prefetch_policy": self.prefetches.policy,
+            "write_policy": self.backups.policy,
+        }
+        self.decisions.note("policies", *(list(type(policy)).index(policy) for policy in policies.values()))
+        return policies

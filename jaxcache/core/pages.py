@@ -184,8 +184,6 @@ class Residency(ABC):
         """What `put` does for every kind; returns how many of the pages are pinned."""
         index = self.index
         assert node.pages[index] is None, f"I1: {node=} has pages already"
-        if self.accounts is not None and not node.last_used:  # what has just come was not used long ago
-            node.last_used = next(self.clock)
         node.pages[index] = page_ids
         if self.log is not None:
             self.log.append((PUT, node.id, index))
@@ -194,6 +192,8 @@ class Residency(ABC):
         self.num_resident += num_pages
         self.num_pinned += num_pinned
         if self.accounts is not None:
+            if not node.last_used:  # what has just come was not used long ago
+                node.last_used = next(self.clock)
             self.accounts.count(node.account, num_pages, num_pinned)
         return num_pinned
 

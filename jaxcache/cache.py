@@ -379,7 +379,8 @@ class Cache:
         """Other policies from now on; None leaves one as it is. Raises ValueError, and changes nothing, for one that
         cannot be: write_back can neither come nor go at run time. `config` says what holds."""
         self._check_open()
-        self.config = replace(self.config, **self.core.attachment.change(prefetch_policy, write_policy))
+        self.core.attachment.change(prefetch_policy, write_policy)
+        self.config = replace(self.config, **self.core.attachment.policies)
 
     # ---- everything at once
 

@@ -94,10 +94,9 @@ class Attachment:
         self.decisions.note("cleared")
 
     @changes
-    def change(self, prefetch_policy: PrefetchPolicy | None, write_policy: WritePolicy | None) -> dict[str, Any]:
+    def change(self, prefetch_policy: PrefetchPolicy | None, write_policy: WritePolicy | None) -> None:
         """Other policies from now on. None: as before. Raises ValueError, and changes nothing, for one that cannot be.
 
-        Returns those that hold, as fields of `CacheConfig`.
         write_back keeps host pages that hang below device pages, so it can neither come nor go at run time.
         """
         for policy, kind in ((prefetch_policy, PrefetchPolicy), (write_policy, WritePolicy)):
@@ -112,9 +111,10 @@ class Attachment:
             self.backups.use(write_policy)
         if prefetch_policy is not None:
             self.prefetches.policy = prefetch_policy
-        policies: dict[str, PrefetchPolicy | WritePolicy] = {
-            "prefetch_policy": self.prefetches.policy,
-            "write_policy": self.backups.policy,
-        }
-        self.decisions.note("policies", *(list(type(policy)).index(policy) for policy in policies.values()))
-        return policies
+        codes = [list(type(policy)).index(policy) for policy in (self.prefetches.policy, self.backups.policy)]
+        self.decisions.note("policies", *codes)
+
+    @property
+    def policies(self) -> dict[str, Any]:
+        """Those that hold, as fields of `CacheConfig`."""
+        return {"prefetch_policy": self.prefetches.policy, "write_policy": self.backups.policy}

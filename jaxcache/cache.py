@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from os import PathLike
 from types import TracebackType
 from typing import Any, TypeVar
@@ -380,7 +379,7 @@ class Cache:
         cannot be: write_back can neither come nor go at run time. `config` says what holds."""
         self._check_open()
         self.core.attachment.change(prefetch_policy, write_policy)
-        self.config = replace(self.config, **self.core.attachment.policies)
+        self.config = self.config.with_policies(prefetch_policy, write_policy)
 
     # ---- everything at once
 

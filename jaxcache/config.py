@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from jaxcache.types import PrefetchPolicy, Tier, WritePolicy
@@ -178,6 +178,14 @@ class CacheConfig:
         self._check_unit()
         for name in ("device_pages", "host_pages", "tenants", "storage_unit_pages"):
             self._freeze(name)
+
+    def with_policies(self, prefetch_policy: PrefetchPolicy | None, write_policy: WritePolicy | None) -> CacheConfig:
+        """The same with other policies. None: as before."""
+        return replace(
+            self,
+            prefetch_policy=prefetch_policy or self.prefetch_policy,
+            write_policy=write_policy or self.write_policy,
+        )
 
     def _freeze(self, name: str) -> None:
         value = self.__dict__[name]

@@ -67,9 +67,10 @@ class DecoderConfig(ABC):
 
     def __init_subclass__(cls, model_types: tuple[str, ...] = ()):
         for model_type in model_types:
-            other = FAMILIES.setdefault(model_type, cls)
-            if other is not cls:
-                raise ValueError(f"there is a family {model_type!r} already: {other.__module__}.{other.__name__}")
+            other = FAMILIES.get(model_type, cls)
+            if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):  # it may be read again
+                raise ValueError(f"there is a family {model_type!r} already: {other.__module__}.{other.__qualname__}")
+            FAMILIES[model_type] = cls
 
     @classmethod
     @abstractmethod

@@ -428,7 +428,7 @@ def test_pages_that_do_not_divide_over_the_mesh(make_mesh, component, shape, mes
     [
         ((), {}, "components with different names"),
         ((full(), full()), {}, "components with different names"),
-        ((full(), full(name="more")), {}, "declare one prefix component with several fields"),
+        ((full(), full(name="more")), {}, "declare one component with several fields"),
         ((full(),), {"device_pages": 0}, "needs an int of at least 1 pages, not 0"),
         ((full(),), {"device_pages": {"window": 8}}, "full"),
         ((full(),), {"host_pages": {"full": 8, "window": 8}}, "window"),

@@ -51,7 +51,7 @@ GROUPS = groups(SMALLER)
 unseen = dict.fromkeys([*AT_MOST, *AT_LEAST])
 
 
-@pytest.mark.parametrize("account", GROUPS)
+@pytest.mark.parametrize("group", GROUPS)
 def test_ratios(benchmark: Any, group: str):
     figures: list[Figure] = benchmark.pedantic(GROUPS[group], rounds=1, iterations=1)
     ratios = {figure.name: figure.ratio for figure in figures if figure.ratio is not None}

@@ -38,7 +38,7 @@ NOTHING: list[Any] = []  # never changed
 
 
 class Admission:
-    """loading: until which step load-backs pin what they write: until it is scattered, running or not."""
+    """loading: by LOAD_BACK id, the step until which it pins what it writes, even if its lease is released."""
 
     def __init__(self, tiers: Tiers, kinds: Kinds, matcher: Matcher, outbox: Outbox, counters: Counters):
         self.tiers = tiers

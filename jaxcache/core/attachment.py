@@ -6,8 +6,6 @@ rank is quiet, as always, and what it says of a storage that is gone does not co
 
 from __future__ import annotations
 
-from typing import Any
-
 from jaxcache.core.backups import Backups
 from jaxcache.core.bad_input import said
 from jaxcache.core.decisions import Decisions, checksum
@@ -113,8 +111,3 @@ class Attachment:
             self.prefetches.policy = prefetch_policy
         codes = [list(type(policy)).index(policy) for policy in (self.prefetches.policy, self.backups.policy)]
         self.decisions.note("policies", *codes)
-
-    @property
-    def policies(self) -> dict[str, Any]:
-        """Those that hold, as fields of `CacheConfig`."""
-        return {"prefetch_policy": self.prefetches.policy, "write_policy": self.backups.policy}

@@ -5,8 +5,11 @@
     STORE (its id)         in host memory, what it reads, until it is quiet
     FETCH (its id)         in host memory, what it has brought, until it is quiet
     a retention            on the device, what resuming at its end needs
+    "sources"              in host memory, what is about to be loaded back, while room is made for it
+    "a reservation"        in host memory, what fetched pages will hang below, while room is made for them
 
-Each pin reaches up to the root in full attention, so that nothing below it can leave.
+Each pin reaches up to the root in full attention of its tier; under write_back one in host memory also pins the device
+pages above it, below which it may hang.
 """
 
 from __future__ import annotations

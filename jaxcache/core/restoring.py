@@ -119,9 +119,9 @@ class Restoring:
         )
         large = PrefixCache(core.components, config)
         if large.tiers.tenants is not None and tiers.tenants is not None:
-            for groups, real in zip(large.tiers.tenants.accounts, tiers.tenants.accounts, strict=True):
-                groups.floors = real.floors
-                groups.quotas = [groups.quotas[0], *real.quotas[1:]]  # of those that have limits
+            for accounts, real in zip(large.tiers.tenants.accounts, tiers.tenants.accounts, strict=True):
+                accounts.floors = real.floors
+                accounts.quotas = [accounts.quotas[0], *real.quotas[1:]]  # of those that have limits
         origins = Restoring(large).adopt(record, placements(large, record), 0)
         for residency in [*large.tiers.host, *large.tiers.device]:
             self._cut(large, residency, tiers.residencies[residency.index].allocator.num_free, origins)

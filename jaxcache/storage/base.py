@@ -88,7 +88,11 @@ class Storage(ABC):
         """Removes every value of ours, and nothing else."""
 
     def stats(self) -> dict[str, int]:
-        """Counters of this engine since it was opened; names that end in `_bytes` are sizes now."""
+        """Counters of this engine since it was opened; names that end in `_bytes` are sizes now.
+
+        puts and gets: calls; duplicates: puts of what was there; hits: gets that found it; put_failures: puts that were
+        refused or could not be written; used_bytes: of all values. An engine may have more of them, or none.
+        """
         return {}
 
     def close(self) -> None:  # noqa: B027 (most engines hold nothing)

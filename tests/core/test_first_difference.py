@@ -62,7 +62,7 @@ def test_text():
     )
 
 
-def test_a_planner_knows_how_far_back_its_log_reaches():
+def test_decisions_say_how_far_back_they_are_complete():
     decisions = Decisions()
     for decisions.step in range(RECENT_DECISIONS):
         decisions.note("release", decisions.step)

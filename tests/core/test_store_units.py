@@ -161,8 +161,9 @@ def test_what_a_store_reads_above_its_nodes_stays_until_quiet():
     if top.pages[host.index] is not None:
         server.core.tiers.make_room(host, min(host.available(), 24))
     assert stores.live, "the STORE still reads"
-    read = {hold.node.id for hold in stores.tiers.holds[live] if hold.residency is windows}
-    assert top.id not in read or top.pages[windows.index] is not None
+    read = {hold.node.id for hold in stores.tiers.holds[live] if hold.residency is host}
+    assert top.id in read
+    assert top.pages[host.index] is not None
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -1,4 +1,4 @@
-"""A new kind of state is one file: this one, were it in the folder jaxcache/core/kinds.
+"""A new kind of state is one file: the class `Chunk`, were it in the folder jaxcache/core/kinds.
 
 Chunked attention, as in Llama 4: text is cut into chunks, and a token sees what is before it in its own chunk.
 
@@ -29,13 +29,13 @@ class ChunkedAttention(Component):
     """Keys and values of the chunk that is being read."""
 
     chunk_tokens: int = 8192
-    kind: ClassVar[str] = "chunk"
+    kind: ClassVar[str] = "my_chunk"
 
     def required(self, n: int) -> Span:
         return Span(n // self.chunk_tokens * self.chunk_tokens, n)
 
 
-class Chunk(Suffix, name="chunk"):
+class Chunk(Suffix, name="my_chunk"):
     """In whole pages. At the end of a chunk all of it is needed, and nothing just behind."""
 
     component: ChunkedAttention

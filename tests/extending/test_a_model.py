@@ -1,4 +1,4 @@
-"""A new family of models is one file: this one, were `Qwen2Config` in the folder models/families.
+"""A new family of models is one file: the two classes here, were they in the folder models/families.
 
 Qwen2 is Llama with biases on queries, keys and values.
 """
@@ -29,7 +29,7 @@ from tests.models.serving import PAGE_TOKENS, Driver, Rig, check_equal, random_t
 
 
 @dataclass(frozen=True)
-class Qwen2Config(DecoderConfig, model_types=("qwen2",)):
+class Qwen2Config(DecoderConfig, model_types=("my_qwen2",)):
     def layer(self, kind: str) -> PreNormLayer:
         mlp = GatedMlp(self.hidden_size, self.mlp_size, jax.nn.silu)
         return PreNormLayer(Attention(self, kind), mlp, self.hidden_size, self.rms_norm_eps)
@@ -66,7 +66,7 @@ class Attention(Projections):
 
 
 HF: dict[str, Any] = {
-    "model_type": "qwen2",
+    "model_type": "my_qwen2",
     "vocab_size": 64,
     "hidden_size": 32,
     "num_hidden_layers": 3,

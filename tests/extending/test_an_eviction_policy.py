@@ -1,4 +1,4 @@
-"""A new eviction policy is one file: this one, were `NewestFirst` given its name in the folder jaxcache/core/eviction.
+"""A new eviction policy is one file: the class `NewestFirst`, were it in the folder jaxcache/core/eviction.
 
 It pays where a loop goes round over more than fits: least recently used then always drops what comes next.
 """

@@ -46,9 +46,12 @@ class EvictionOrder(ABC):
     def __init_subclass__(cls, name: str | None = None):
         """name: by which it can be chosen; None: it is not a policy itself."""
         if name is not None:
-            other = POLICIES.setdefault(name, cls)
-            if other is not cls:
-                raise ValueError(f"there is an eviction policy {name!r} already: {other.__module__}.{other.__name__}")
+            other = POLICIES.get(name, cls)
+            if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):  # it may be read again
+                raise ValueError(
+                    f"there is an eviction policy {name!r} already: {other.__module__}.{other.__qualname__}"
+                )
+            POLICIES[name] = cls
 
     def __init__(self, context: OrderContext):
         self.context = context

@@ -41,6 +41,16 @@ def residency_of(component: Component) -> type[Residency]:
     return KINDS[component.kind].residency
 
 
+def _kind_of(component: Component) -> type[Kind]:
+    kind = getattr(component, "kind", None)
+    if kind not in KINDS or (kind == SPINE.kind and component is not SPINE):
+        known = sorted(KINDS.keys() - {SPINE.kind})
+        raise ValueError(f"component {component.name!r} is of kind {kind!r}, none of {known}")
+    if not issubclass(KINDS[kind], (Prefix, Extra)):
+        raise ValueError(f"kind {kind!r} must derive from Prefix or Extra")
+    return KINDS[kind]
+
+
 def validate(components: tuple[Component, ...], config: CacheConfig) -> None:
     """Raises ValueError for what a model cannot declare."""
     names = [component.name for component in components]
@@ -48,14 +58,12 @@ def validate(components: tuple[Component, ...], config: CacheConfig) -> None:
         raise ValueError(f"a cache needs components with different names, not {names}")
     if any(component.name == SPINE.name and component is not SPINE for component in components):
         raise ValueError(f"{SPINE.name!r} is what the cache calls its own component: name yours otherwise")
+    kinds = {component.name: _kind_of(component) for component in components}
+    for single in (Prefix, State):
+        same = [name for name, kind in kinds.items() if issubclass(kind, single)]
+        if len(same) > 1:
+            raise ValueError(f"{same} live and move together: declare one component with several fields")
     for component in components:
-        if component.kind not in KINDS:
-            raise ValueError(f"component {component.name!r} is of kind {component.kind!r}, none of {sorted(KINDS)}")
-        same = [other.name for other in components if other.kind == component.kind]
-        if KINDS[component.kind].is_single and len(same) > 1:
-            raise ValueError(
-                f"{same} live and move together: declare one {component.kind} component with several fields"
-            )
         for spec in component.fields:
             if spec.page_tokens not in (None, config.page_tokens):
                 raise ValueError(

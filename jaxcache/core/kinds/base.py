@@ -49,20 +49,20 @@ class Need(NamedTuple):
 class Kind(ABC):
     """One component on both tiers. c: its place among the components
 
-    residency: what its entries are on each tier. is_single: a model has at most one component of this kind
+    residency: what its entries are on each tier
 
-        class Chunk(Window, name="chunk"): ...        what a component with the ClassVar kind="chunk" is
+        class Chunk(Suffix, name="chunk"): ...        what a component with the ClassVar kind="chunk" is
     """
 
     residency: ClassVar[type[Residency]]
-    is_single: ClassVar[bool] = False
 
     def __init_subclass__(cls, name: str | None = None):
         """name: of this kind, for components; None: no component is of it."""
         if name is not None:
-            other = KINDS.setdefault(name, cls)
-            if other is not cls:
-                raise ValueError(f"there is a kind {name!r} already: {other.__module__}.{other.__name__}")
+            other = KINDS.get(name, cls)
+            if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):  # it may be read again
+                raise ValueError(f"there is a kind {name!r} already: {other.__module__}.{other.__qualname__}")
+            KINDS[name] = cls
 
     def __init__(self, tiers: Tiers, c: int, counters: Counters):
         self.tiers, self.c, self.counters = tiers, c, counters

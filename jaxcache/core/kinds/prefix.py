@@ -63,7 +63,6 @@ class Prefix(Kind, name="prefix"):
     """The pages of every token."""
 
     residency: ClassVar[type[Residency]] = PrefixResidency
-    is_single: ClassVar[bool] = True
 
     def first_needed(self, n: int) -> int:
         return 0

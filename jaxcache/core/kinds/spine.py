@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from jaxcache.components.base import Component
 from jaxcache.config import CacheConfig
-from jaxcache.core.kinds.base import Extra
+from jaxcache.core.kinds.base import KINDS, Extra
 from jaxcache.core.kinds.prefix import Prefix
 from jaxcache.core.node import Node
 from jaxcache.types import Span, Tier
@@ -38,8 +38,8 @@ class Spine(Prefix, name="spine"):
 
 def with_spine(components: tuple[Component, ...], config: CacheConfig) -> tuple[tuple[Component, ...], CacheConfig]:
     """Full attention first; where there is none, a spine that is never what runs out."""
-    full = tuple(component for component in components if component.kind == "prefix")
-    others = tuple(component for component in components if component.kind not in ("prefix", "spine"))
+    full = tuple(component for component in components if issubclass(KINDS[component.kind], Prefix))
+    others = tuple(component for component in components if component not in full)
     if full:
         return (*full, *others), config
     return (SPINE, *others), replace(

@@ -48,7 +48,6 @@ class State(Extra, name="state"):
     """One state for each node at whose end a request can resume."""
 
     residency: ClassVar[type[Residency]] = StateResidency
-    is_single: ClassVar[bool] = True
 
     def first_needed(self, n: int) -> int:
         return n - 1

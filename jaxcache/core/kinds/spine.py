@@ -38,8 +38,9 @@ class Spine(Prefix, name="spine"):
 
 def with_spine(components: tuple[Component, ...], config: CacheConfig) -> tuple[tuple[Component, ...], CacheConfig]:
     """Full attention first; where there is none, a spine that is never what runs out."""
-    full = tuple(component for component in components if issubclass(KINDS[component.kind], Prefix))
-    others = tuple(component for component in components if component not in full)
+    own = tuple(component for component in components if component is not SPINE)
+    full = tuple(component for component in own if issubclass(KINDS[component.kind], Prefix))
+    others = tuple(component for component in own if component not in full)
     if full:
         return (*full, *others), config
     return (SPINE, *others), replace(

@@ -49,7 +49,7 @@ def test_every_line_of_every_call_that_changes_the_cache(name):
     said = interrupt(name, 1)
     assert set(said["calls"]) >= (ALL_CALLS if name == "full" else ALL_CALLS | WITH_STORAGE)
     first_lines = {"serving.py:guarded", *(f"prefix_cache.py:{name}" for name in BY_HAND)}
-    reads_tokens = {f"sequence.py:{name}" for name in ("extend_all", "token_bytes")}
+    reads_tokens = {f"tokens.py:{name}" for name in ("extend_all", "token_bytes")}
     assert set(said["unended"]) <= first_lines | reads_tokens
     assert said["places"] > 1000
 

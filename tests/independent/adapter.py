@@ -72,7 +72,12 @@ class Rank:
         return plain(plan)
 
     def take_events(self) -> list[Event]:
-        return [] if self.stream is None else self.stream.take()
+        if self.stream is None:
+            return []
+        events = self.stream.take()
+        mirrored = sum(bool(node.edge) for node in self.stream._nodes.values())  # but for the roots
+        demand(mirrored == self.core.tiers.tree.num_nodes, "events", "the mirror has", mirrored, "nodes")
+        return events
 
     def outcome(self, id: int) -> Outcome | None:
         """What this rank says of a live transfer; None: it was not applied yet."""

@@ -336,7 +336,7 @@ MUTANTS = (
     Mutant("a fetch keeps what it does not need", during(Prefetches, "_fetches", PageAllocator, "free", nothing)),
     Mutant("reset frees pages in transit", around(Clearing, "_keep", transit_free), is_rare=True),
     Mutant("one rank does not note its admits", admits_unnoted),
-    Mutant("events miss removed nodes", around(RadixTree, "remove", without_log), is_rare=True),
+    Mutant("events miss removed nodes", around(RadixTree, "remove", without_log)),
     Mutant("events miss shortened nodes", around(RadixTree, "shorten", without_log)),
     Mutant("a parent leaves before its children", around(PrefixResidency, "victim", parent_first), is_rare=True),
     Mutant("a wait changes the digest", around(PrefixCache, "_wait", wait_noted)),

@@ -49,6 +49,13 @@ class Terminal:
     def press_ctrl_c(self) -> None:
         self.screen.send("\x03")
 
+    def press_ctrl_c_at_a_prompt(self) -> None:
+        """Again if nothing comes of it, as people do: a signal that arrives just before Python begins to wait for a
+        line is noticed only when something else wakes it."""
+        self.press_ctrl_c()
+        if self.screen.expect([pexpect.EOF, pexpect.TIMEOUT], timeout=WAIT_S / 2):
+            self.press_ctrl_c()
+
     def ends_with(self, status: int) -> None:
         self.screen.expect(pexpect.EOF)
         assert self.process.wait(WAIT_S) == status
@@ -146,7 +153,7 @@ def test_ctrl_c_ends_an_answer_and_then_the_program(tmp_path, terminal):
     chat.expect(r"\(ended\).*> ")
     chat.type("What was it about?")
     chat.expect(r"from device; first token after [\d,]+ ms.*> ")
-    chat.press_ctrl_c()
+    chat.press_ctrl_c_at_a_prompt()
     chat.ends_with(0)
 
 

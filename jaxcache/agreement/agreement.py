@@ -1,7 +1,7 @@
 """The one exchange per step in which ranks agree on outcomes: issued in step t, read in step t + 1.
 
 step t       issue(what this rank saw) ---- one reduction, beside the model step ----+
-step t + 1   read() -> AgreedReport: the same on every rank, or RanksDiverged <-----+
+step t + 1   read() -> AgreedReport: the same on every rank, or RanksDiverged <------+
 """
 
 from __future__ import annotations

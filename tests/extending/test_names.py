@@ -17,7 +17,8 @@ from jaxcache.core.kinds import KINDS, Kind, validate
 from jaxcache.core.kinds.prefix import Prefix
 from jaxcache.core.kinds.state import State
 from jaxcache.core.prefix_cache import PrefixCache
-from models.decoder import FAMILIES, DecoderConfig
+from models.decoder import DecoderConfig
+from models.families import FAMILIES
 from tests.core.helpers import FULL, state, window
 
 REGISTRIES = {

@@ -3,13 +3,10 @@ name there, or in a program that uses jaxcache, can be chosen by it: a new polic
 
 from __future__ import annotations
 
-import pkgutil
-from importlib import import_module
-
 from jaxcache.core.eviction.order import POLICIES, EvictionOrder
+from jaxcache.core.registry import read_folder
 
-for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
-    import_module(_module.name)
+read_folder(__name__, __path__)
 
 
 def policy(name: str) -> type[EvictionOrder]:

@@ -12,6 +12,7 @@ from typing import ClassVar, NamedTuple
 
 from jaxcache.core.eviction.reuse_profile import ReuseProfile
 from jaxcache.core.node import Node
+from jaxcache.core.registry import register
 from jaxcache.types import Tier
 
 
@@ -46,12 +47,7 @@ class EvictionOrder(ABC):
     def __init_subclass__(cls, name: str | None = None):
         """name: by which it can be chosen; None: it is not a policy itself."""
         if name is not None:
-            other = POLICIES.get(name, cls)
-            if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):  # it may be read again
-                raise ValueError(
-                    f"there is an eviction policy {name!r} already: {other.__module__}.{other.__qualname__}"
-                )
-            POLICIES[name] = cls
+            register(POLICIES, name, cls, "an eviction policy")
 
     def __init__(self, context: OrderContext):
         self.context = context

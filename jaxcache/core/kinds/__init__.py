@@ -3,9 +3,6 @@ name there, or in a program that uses jaxcache, is the kind of the components th
 
 from __future__ import annotations
 
-import pkgutil
-from importlib import import_module
-
 from jaxcache.components.base import Component
 from jaxcache.config import CacheConfig
 from jaxcache.core.decisions import Counters
@@ -14,10 +11,10 @@ from jaxcache.core.kinds.prefix import Prefix
 from jaxcache.core.kinds.spine import SPINE, first_with_arrays, with_spine
 from jaxcache.core.kinds.state import State
 from jaxcache.core.pages import Residency
+from jaxcache.core.registry import read_folder
 from jaxcache.core.tiers import Tiers
 
-for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
-    import_module(_module.name)
+read_folder(__name__, __path__)
 
 
 class Kinds(tuple[Kind, ...]):

@@ -20,6 +20,7 @@ from jaxcache.core.lease import Lease
 from jaxcache.core.missing import Missing
 from jaxcache.core.node import Node
 from jaxcache.core.pages import Residency
+from jaxcache.core.registry import register
 from jaxcache.core.tiers import Eviction, Tiers
 from jaxcache.core.tokens import Sequence
 from jaxcache.types import PageIds, Span, Tier
@@ -59,10 +60,7 @@ class Kind(ABC):
     def __init_subclass__(cls, name: str | None = None):
         """name: of this kind, for components; None: no component is of it."""
         if name is not None:
-            other = KINDS.get(name, cls)
-            if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):  # it may be read again
-                raise ValueError(f"there is a kind {name!r} already: {other.__module__}.{other.__qualname__}")
-            KINDS[name] = cls
+            register(KINDS, name, cls, "a kind")
 
     def __init__(self, tiers: Tiers, c: int, counters: Counters):
         self.tiers, self.c, self.counters = tiers, c, counters

@@ -26,6 +26,7 @@ from jaxcache.pools.page_layout import page_layouts
 from jaxcache.types import Move, Transfer, TransferKind
 
 PAGE_KIB = (64, 256, 1024, 4096)
+LARGE_KIB, LARGE_BYTES = 1024, 256 << 20
 REPEATS, WARMUPS = 12, 3
 TURNS, TURN_STEPS = 5, 6  # the first step of a turn does not count: nothing is to be scattered in it
 Figures = dict[str, float]
@@ -83,6 +84,8 @@ def run(is_gpu: bool) -> Iterator[tuple[str, Figures]]:
     total = 64 << 20 if is_gpu else 2 << 20
     for page_kib in PAGE_KIB if is_gpu else PAGE_KIB[:2]:
         yield f"host_copies_{page_kib}_kib", host_copies(page_kib << 10, total)
+    if is_gpu:
+        yield f"large_host_copies_{LARGE_KIB}_kib", host_copies(LARGE_KIB << 10, LARGE_BYTES)
     yield "steps_while_copying", steps_while_copying(is_gpu)
     yield "small_reads", small_reads()
 

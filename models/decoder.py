@@ -31,7 +31,7 @@ import jaxcache
 from jaxcache.components import Component
 from models.layer_plan import FULL, SLOTS, STATE, WINDOW, Keeps, Kept, LayerPlan
 from models.layers import Held, Rope, Step, View, norm_weight, plain_rope, rms_norm, turns, weight
-from models.paged_attention import ExtendBatch, plan_pages, plan_states
+from models.paged_attention import BLOCK_TOKENS, GPU_BLOCK_TOKENS, ExtendBatch, plan_pages, plan_states
 from models.stored import Stored
 
 Params = dict[str, Any]
@@ -189,9 +189,10 @@ class Decoder(nnx.Module):
         make = nnx.vmap(cfg.layer, axis_size=num_layers, in_axes=None, transform_metadata={nnx.PARTITION_NAME: "pp"})
         return make(kind)
 
-    def __call__(self, pools: Pools, batch: ExtendBatch, page_tokens: int) -> tuple[Array, Pools]:
+    def __call__(self, pools: Pools, batch: ExtendBatch, page_tokens: int, block_tokens: int) -> tuple[Array, Pools]:
         """pools: of this rank; returns f32[B, logits_at, V], the same on every rank."""
-        views = {name: self._view(name, batch, fields, page_tokens) for name, fields in pools.items() if name != STATE}
+        sizes = (page_tokens, block_tokens)
+        views = {name: self._view(name, batch, fields, *sizes) for name, fields in pools.items() if name != STATE}
         h, pools = self._run_stages(self._enter(self._embed(batch.tokens)), pools, Step(batch, views))
         columns = batch.logits_at.reshape(*batch.logits_at.shape, *(1 for _ in h.shape[2:]))
         h = jnp.take_along_axis(h, columns, axis=1, mode="clip")
@@ -201,10 +202,12 @@ class Decoder(nnx.Module):
         logits = jnp.einsum("bkd,vd->bkv", h, self.head[...], preferred_element_type=jnp.float32)
         return lax.all_gather(logits, "tp", axis=2, tiled=True), pools
 
-    def _view(self, component: str, batch: ExtendBatch, fields: dict[str, Array], page_tokens: int) -> View:
+    def _view(
+        self, component: str, batch: ExtendBatch, fields: dict[str, Array], page_tokens: int, block_tokens: int
+    ) -> View:
         window_tokens = self.cfg.window_tokens if component == WINDOW else None
         num_pages = next(iter(fields.values())).shape[0]
-        plan = functools.partial(plan_pages, batch, component, num_pages, page_tokens)
+        plan = functools.partial(plan_pages, batch, component, num_pages, page_tokens, block_tokens)
         pages = plan(window_tokens)
         rates = sorted({kept.tokens_per_slot for kept in self.plan.kept[component].values()} - {1})
         shared = {rate: plan(tokens_per_slot=rate) for rate in rates}
@@ -279,15 +282,18 @@ class Decoder(nnx.Module):
 
 
 def make_extend(
-    cfg: DecoderConfig, mesh: Mesh, page_tokens: int
+    cfg: DecoderConfig, mesh: Mesh, page_tokens: int, block_tokens: int | None = None
 ) -> Callable[[Params, Pools, ExtendBatch], tuple[Array, Pools]]:
     """Compiles, once per shape, the step that prefills chunks and decodes.
 
     extend(params, pools, batch) -> (logits f32[B, logits_at, V], replicated; pools)
     pools: {component: {field: [N, blocks, ...]}}, as `Cache.init_pools` makes them of `components`; donated, updated
            in place
+    block_tokens: keys that attention reads at a time; None: BLOCK_TOKENS, and on GPUs GPU_BLOCK_TOKENS
     """
     _check_mesh(cfg, mesh)
+    if block_tokens is None:
+        block_tokens = GPU_BLOCK_TOKENS if mesh.devices.flat[0].platform == "gpu" else BLOCK_TOKENS
     if page_tokens % mesh.shape["cp"]:
         raise ValueError(f"{page_tokens=} must be a multiple of cp={mesh.shape['cp']}")
     graphdef, _ = nnx.split(_abstract_model(cfg))
@@ -300,7 +306,7 @@ def make_extend(
         jax.shard_map, mesh=mesh, in_specs=(param_specs, specs, P()), out_specs=(P(), specs), check_vma=False
     )
     def forward(params: Params, pools: Pools, batch: ExtendBatch) -> tuple[Array, Pools]:
-        return nnx.merge(graphdef, params)(pools, batch, page_tokens)
+        return nnx.merge(graphdef, params)(pools, batch, page_tokens, block_tokens)
 
     replicated = NamedSharding(mesh, P())
     in_shardings = (param_shardings, pool_shardings, replicated)

@@ -21,7 +21,8 @@ from jax import Array, lax
 
 from jaxcache import StateSlots
 
-BLOCK_TOKENS = 256  # attention reads this many keys at a time, or one page
+BLOCK_TOKENS = 256  # keys that attention reads at a time
+GPU_BLOCK_TOKENS = 2048  # there the host looks at the device after each block
 Place = tuple[Any, ...]
 MASKED = -1e30  # finite: exp(MASKED - MASKED) must not be nan; what it lets in is multiplied by zero later
 
@@ -86,11 +87,13 @@ def plan_pages(
     component: str,
     num_pages: int,
     page_tokens: int,
+    block_tokens: int,
     window_tokens: int | None = None,
     tokens_per_slot: int = 1,
 ) -> Pages:
     """Slots of a page are over cp; every rank holds and writes all of them where they are fewer than cp.
 
+    block_tokens:    keys that are read at a time; those of a page at least
     window_tokens:   how many tokens, the newest included, a token reads; None: all
     tokens_per_slot: how many tokens share a slot; more than one only without a window
     """
@@ -99,7 +102,7 @@ def plan_pages(
     is_repeated = page_slots < cp
     rank_slots = page_slots if is_repeated else page_slots // cp
     first_slot = 0 if is_repeated else rank_slots * lax.axis_index("cp")
-    width = max(1, BLOCK_TOKENS // page_slots)
+    width = max(1, block_tokens // page_slots)
     table = batch.page_tables[component]
     table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % width)), constant_values=num_pages)
     num_columns = batch.tokens.shape[1]

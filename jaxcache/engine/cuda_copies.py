@@ -75,6 +75,16 @@ class CopyEngine:
         except AttributeError:  # before CUDA 12.8
             self.submit_batch = None
 
+    def start(self, target: int, source: int, num_bytes: int) -> None:
+        """Begins one copy between two addresses, of memory that stays until `wait` returns."""
+        self._enter()
+        self._check(self._driver.cuMemcpyAsync(target, source, num_bytes, self._stream), "cuMemcpyAsync")
+
+    def wait(self) -> None:
+        """For all copies that were begun; releases the interpreter lock meanwhile."""
+        self._enter()
+        self._check(self._driver.cuStreamSynchronize(self._stream), "cuStreamSynchronize")
+
     def copy(self, targets: np.ndarray, sources: np.ndarray, num_bytes: int) -> None:
         """Copies `num_bytes` from each source to its target, and waits; releases the interpreter lock meanwhile.
 

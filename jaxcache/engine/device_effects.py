@@ -19,14 +19,16 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from jaxcache.engine.cuda_page_ids import CudaPageIds
 from jaxcache.engine.effects import Effects, Loading
 from jaxcache.engine.inline_copies import back_up_now, load_back_now
 from jaxcache.engine.jobs import Job, Steps, Threads, at_once
-from jaxcache.engine.shard_copies import local_shards, shard_copies
+from jaxcache.engine.shard_copies import has_driver, local_shards, shard_copies
 from jaxcache.pools.cells import Part
-from jaxcache.pools.device_pool import DevicePools, PageMover, Staging, bucket_pages
+from jaxcache.pools.device_pool import DevicePools, PageIdArrays, PageMover, bucket_pages
 from jaxcache.pools.host_pool import HostPool
 from jaxcache.pools.page_layout import PageLayout, local_devices
+from jaxcache.pools.spare_staging import Staging
 from jaxcache.pools.storage_cells import local_part
 from jaxcache.types import PageIds
 
@@ -49,14 +51,17 @@ class DeviceEffects(Effects):
         max_bucket: int = DEFAULT_MAX_BUCKET,
         page_kernels: str = "auto",
     ):
-        self.mover = PageMover(layouts, mesh, num_pages, max_bucket, page_kernels)
-        self.host_pools = {name: HostPool(layout, host_pages[name], mesh) for name, layout in layouts.items()}
-        self.max_pages = self.mover.max_bucket
         devices = local_devices(mesh)
-        self.page_bytes = {name: layout.row_bytes * len(devices) for name, layout in layouts.items()}
-        self._layouts = dict(layouts)
         self._shard_copies = {device: shard_copies(device) for device in devices}
         self._needs_staging = any(copies.needs_staging for copies in self._shard_copies.values())
+        id_arrays = CudaPageIds(mesh, max_bucket) if has_driver(devices[0]) else PageIdArrays()
+        self.mover = PageMover(
+            layouts, mesh, num_pages, max_bucket, page_kernels, id_arrays, gives_back=self._needs_staging
+        )
+        self.host_pools = {name: HostPool(layout, host_pages[name], mesh) for name, layout in layouts.items()}
+        self.max_pages = self.mover.max_bucket
+        self.page_bytes = {name: layout.row_bytes * len(devices) for name, layout in layouts.items()}
+        self._layouts = dict(layouts)
         self._store_share = SHARE_OF_CORES if devices[0].platform == "cpu" else 1.0
         self._at_exit: Callable[[], None] | None = None
 

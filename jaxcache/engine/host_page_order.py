@@ -9,7 +9,6 @@ Used on the serving thread only, in plan order; that order is what makes the wai
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -26,54 +25,59 @@ class Pending(Protocol):
 J = TypeVar("J", bound=Pending)
 
 
-@dataclass(slots=True)
-class _Use(Generic[J]):
-    writer: J | None = None
-    readers: list[J] = field(default_factory=list)
-
-    def is_over(self) -> bool:
-        return not _pending(job for job in (self.writer, *self.readers) if job)
-
-
 MIN_KEPT = 1024
 
 
 class HostPageOrder(Generic[J]):
-    """The last jobs on every host page of one component."""
+    """The last jobs on every host page of one component: its writer, and its readers since."""
 
     def __init__(self):
-        self._uses: dict[int, _Use[J]] = {}
+        self._writers: dict[int, J] = {}
+        self._readers: dict[int, list[J]] = {}
         self._forget_at = MIN_KEPT
 
     def before_read(self, page_ids: np.ndarray) -> list[J]:
         """The jobs that a reader of these pages must wait for."""
-        return _pending(use.writer for use in self._found(page_ids) if use.writer)
+        return _pending(self._writers_of(page_ids.tolist()))
 
     def before_write(self, page_ids: np.ndarray) -> list[J]:
         """The jobs that a writer of these pages must wait for."""
-        return _pending(job for use in self._found(page_ids) for job in (use.writer, *use.readers) if job)
+        pages = page_ids.tolist()
+        return _pending(self._writers_of(pages) + self._readers_of(pages))
 
     def add_reader(self, page_ids: np.ndarray, job: J) -> None:
         for page_id in page_ids.tolist():
-            use = self._uses.setdefault(page_id, _Use())
-            use.readers = [*_pending(use.readers), job]
+            self._readers[page_id] = [*_pending(self._readers.get(page_id, ())), job]
+        self._forget_some()
 
     def add_writer(self, page_ids: np.ndarray, job: J) -> None:
-        for page_id in page_ids.tolist():
-            self._uses[page_id] = _Use(job)
-        if len(self._uses) > self._forget_at:
-            self.forget_done()
-            self._forget_at = max(MIN_KEPT, 2 * len(self._uses))
+        pages = page_ids.tolist()
+        self._writers |= dict.fromkeys(pages, job)
+        if self._readers:
+            for page_id in pages:
+                self._readers.pop(page_id, None)
+        self._forget_some()
 
     def forget_done(self) -> None:
-        """Drops pages that nobody touches any more."""
-        self._uses = {page_id: use for page_id, use in self._uses.items() if not use.is_over()}
+        """Drops jobs that nobody has to wait for any more."""
+        self._writers = {page_id: job for page_id, job in self._writers.items() if _pending([job])}
+        self._readers = {page_id: jobs for page_id, all_jobs in self._readers.items() if (jobs := _pending(all_jobs))}
 
     def __len__(self) -> int:
-        return len(self._uses)
+        """Pages of which a job is kept."""
+        return len(self._writers.keys() | self._readers.keys())
 
-    def _found(self, page_ids: np.ndarray) -> list[_Use[J]]:
-        return [self._uses[page_id] for page_id in page_ids.tolist() if page_id in self._uses]
+    def _forget_some(self) -> None:
+        kept = len(self._writers) + len(self._readers)
+        if kept > self._forget_at:
+            self.forget_done()
+            self._forget_at = max(MIN_KEPT, 2 * (len(self._writers) + len(self._readers)))
+
+    def _writers_of(self, pages: list[int]) -> list[J]:
+        return [job for job in map(self._writers.get, pages) if job is not None]
+
+    def _readers_of(self, pages: list[int]) -> list[J]:
+        return [job for page_id in pages for job in self._readers.get(page_id, ())] if self._readers else []
 
 
 def _pending(jobs: Iterable[J]) -> list[J]:

@@ -7,6 +7,9 @@
 Fields that are alike are staged as one array, see `page_layout.Stack`: {first field: [bucket, fields, *padded page]}.
 Both are local to each shard. Buckets are powers of two, so that `warmup` can compile every shape that will ever run.
 A padding id is `num_pages`, which a scatter drops. Never -1: that wraps around to the last page.
+
+On GPUs programs give back what they have read, ids and staging, in the same buffers: a later call fills them again, and
+neither makes arrays nor waits for the program that would.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxcache.pools.page_layout import PageLayout, Stack, local_devices
+from jaxcache.pools.spare_staging import SpareStaging, Staging
 from kernels_pallas.form import is_pallas
 from kernels_pallas.gather_pages import gather_pages, gather_pages_reference
 from kernels_pallas.layer_pages import (
@@ -34,7 +38,6 @@ from kernels_pallas.ring import DEFAULT_RING
 from kernels_pallas.scatter_pages import scatter_pages, scatter_pages_reference
 
 ComponentPools = dict[str, jax.Array]  # by field
-Staging = dict[str, jax.Array]  # by the first field of a stack
 DevicePools = dict[str, ComponentPools]  # by component
 
 
@@ -57,6 +60,17 @@ def bucket_pages(num_ids: int) -> int:
     return 1 << (num_ids - 1).bit_length()
 
 
+class PageIdArrays:
+    """Page ids in the form in which programs take them: here as they are, and jax copies them to the devices."""
+
+    def of(self, page_ids: np.ndarray) -> np.ndarray | jax.Array:
+        """int32[bucket], for one program."""
+        return page_ids
+
+    def give_back(self, array: jax.Array) -> None:
+        """What a program returned of them: nobody reads it any more once it is computed."""
+
+
 class PageMover:
     """Gathers and scatters pages of every component, one bucket at a time; serving thread only."""
 
@@ -67,15 +81,23 @@ class PageMover:
         num_pages: Mapping[str, int],
         max_bucket: int,
         page_kernels: str = "auto",
+        id_arrays: PageIdArrays | None = None,
+        gives_back: bool = False,
     ):
-        """page_kernels: see CacheConfig. ValueError for one that cannot be."""
+        """
+        page_kernels: see CacheConfig. ValueError for one that cannot be.
+        gives_back:   programs return what they have read: ids to `id_arrays`, staging for a later load-back
+        """
         if max_bucket < 1:
             raise ValueError(f"{max_bucket=} must be at least 1")
         self.layouts, self.mesh = dict(layouts), mesh
         self.max_bucket = 1 << (max_bucket.bit_length() - 1)  # the largest power of two within what was asked for
         self._num_pages = dict(num_pages)
-        self._gathers = {name: _gather_program(layout, page_kernels) for name, layout in self.layouts.items()}
-        self._scatters = {name: _scatter_program(layout, page_kernels) for name, layout in self.layouts.items()}
+        self._id_arrays, self._gives_back = id_arrays or PageIdArrays(), gives_back
+        form = (page_kernels, self._gives_back)
+        self._gathers = {name: _gather_program(layout, *form) for name, layout in self.layouts.items()}
+        self._scatters = {name: _scatter_program(layout, *form) for name, layout in self.layouts.items()}
+        self._spares = SpareStaging(self.max_bucket)
 
     def gather(self, component: str, pools: ComponentPools, page_ids: np.ndarray) -> Staging:
         """Dispatches a copy of at most `max_bucket` pages; afterwards the pages may be overwritten.
@@ -83,15 +105,23 @@ class PageMover:
         pools:   not donated
         returns: staging {first field: [bucket, *padded shape of the stack]}, sharded like the pools
         """
-        return self._gathers[component](pools, self._padded(component, page_ids))
+        staging, ids = self._gathers[component](pools, self._placed(component, page_ids))
+        if self._gives_back:
+            self._id_arrays.give_back(ids)
+        return staging
 
     def scatter(self, component: str, pools: ComponentPools, page_ids: np.ndarray, staging: Staging) -> ComponentPools:
         """Dispatches the write of at most `max_bucket` pages, in place.
 
         pools:   donated
-        staging: as `gather` returns it, for the same bucket; rows beyond `page_ids` are ignored
+        staging: as `gather` returns it, for the same bucket; rows beyond `page_ids` are ignored. Donated, if programs
+                 give back
         """
-        return self._scatters[component](pools, self._padded(component, page_ids), staging)
+        pools, ids, staging = self._scatters[component](pools, self._placed(component, page_ids), staging)
+        if self._gives_back:
+            self._id_arrays.give_back(ids)
+            self._spares.add(component, bucket_pages(len(page_ids)), staging)
+        return pools
 
     def renewed(self, component: str, pools: ComponentPools) -> ComponentPools:
         """The same buffers as new arrays, when they are computed and nobody reads the old ones any more.
@@ -101,12 +131,13 @@ class PageMover:
         return jax.block_until_ready(_renewal_program(self.layouts[component])(pools))
 
     def staging(self, component: str, bucket: int) -> Staging:
-        """Dispatches the making of arrays that a load-back fills: as `gather` returns them, zeroed."""
-        return _staging_program(self.layouts[component], bucket)()
+        """Arrays that a load-back fills, when they are computed: as `gather` returns them, with any content."""
+        return self._spares.take(component, bucket) or _staging_program(self.layouts[component], bucket)()
 
     def warmup_staging(self) -> None:
-        """Compiles `staging` for every bucket."""
-        jax.block_until_ready([self.staging(name, bucket) for name in self.layouts for bucket in self.buckets()])
+        """Compiles what makes staging arrays of every bucket."""
+        programs = [_staging_program(layout, bucket) for layout in self.layouts.values() for bucket in self.buckets()]
+        jax.block_until_ready([program() for program in programs])
 
     def warmup(self, pools: DevicePools) -> DevicePools:
         """Compiles every program of every component. Moves padding only: pools (donated) come back unchanged."""
@@ -123,18 +154,19 @@ class PageMover:
         """All bucket sizes."""
         return [1 << k for k in range(self.max_bucket.bit_length())]
 
-    def _padded(self, component: str, page_ids: np.ndarray) -> np.ndarray:
+    def _placed(self, component: str, page_ids: np.ndarray) -> np.ndarray | jax.Array:
+        """Padded to a bucket, as programs take them."""
         num_ids, num_pages = len(page_ids), self._num_pages[component]
         assert 0 < num_ids <= self.max_bucket, f"{component=}: {num_ids=} must be in [1, {self.max_bucket}]"
         assert page_ids.min() >= 0, f"{component=}: a page id is negative: {page_ids=}"
         padded = np.full(bucket_pages(num_ids), num_pages, np.int32)
         padded[:num_ids] = page_ids
-        return padded
+        return self._id_arrays.of(padded)
 
 
 @functools.cache  # caches of equal layout on one mesh share their programs
-def _gather_program(layout: PageLayout, page_kernels: str):
-    """jit (pools, ids) -> staging."""
+def _gather_program(layout: PageLayout, page_kernels: str, gives_back: bool):
+    """jit (pools, ids) -> (staging, ids); None for what is not given back."""
     is_kernel = {stack: _is_pallas("gather", stack, layout, page_kernels) for stack in layout.stacks}
 
     def gather_stack(stack: Stack, pools, page_ids):
@@ -155,13 +187,18 @@ def _gather_program(layout: PageLayout, page_kernels: str):
         out_specs=staging_specs,
         check_vma=not any(is_kernel.values()),
     )
-    replicated = NamedSharding(layout.mesh, PartitionSpec())
-    return jax.jit(local, in_shardings=(layout.shardings(), replicated), out_shardings=layout.staging_shardings())
+    replicated, staging = NamedSharding(layout.mesh, PartitionSpec()), layout.staging_shardings()
+    return jax.jit(
+        lambda pools, page_ids: (local(pools, page_ids), page_ids if gives_back else None),
+        donate_argnums=(1,) if gives_back else (),
+        in_shardings=(layout.shardings(), replicated),
+        out_shardings=(staging, replicated if gives_back else None),
+    )
 
 
 @functools.cache
-def _scatter_program(layout: PageLayout, page_kernels: str):
-    """jit (pools, ids, staging) -> pools, in place."""
+def _scatter_program(layout: PageLayout, page_kernels: str, gives_back: bool):
+    """jit (pools, ids, staging) -> (pools, ids, staging), in place; None for what is not given back."""
     is_kernel = {stack: _is_pallas("scatter", stack, layout, page_kernels) for stack in layout.stacks}
 
     def scatter_stack(stack: Stack, pools, page_ids, staged):
@@ -187,9 +224,13 @@ def _scatter_program(layout: PageLayout, page_kernels: str):
         out_specs=pool_specs,
         check_vma=not any(is_kernel.values()),
     )
-    shardings, replicated = layout.shardings(), NamedSharding(layout.mesh, PartitionSpec())
-    in_shardings = (shardings, replicated, layout.staging_shardings())
-    return jax.jit(local, donate_argnums=0, in_shardings=in_shardings, out_shardings=shardings)
+    pools, read = layout.shardings(), (NamedSharding(layout.mesh, PartitionSpec()), layout.staging_shardings())
+    return jax.jit(
+        lambda pools, *read: (local(pools, *read), *(read if gives_back else (None, None))),
+        donate_argnums=(0, 1, 2) if gives_back else (0,),
+        in_shardings=(pools, *read),
+        out_shardings=(pools, *(read if gives_back else (None, None))),
+    )
 
 
 def _specs(layout: PageLayout) -> tuple[dict[str, PartitionSpec], dict[str, PartitionSpec]]:

@@ -109,14 +109,20 @@ MUTATIONS = (
         "a writer does not wait for the writer before it",
         HostPageOrder,
         "before_write",
-        "(use.writer, *use.readers)",
-        "(*use.readers,)",
+        "self._writers_of(pages) + ",
+        "",
         FEW_HOST_PAGES,
     ),
     Mutation(
-        "a reader does not wait for the writer", HostPageOrder, "before_read", "if use.writer)", "if not use.writer)"
+        "a reader does not wait for the writer",
+        HostPageOrder,
+        "before_read",
+        "page_ids.tolist()",
+        "page_ids.tolist()[:0]",
     ),
-    Mutation("a writer is not noted", HostPageOrder, "add_writer", "self._uses[page_id] = _Use(job)", "pass"),
+    Mutation(
+        "a writer is not noted", HostPageOrder, "add_writer", "self._writers |= dict.fromkeys(pages, job)", "pass"
+    ),
     # ---- copies
     Mutation(
         "a load-back is scattered before it has come",

@@ -8,6 +8,9 @@ STAMP  := $(VENV)/.stamp
 # Another Python for `make gpu`, such as one that already has a jax for GPUs: make gpu GPU_PYTHON=python3
 GPU_PYTHON ?= $(BIN)/python
 
+# Its tests run in so many processes on one host, if that Python has pytest-xdist; compiling is most of what they do.
+GPU_WORKERS ?= 8
+
 GPU_TESTS  := tests/kernels tests/pools tests/runtime tests/test_cache.py tests/multiprocess/test_serving.py \
               $(addprefix tests/models/,test_goldens.py test_hit_equals_miss.py test_serve.py test_trace_demo.py)
 
@@ -103,7 +106,9 @@ bench: setup ## the benchmarks: ratios that must not get worse, then every figur
 
 gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),setup) ## the tests that use devices, then what they measure, on the GPUs of this host; writes benchmarks/results/<card>.json
 	$(GPU_PYTHON) -m jaxcache doctor --platform gpu
-	$(GPU_PYTHON) -m pytest -m "not slow and not gemma" --devices gpu $(GPU_TESTS) $(ARGS)
+	$(GPU_PYTHON) -m pytest -p no:benchmark -m "not slow and not gemma" --devices gpu \
+	  $$($(GPU_PYTHON) -c 'import xdist' 2>/dev/null && echo --numprocesses $(GPU_WORKERS) --dist loadfile) \
+	  $(GPU_TESTS) $(ARGS)
 	$(GPU_PYTHON) -m benchmarks gpu
 
 $(GOLDENS_STAMP): Makefile

@@ -21,6 +21,7 @@ import numpy as np
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_size_t
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 _IN_STREAM_ORDER = 1  # CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
+FIRST_LIST = 8  # copies; each list is twice as long as the one before, and is handed over while that is copied
 
 
 class CudaError(RuntimeError):
@@ -75,16 +76,6 @@ class CopyEngine:
         except AttributeError:  # before CUDA 12.8
             self.submit_batch = None
 
-    def start(self, target: int, source: int, num_bytes: int) -> None:
-        """Begins one copy between two addresses, of memory that stays until `wait` returns."""
-        self._enter()
-        self._check(self._driver.cuMemcpyAsync(target, source, num_bytes, self._stream), "cuMemcpyAsync")
-
-    def wait(self) -> None:
-        """For all copies that were begun; releases the interpreter lock meanwhile."""
-        self._enter()
-        self._check(self._driver.cuStreamSynchronize(self._stream), "cuStreamSynchronize")
-
     def copy(self, targets: np.ndarray, sources: np.ndarray, num_bytes: int) -> None:
         """Copies `num_bytes` from each source to its target, and waits; releases the interpreter lock meanwhile.
 
@@ -106,8 +97,14 @@ class CopyEngine:
             self._check(self._driver.cuMemcpyAsync(target, source, num_bytes, self._stream), "cuMemcpyAsync")
 
     def _submit_all(self, targets: np.ndarray, sources: np.ndarray, num_bytes: int) -> None:
-        assert self.submit_batch is not None
         sizes = np.full(len(targets), num_bytes, np.uintp)
+        first, length = 0, FIRST_LIST
+        while first < len(targets):
+            self._submit_list(*(numbers[first : first + length] for numbers in (targets, sources, sizes)))
+            first, length = first + length, 2 * length
+
+    def _submit_list(self, targets: np.ndarray, sources: np.ndarray, sizes: np.ndarray) -> None:
+        assert self.submit_batch is not None
         attributes, first, failed = _Attributes(_IN_STREAM_ORDER), _SIZE(0), _SIZE()
         self._check(
             self.submit_batch(
@@ -147,13 +144,13 @@ class CudaCopies:
         pages: jax array on this GPU, [at least len(page_ids), ...] of n bytes each
         rows:  uint8[num_pages, n], a column range of pinned host rows
         """
-        staged, addresses = _staged_addresses(pages, rows, len(page_ids)), _row_addresses(rows, page_ids)
-        self._down.copy(addresses, staged, rows.shape[1])
+        addresses = _row_addresses(rows, page_ids)  # while a program makes the pages
+        self._down.copy(addresses, _staged_addresses(pages, rows, len(page_ids)), rows.shape[1])
 
     def from_rows(self, rows: np.ndarray, page_ids: np.ndarray, pages: Any) -> None:
         """pages[:len(page_ids)] = rows[page_ids]; the array must be this caller's alone, and be read only later."""
-        staged, addresses = _staged_addresses(pages, rows, len(page_ids)), _row_addresses(rows, page_ids)
-        self._up.copy(staged, addresses, rows.shape[1])
+        addresses = _row_addresses(rows, page_ids)
+        self._up.copy(_staged_addresses(pages, rows, len(page_ids)), addresses, rows.shape[1])
 
 
 def _staged_addresses(pages: Any, rows: np.ndarray, num_pages: int) -> np.ndarray:

@@ -14,18 +14,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
-from jaxcache.engine.cuda_page_ids import CudaPageIds
 from jaxcache.engine.effects import Effects, Loading
 from jaxcache.engine.inline_copies import back_up_now, load_back_now
 from jaxcache.engine.jobs import Job, Steps, Threads, at_once
-from jaxcache.engine.shard_copies import has_driver, local_shards, shard_copies
+from jaxcache.engine.shard_copies import local_shards, shard_copies
 from jaxcache.pools.cells import Part
-from jaxcache.pools.device_pool import DevicePools, PageIdArrays, PageMover, bucket_pages
+from jaxcache.pools.device_pool import DevicePools, PageMover, bucket_pages
 from jaxcache.pools.host_pool import HostPool
 from jaxcache.pools.page_layout import PageLayout, local_devices
 from jaxcache.pools.spare_staging import Staging
@@ -37,6 +36,13 @@ SHARE_OF_CORES = 0.02  # of one
 EXIT_S = 5.0  # at a normal exit, for the calls and copies that are under way
 
 Shards = dict[str, list[Any]]  # by stack, and by local device; None: not there yet
+
+
+class _Staged(NamedTuple):
+    """What copies to the devices fill. whole: the same over all devices, if it was there before"""
+
+    whole: Staging | None
+    shards: Shards
 
 
 class DeviceEffects(Effects):
@@ -53,11 +59,8 @@ class DeviceEffects(Effects):
     ):
         devices = local_devices(mesh)
         self._shard_copies = {device: shard_copies(device) for device in devices}
-        self._needs_staging = any(copies.needs_staging for copies in self._shard_copies.values())
-        id_arrays = CudaPageIds(mesh, max_bucket) if has_driver(devices[0]) else PageIdArrays()
-        self.mover = PageMover(
-            layouts, mesh, num_pages, max_bucket, page_kernels, id_arrays, gives_back=self._needs_staging
-        )
+        (self._needs_staging,) = {copies.needs_staging for copies in self._shard_copies.values()}
+        self.mover = PageMover(layouts, mesh, num_pages, max_bucket, page_kernels, self._needs_staging)
         self.host_pools = {name: HostPool(layout, host_pages[name], mesh) for name, layout in layouts.items()}
         self.max_pages = self.mover.max_bucket
         self.page_bytes = {name: layout.row_bytes * len(devices) for name, layout in layouts.items()}
@@ -117,10 +120,11 @@ class DeviceEffects(Effects):
         staging = self.mover.staging(component, bucket_pages(len(src))) if self._needs_staging else None
         shards = self._shards_to_fill(pool, staging)
         ranks = range(len(pool.devices))
-        return Loading([at_once(self._copy_to_device, pool, rank, src, shards) for rank in ranks], shards)
+        staged = _Staged(staging, shards)
+        return Loading([at_once(self._copy_to_device, pool, rank, src, shards) for rank in ranks], staged)
 
-    def scatter(self, pools: DevicePools, component: str, dst: PageIds, staged: Shards) -> None:
-        staging = self._assembled(component, len(dst), staged)
+    def scatter(self, pools: DevicePools, component: str, dst: PageIds, staged: _Staged) -> None:
+        staging = staged.whole or self._assembled(component, len(dst), staged.shards)
         pools[component] = self.mover.scatter(component, pools[component], dst, staging)
 
     def read_host(self, component: str, page_ids: PageIds) -> Staging:
@@ -132,7 +136,7 @@ class DeviceEffects(Effects):
         shards = self._shards_to_fill(pool, staging)
         for rank in range(len(pool.devices)):
             self._copy_to_device(pool, rank, page_ids, shards)
-        return self._assembled(component, len(page_ids), shards)
+        return staging or self._assembled(component, len(page_ids), shards)
 
     def _shards_to_fill(self, pool: HostPool, staging: Staging | None) -> Shards:
         if staging is not None:

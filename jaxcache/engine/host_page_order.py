@@ -33,7 +33,7 @@ class HostPageOrder(Generic[J]):
 
     def __init__(self):
         self._writers: dict[int, J] = {}
-        self._readers: dict[int, list[J]] = {}
+        self._readers: dict[int, tuple[J, ...]] = {}  # pages read together share one
         self._forget_at = MIN_KEPT
 
     def before_read(self, page_ids: np.ndarray) -> list[J]:
@@ -46,8 +46,12 @@ class HostPageOrder(Generic[J]):
         return _pending(self._writers_of(pages) + self._readers_of(pages))
 
     def add_reader(self, page_ids: np.ndarray, job: J) -> None:
+        before: tuple[J, ...] | None = ()
+        now = (job,)
         for page_id in page_ids.tolist():
-            self._readers[page_id] = [*_pending(self._readers.get(page_id, ())), job]
+            if (found := self._readers.get(page_id)) is not before:
+                before, now = found, (*_pending(found or ()), job)
+            self._readers[page_id] = now
         self._forget_some()
 
     def add_writer(self, page_ids: np.ndarray, job: J) -> None:
@@ -61,7 +65,7 @@ class HostPageOrder(Generic[J]):
     def forget_done(self) -> None:
         """Drops jobs that nobody has to wait for any more."""
         self._writers = {page_id: job for page_id, job in self._writers.items() if _pending([job])}
-        self._readers = {page_id: jobs for page_id, all_jobs in self._readers.items() if (jobs := _pending(all_jobs))}
+        self._readers = {page_id: jobs for page_id, jobs in self._readers.items() if _pending(jobs)}
 
     def __len__(self) -> int:
         """Pages of which a job is kept."""

@@ -22,7 +22,7 @@ import threading
 import time
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from queue import SimpleQueue
@@ -213,6 +213,23 @@ class JobGraph:
             need.add_done_callback(lambda _: remaining.step())
         return job
 
+    def all_of(self, jobs: Sequence[Job]) -> Job:
+        """Done with the last of these; fails like the first of them that fails. No worker takes part."""
+        if len(jobs) == 1:
+            return jobs[0]
+        joined = Job()
+        with self._idle:
+            self._open.add(joined)
+
+        def end() -> None:
+            joined.set_exception(next((error for job in jobs if (error := job.exception())), None))
+            self._is_done(joined)
+
+        remaining = _Countdown(len(jobs), end)
+        for job in jobs:
+            job.add_done_callback(lambda _: remaining.step())
+        return joined
+
     def drain(self, timeout_s: float | None = None) -> bool:
         """Waits until no job is open; False if that took longer than `timeout_s`."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
@@ -244,10 +261,13 @@ class JobGraph:
         else:
             job.set_result(result)
         finally:
-            with self._idle:
-                self._open.discard(job)
-                if not self._open:
-                    self._idle.notify_all()
+            self._is_done(job)
+
+    def _is_done(self, job: Job) -> None:
+        with self._idle:
+            self._open.discard(job)
+            if not self._open:
+                self._idle.notify_all()
 
 
 class _Countdown:

@@ -87,12 +87,8 @@ def shard_copies(device: Any) -> ShardCopies:
     """Those that suit a device."""
     if device.platform == "cpu":
         return MemoryCopies(device)
-    return DirectCopies(device) if has_driver(device) else PinnedCopies(device)
-
-
-def has_driver(device: Any) -> bool:
-    """Whether CUDA's driver copies to and from its memory."""
-    return "cuda" in device.client.platform_version and driver() is not None
+    is_cuda = "cuda" in device.client.platform_version and driver() is not None
+    return DirectCopies(device) if is_cuda else PinnedCopies(device)
 
 
 def local_shards(array: jax.Array, devices: tuple) -> list[jax.Array]:

@@ -25,7 +25,7 @@ from jaxcache.engine.backup_merging import merged
 from jaxcache.engine.counters import Counters
 from jaxcache.engine.effects import Effects, Pools
 from jaxcache.engine.host_page_order import HostPageOrder
-from jaxcache.engine.jobs import Job, JobGraph, Steps, at_once
+from jaxcache.engine.jobs import Job, JobGraph, Steps
 from jaxcache.engine.rates import Rates
 from jaxcache.engine.storage_connection import REST_S
 from jaxcache.engine.storage_io import BATCH_PAGES, StorageIO
@@ -227,10 +227,15 @@ class TransferEngine(Generic[E]):
         self, kind: str, component: str, num_pages: int, copies: Sequence[Steps], after: Sequence[Job]
     ) -> Job:
         """One job per local device, so that they share the cores; the job returned is done when all are."""
-        parts = [self.copies.submit(self._counted(kind, steps), after) for steps in copies]
-        job = self.copies.submit(at_once(self._count, kind, component, num_pages), parts)
-        job.add_done_callback(self._note_fault)
+        job = self.copies.all_of([self.copies.submit(self._counted(kind, steps), after) for steps in copies])
+        job.add_done_callback(partial(self._copies_ended, kind, component, num_pages))
         return job
+
+    def _copies_ended(self, kind: str, component: str, num_pages: int, job: Job) -> None:
+        if job.exception() is None:
+            self._count(kind, component, num_pages)
+        else:
+            self.fault = self.fault or job.exception()
 
     def _counted(self, kind: str, steps: Steps) -> Steps:
         with self._counters.busy(kind):
@@ -239,10 +244,6 @@ class TransferEngine(Generic[E]):
     def _count(self, kind: str, component: str, num_pages: int) -> None:
         num_bytes = num_pages * self.effects.page_bytes[component]
         self._counters.add(**{f"{kind}_pages": num_pages, f"{kind}_bytes": num_bytes})
-
-    def _note_fault(self, job: Job) -> None:
-        if job.exception() is not None and self.fault is None:
-            self.fault = job.exception()
 
     def _raise_fault(self) -> None:
         if self.fault is not None:

@@ -8,8 +8,8 @@ Fields that are alike are staged as one array, see `page_layout.Stack`: {first f
 Both are local to each shard. Buckets are powers of two, so that `warmup` can compile every shape that will ever run.
 A padding id is `num_pages`, which a scatter drops. Never -1: that wraps around to the last page.
 
-On GPUs programs give back what they have read, ids and staging, in the same buffers: a later call fills them again, and
-neither makes arrays nor waits for the program that would.
+On GPUs a scatter gives the staging back that it has read, and a later load-back fills it again. New arrays would be
+made by a program, which waits for the step that runs.
 """
 
 from __future__ import annotations
@@ -60,17 +60,6 @@ def bucket_pages(num_ids: int) -> int:
     return 1 << (num_ids - 1).bit_length()
 
 
-class PageIdArrays:
-    """Page ids in the form in which programs take them: here as they are, and jax copies them to the devices."""
-
-    def of(self, page_ids: np.ndarray) -> np.ndarray | jax.Array:
-        """int32[bucket], for one program."""
-        return page_ids
-
-    def give_back(self, array: jax.Array) -> None:
-        """What a program returned of them: nobody reads it any more once it is computed."""
-
-
 class PageMover:
     """Gathers and scatters pages of every component, one bucket at a time; serving thread only."""
 
@@ -81,23 +70,22 @@ class PageMover:
         num_pages: Mapping[str, int],
         max_bucket: int,
         page_kernels: str = "auto",
-        id_arrays: PageIdArrays | None = None,
-        gives_back: bool = False,
+        keeps_staging: bool = False,
     ):
         """
-        page_kernels: see CacheConfig. ValueError for one that cannot be.
-        gives_back:   programs return what they have read: ids to `id_arrays`, staging for a later load-back
+        page_kernels:  see CacheConfig. ValueError for one that cannot be.
+        keeps_staging: what `scatter` has read is what a later `staging` returns
         """
         if max_bucket < 1:
             raise ValueError(f"{max_bucket=} must be at least 1")
         self.layouts, self.mesh = dict(layouts), mesh
         self.max_bucket = 1 << (max_bucket.bit_length() - 1)  # the largest power of two within what was asked for
         self._num_pages = dict(num_pages)
-        self._id_arrays, self._gives_back = id_arrays or PageIdArrays(), gives_back
-        form = (page_kernels, self._gives_back)
-        self._gathers = {name: _gather_program(layout, *form) for name, layout in self.layouts.items()}
-        self._scatters = {name: _scatter_program(layout, *form) for name, layout in self.layouts.items()}
-        self._spares = SpareStaging(self.max_bucket)
+        self._gathers = {name: _gather_program(layout, page_kernels) for name, layout in self.layouts.items()}
+        self._scatters = {
+            name: _scatter_program(layout, page_kernels, keeps_staging) for name, layout in self.layouts.items()
+        }
+        self._spares = SpareStaging(self.max_bucket) if keeps_staging else None
 
     def gather(self, component: str, pools: ComponentPools, page_ids: np.ndarray) -> Staging:
         """Dispatches a copy of at most `max_bucket` pages; afterwards the pages may be overwritten.
@@ -105,21 +93,17 @@ class PageMover:
         pools:   not donated
         returns: staging {first field: [bucket, *padded shape of the stack]}, sharded like the pools
         """
-        staging, ids = self._gathers[component](pools, self._placed(component, page_ids))
-        if self._gives_back:
-            self._id_arrays.give_back(ids)
-        return staging
+        return self._gathers[component](pools, self._padded(component, page_ids))
 
     def scatter(self, component: str, pools: ComponentPools, page_ids: np.ndarray, staging: Staging) -> ComponentPools:
         """Dispatches the write of at most `max_bucket` pages, in place.
 
         pools:   donated
-        staging: as `gather` returns it, for the same bucket; rows beyond `page_ids` are ignored. Donated, if programs
-                 give back
+        staging: as `gather` returns it, for the same bucket; rows beyond `page_ids` are ignored. Donated where it
+                 is kept
         """
-        pools, ids, staging = self._scatters[component](pools, self._placed(component, page_ids), staging)
-        if self._gives_back:
-            self._id_arrays.give_back(ids)
+        pools, staging = self._scatters[component](pools, self._padded(component, page_ids), staging)
+        if self._spares is not None:
             self._spares.add(component, bucket_pages(len(page_ids)), staging)
         return pools
 
@@ -132,7 +116,8 @@ class PageMover:
 
     def staging(self, component: str, bucket: int) -> Staging:
         """Arrays that a load-back fills, when they are computed: as `gather` returns them, with any content."""
-        return self._spares.take(component, bucket) or _staging_program(self.layouts[component], bucket)()
+        spare = self._spares.take(component, bucket) if self._spares is not None else None
+        return spare or _staging_program(self.layouts[component], bucket)()
 
     def warmup_staging(self) -> None:
         """Compiles what makes staging arrays of every bucket."""
@@ -154,19 +139,18 @@ class PageMover:
         """All bucket sizes."""
         return [1 << k for k in range(self.max_bucket.bit_length())]
 
-    def _placed(self, component: str, page_ids: np.ndarray) -> np.ndarray | jax.Array:
-        """Padded to a bucket, as programs take them."""
+    def _padded(self, component: str, page_ids: np.ndarray) -> np.ndarray:
         num_ids, num_pages = len(page_ids), self._num_pages[component]
         assert 0 < num_ids <= self.max_bucket, f"{component=}: {num_ids=} must be in [1, {self.max_bucket}]"
         assert page_ids.min() >= 0, f"{component=}: a page id is negative: {page_ids=}"
         padded = np.full(bucket_pages(num_ids), num_pages, np.int32)
         padded[:num_ids] = page_ids
-        return self._id_arrays.of(padded)
+        return padded
 
 
 @functools.cache  # caches of equal layout on one mesh share their programs
-def _gather_program(layout: PageLayout, page_kernels: str, gives_back: bool):
-    """jit (pools, ids) -> (staging, ids); None for what is not given back."""
+def _gather_program(layout: PageLayout, page_kernels: str):
+    """jit (pools, ids) -> staging."""
     is_kernel = {stack: _is_pallas("gather", stack, layout, page_kernels) for stack in layout.stacks}
 
     def gather_stack(stack: Stack, pools, page_ids):
@@ -187,18 +171,13 @@ def _gather_program(layout: PageLayout, page_kernels: str, gives_back: bool):
         out_specs=staging_specs,
         check_vma=not any(is_kernel.values()),
     )
-    replicated, staging = NamedSharding(layout.mesh, PartitionSpec()), layout.staging_shardings()
-    return jax.jit(
-        lambda pools, page_ids: (local(pools, page_ids), page_ids if gives_back else None),
-        donate_argnums=(1,) if gives_back else (),
-        in_shardings=(layout.shardings(), replicated),
-        out_shardings=(staging, replicated if gives_back else None),
-    )
+    replicated = NamedSharding(layout.mesh, PartitionSpec())
+    return jax.jit(local, in_shardings=(layout.shardings(), replicated), out_shardings=layout.staging_shardings())
 
 
 @functools.cache
-def _scatter_program(layout: PageLayout, page_kernels: str, gives_back: bool):
-    """jit (pools, ids, staging) -> (pools, ids, staging), in place; None for what is not given back."""
+def _scatter_program(layout: PageLayout, page_kernels: str, keeps_staging: bool):
+    """jit (pools, ids, staging) -> (pools, the staging or None), in place."""
     is_kernel = {stack: _is_pallas("scatter", stack, layout, page_kernels) for stack in layout.stacks}
 
     def scatter_stack(stack: Stack, pools, page_ids, staged):
@@ -224,12 +203,12 @@ def _scatter_program(layout: PageLayout, page_kernels: str, gives_back: bool):
         out_specs=pool_specs,
         check_vma=not any(is_kernel.values()),
     )
-    pools, read = layout.shardings(), (NamedSharding(layout.mesh, PartitionSpec()), layout.staging_shardings())
+    pools, ids, staging = layout.shardings(), NamedSharding(layout.mesh, PartitionSpec()), layout.staging_shardings()
     return jax.jit(
-        lambda pools, *read: (local(pools, *read), *(read if gives_back else (None, None))),
-        donate_argnums=(0, 1, 2) if gives_back else (0,),
-        in_shardings=(pools, *read),
-        out_shardings=(pools, *(read if gives_back else (None, None))),
+        lambda pools, page_ids, staging: (local(pools, page_ids, staging), staging if keeps_staging else None),
+        donate_argnums=(0, 2) if keeps_staging else 0,
+        in_shardings=(pools, ids, staging),
+        out_shardings=(pools, staging if keeps_staging else None),
     )
 
 

@@ -85,12 +85,21 @@ def test_pools_are_updated_in_place(steps, rng):
     pools, batch = steps.pools(), make_batch(steps.tokens, steps.tables(rng), 0, 16, 16)
     arrays = jax.tree.leaves(pools)
     shard_bytes = min(array.addressable_shards[0].data.nbytes for array in arrays)
-    analysis = steps.extend.lower(steps.params, pools, batch).compile().memory_analysis()
+
+    def temporary_bytes(factor: int) -> int:
+        """Of the program for pools that are so many times as large."""
+        sizes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((factor * len(x), *x.shape[1:]), x.dtype, sharding=x.sharding), pools
+        )
+        return steps.extend.lower(steps.params, sizes, batch).compile().memory_analysis().temp_size_in_bytes
+
+    once = temporary_bytes(1)
+    is_copied = once >= shard_bytes / 2 and temporary_bytes(2) - once >= shard_bytes / 2  # not even the smallest pool
     before = addresses(pools)
     _, after = steps.extend(steps.params, pools, batch)
     assert all(array.is_deleted() for array in arrays)
     assert addresses(after) == before
-    assert analysis.temp_size_in_bytes < shard_bytes / 2  # not even the smallest pool is copied
+    assert not is_copied
 
 
 def test_padding_writes_nothing(steps, rng):

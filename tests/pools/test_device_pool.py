@@ -7,6 +7,7 @@ import pytest
 from jaxcache.components import FieldSpec, FullAttention
 from jaxcache.pools.device_pool import PageMover, bucket_pages, init_pools
 from jaxcache.pools.page_layout import page_layouts
+from jaxcache.pools.spare_staging import SpareStaging
 from jaxcache.runtime.compiles import compile_count
 
 NUM_PAGES = 8
@@ -14,9 +15,9 @@ KV = FieldSpec("kv", (2, 2, 4, 2, 4), "bfloat16", ("layers", None, "slots", "hea
 INDEX = FieldSpec("index", (2, 4, 4), "float32", ("layers", "slots", None))
 
 
-def setup(mesh, max_bucket=4, page_kernels="auto"):
+def setup(mesh, max_bucket=4, page_kernels="auto", keeps_staging=False):
     layouts = page_layouts([FullAttention("full", (KV, INDEX))], mesh)
-    mover = PageMover(layouts, mesh, {"full": NUM_PAGES}, max_bucket, page_kernels)
+    mover = PageMover(layouts, mesh, {"full": NUM_PAGES}, max_bucket, page_kernels, keeps_staging)
     return mover, init_pools(layouts, {"full": NUM_PAGES}, mesh)
 
 
@@ -49,6 +50,34 @@ def test_scatter_then_gather_in_place(make_mesh, rng, shape, page_kernels):
         np.testing.assert_array_equal(pages[ids], np.asarray(staging[name])[:3])
         np.testing.assert_array_equal(np.asarray(gathered[name])[:3], pages[ids])
         assert not pages[[1, 2, 3, 4, 6]].any()
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
+def test_staging_that_was_read_is_given_again(make_mesh, rng, shape):
+    mover, pools = setup(make_mesh(*shape), keeps_staging=True)
+    pools, num_compiles = mover.warmup(pools), None
+    for ids in (np.array([5, 0, 7], np.int32), np.array([1, 2, 3, 4], np.int32)):
+        staging = mover.gather("full", pools["full"], ids)
+        before = buffers({"full": staging})
+        pools = {"full": mover.scatter("full", pools["full"], ids, staging)}
+        assert all(array.is_deleted() for array in staging.values())
+        again, other = mover.staging("full", 4), mover.staging("full", 4)
+        assert buffers({"full": again}) == before
+        assert not set(buffers({"full": other})) & set(before)
+        num_compiles = num_compiles or compile_count()
+    assert compile_count() == num_compiles
+
+
+def test_spare_staging_is_bounded():
+    spares, staging = SpareStaging(8), [{"kv": np.empty(0)} for _ in range(5)]
+    for bucket, arrays in zip((1, 4, 2, 4, 1), staging, strict=True):
+        spares.add("full", bucket, arrays)
+    assert spares.take("full", 1) is staging[4]
+    assert spares.take("full", 1) is None  # the oldest had to go: 1 + 4 + 2 + 4 pages are more than 8
+    assert spares.take("full", 4) is staging[3]
+    assert spares.take("full", 4) is None
+    assert spares.take("full", 2) is staging[2]
+    assert spares.take("window", 2) is None
 
 
 def test_padding_never_touches_the_last_page(make_mesh):

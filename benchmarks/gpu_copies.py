@@ -1,8 +1,9 @@
 """Backup and load-back on one GPU beside pinned copies of as many contiguous bytes, and what they cost a running step.
 
-backup     gather of scattered pages, and their way into pinned host rows
-load-back  host rows to the device, and the scatter into the pool
-of_pinned  a pinned copy's time (jax.device_put, whole array) / this one's; medians of alternating turns
+backup      gather of scattered pages, and their way into pinned host rows
+load-back   host rows to the device, and the scatter into the pool
+of_pinned   a pinned copy's time (jax.device_put, whole array) / this one's; medians of alternating turns
+to_stacked  the time of a pool that is a list of layers / that of one array with pages of as many bytes
 """
 
 from __future__ import annotations
@@ -27,24 +28,29 @@ from jaxcache.types import Move, Transfer, TransferKind
 
 PAGE_KIB = (64, 256, 1024, 4096)
 LARGE_KIB, LARGE_BYTES = 1024, 256 << 20
+LIST_LAYERS = 64
 REPEATS, WARMUPS = 12, 3
 TURNS, TURN_STEPS = 5, 6  # the first step of a turn does not count: nothing is to be scattered in it
 Figures = dict[str, float]
 
 
 class Copies:
-    """One component on one device: pools of twice as many pages as are moved."""
+    """One component on one device: pools of twice as many pages as are moved. Compiled when it is used first.
 
-    def __init__(self, page_bytes: int, num_moved: int):
+    num_fields: of a page, all alike, as where a pool is a list of layers
+    """
+
+    def __init__(self, page_bytes: int, num_moved: int, num_fields: int = 1):
         device = jax.devices()[0]
         axis_types = (jax.sharding.AxisType.Auto,) * 3
         mesh = jax.make_mesh((1, 1, 1), ("cp", "tp", "pp"), axis_types=axis_types, devices=[device])
-        spec = FieldSpec("kv", (page_bytes // 4 // 128, 128), "int32", ("slots", None))
-        layouts = page_layouts([FullAttention("full", (spec,))], mesh)
+        shape = (page_bytes // num_fields // 4 // 128, 128)
+        specs = tuple(FieldSpec(f"kv{i}", shape, "int32", ("slots", None)) for i in range(num_fields))
+        layouts = page_layouts([FullAttention("full", specs)], mesh)
         pages = {"full": 2 * num_moved}
         effects = DeviceEffects(layouts, mesh, pages, pages, num_moved)
         self.engine = TransferEngine(effects, effects.parts({}), None, deadline_s=60, num_threads=4)
-        self.pools = effects.warmup(init_pools(layouts, pages, mesh))
+        self.pools = init_pools(layouts, pages, mesh)
         order = np.random.default_rng(0).permutation(2 * num_moved).astype(np.int32)
         self.device_ids, self.host_ids = order[:num_moved], order[num_moved:]
         self.num_bytes = num_moved * page_bytes
@@ -86,6 +92,8 @@ def run(is_gpu: bool) -> Iterator[tuple[str, Figures]]:
         yield f"host_copies_{page_kib}_kib", host_copies(page_kib << 10, total)
     if is_gpu:
         yield f"large_host_copies_{LARGE_KIB}_kib", host_copies(LARGE_KIB << 10, LARGE_BYTES)
+    part_kib, num_pages = (32, 32) if is_gpu else (4, 4)
+    yield f"list_of_{LIST_LAYERS}_layers", list_copies(part_kib << 10, num_pages)
     yield "steps_while_copying", steps_while_copying(is_gpu)
     yield "small_reads", small_reads()
 
@@ -106,6 +114,24 @@ def host_copies(page_bytes: int, total: int) -> Figures:
         "backup_of_pinned": down / backup,
         "load_back_of_pinned": up / load_back,
         "dispatch_us": dispatch_s * 1e6,
+    }
+
+
+def list_copies(part_bytes: int, num_pages: int) -> Figures:
+    """Pages of as many bytes, one array a layer and all in one."""
+    listed, stacked = (Copies(LIST_LAYERS * part_bytes, num_pages, n) for n in (LIST_LAYERS, 1))
+    actions = (listed.backup, listed.load_back, stacked.backup, stacked.load_back)
+    rounds = [[seconds(action) for action in actions] for _ in range(WARMUPS + REPEATS)][WARMUPS:]
+    backup, load_back, stacked_backup, stacked_load_back = (statistics.median(t) for t in zip(*rounds, strict=True))
+    listed.engine.close()
+    stacked.engine.close()
+    total = num_pages * LIST_LAYERS * part_bytes
+    return {
+        "list_mib": total >> 20,
+        "list_backup_gb_per_s": total / backup / 1e9,
+        "list_load_back_gb_per_s": total / load_back / 1e9,
+        "list_backup_to_stacked": backup / stacked_backup,
+        "list_load_back_to_stacked": load_back / stacked_load_back,
     }
 
 

@@ -3,6 +3,8 @@
 backup      gather of scattered pages, and their way into pinned host rows
 load-back   host rows to the device, and the scatter into the pool
 of_pinned   a pinned copy's time (jax.device_put, whole array) / this one's; medians of alternating turns
+products    steps of matrix products, passes: steps that read and write memory; ratio: with copies in each / without;
+            ahead: in a loop that dispatches a step while the one before it runs
 to_stacked  the time of a pool that is a list of layers / that of one array with pages of as many bytes
 """
 
@@ -152,28 +154,48 @@ def steps_while_copying(is_gpu: bool) -> Figures:
     products = jax.jit(lambda a: jax.lax.fori_loop(0, 40, lambda _, a: (a @ a) * scale, a))
     passes = jax.jit(lambda x: jax.lax.fori_loop(0, 24, lambda _, x: x + jnp.int8(1), x))
     copies = Copies(1 << 20 if is_gpu else 1 << 16, 16)
+    both = (TransferKind.BACKUP, TransferKind.LOAD_BACK)
     figures: Figures = {}
     for name, program, value in (("products", products, matrix), ("passes", passes, memory)):
-        alone, busy = [], []
-        for _ in range(TURNS):  # in turn, so that a clock that changes changes both
-            alone += [_step_s(copies, program, value, ()) for _ in range(TURN_STEPS)][1:]
-            both = (TransferKind.BACKUP, TransferKind.LOAD_BACK)
-            busy += [_step_s(copies, program, value, both) for _ in range(TURN_STEPS)][1:]
-            copies.engine.drain()
-            copies.apply()
-            jax.block_until_ready(copies.pools)
-        figures[f"{name}_alone_ms"] = statistics.median(alone) * 1e3
-        figures[f"{name}_ratio"] = statistics.median(busy) / statistics.median(alone)
+        for loop, steps_s in (("", waiting_steps_s), ("_ahead", steps_ahead_s)):
+            alone, busy = [], []
+            for _ in range(TURNS):  # in turn, so that a clock that changes changes both
+                alone += steps_s(copies, program, value, ())
+                busy += steps_s(copies, program, value, both)
+                copies.engine.drain()
+                copies.apply()
+                jax.block_until_ready(copies.pools)
+            figures[f"{name}{loop}_alone_ms"] = statistics.median(alone) * 1e3
+            figures[f"{name}{loop}_ratio"] = statistics.median(busy) / statistics.median(alone)
     copies.engine.close()
     return figures
 
 
-def _step_s(copies: Copies, program: Callable[[Any], Any], value: Any, kinds: tuple[TransferKind, ...]) -> float:
+Program = Callable[[Any], Any]
+
+
+def waiting_steps_s(copies: Copies, program: Program, value: Any, kinds: tuple[TransferKind, ...]) -> list[float]:
+    """A loop that waits for each step, as it must where the host chooses tokens."""
+
     def step() -> None:
         copies.apply(*kinds)
         jax.block_until_ready(program(value))
 
-    return seconds(step)
+    return [seconds(step) for _ in range(TURN_STEPS)][1:]
+
+
+def steps_ahead_s(copies: Copies, program: Program, value: Any, kinds: tuple[TransferKind, ...]) -> list[float]:
+    """A loop that dispatches a step while the one before it runs."""
+    running = program(value)
+
+    def step() -> None:
+        nonlocal running
+        copies.apply(*kinds)
+        behind = program(running)
+        jax.block_until_ready(running)
+        running = behind
+
+    return [seconds(step) for _ in range(TURN_STEPS)][1:]
 
 
 def small_reads() -> Figures:

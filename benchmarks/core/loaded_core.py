@@ -24,7 +24,10 @@ def written(lease: Lease, end: int) -> tuple[int, ...]:
 
 
 class LoadedCore:
-    """A core and a namespace. kinds: its components, by name in `KINDS`; tenants: who has limits."""
+    """A core and a namespace.
+
+    kinds: its components, by name in `KINDS`; tenants: who has limits; host_pages: 0: no host tier
+    """
 
     def __init__(
         self,
@@ -32,9 +35,12 @@ class LoadedCore:
         device_pages: int | Mapping[str, int],
         kinds: tuple[str, ...] = FULL,
         tenants: Mapping[str, TenantShare] | None = None,
+        host_pages: int = 0,
     ):
         components = tuple(KINDS[kind](page_tokens) for kind in kinds)
-        config = CacheConfig(page_tokens=page_tokens, device_pages=device_pages, tenants=tenants or {})
+        config = CacheConfig(
+            page_tokens=page_tokens, device_pages=device_pages, host_pages=host_pages, tenants=tenants or {}
+        )
         self.core = PrefixCache(components, config)
         self.namespace = self.core.new_namespace(model="bench")
 

@@ -71,9 +71,9 @@ class Scheduler:
     floor_us: the stripped tree serving those who finish
     """
 
-    def __init__(self, workload: Workload, kinds: tuple[str, ...], grow: Grow, page: int):
+    def __init__(self, workload: Workload, kinds: tuple[str, ...], grow: Grow, page: int, host_tokens: int = 0):
         self.workload = workload
-        self.loaded = LoadedCore(page, workload.step_capacity // page, kinds)
+        self.loaded = LoadedCore(page, workload.step_capacity // page, kinds, host_pages=host_tokens // page)
         self.tree = ReferenceTree(page, workload.step_capacity // page)
         self.tables = BatchTables({r.component.name: r.allocator.num_pages for r in self.loaded.core.tiers.device})
         self.table_pages = -(-(workload.context_tokens[1] + workload.running // workload.arriving + 2) // page)
@@ -191,31 +191,37 @@ def steps(workload: Workload) -> list[Figure]:
     num, arriving = workload.running, workload.arriving
     what = f"step: {num} decode, {arriving} come, {arriving} go"
     small, large = workload.page_tokens[0], workload.page_tokens[-1]
-    together, each, every_kind, whole, whole_every_kind = (
-        scheduled(workload, kinds, grow, page)
-        for kinds, grow, page in (
+    host = 2 * workload.step_capacity
+    together, each, every_kind, whole, whole_every_kind, whole_with_host, all_with_host = (
+        scheduled(Scheduler(workload, *settings))
+        for settings in (
             (FULL, grow_all, small),
             (FULL, grow_each, small),
             (EVERY_KIND, grow_all, small),
             (FULL, grow_all, large),
             (EVERY_KIND, grow_all, large),
+            (FULL, grow_all, large, host),
+            (EVERY_KIND, grow_all, large, host),
         )
     )
+    whole_of = f"{what}, page {large}"
     floor = f"stripped tree serving {arriving}"
     return [
         figure(f"step_{num}", f"{what} / {floor}", together.core_us, together.floor_us, goal=STEP_GOAL),
         p99(f"step_{num}", what, together),
         figure(f"step_{num}_tokens", f"{what}; a token for everybody", together.token_us),
         figure(f"step_{num}_tables", f"{what}; page tables of everybody", together.table_us),
-        figure(f"step_{num}_whole", f"{what}, page {large}; all of it", whole.whole_us(), goal=WHOLE_GOAL),
+        figure(f"step_{num}_whole", f"{whole_of}; all of it", whole.whole_us(), goal=WHOLE_GOAL),
+        figure(f"step_{num}_whole_host", f"{whole_of}, host tier; all of it", whole_with_host.whole_us()),
         figure(f"step_{num}_grow_each", f"{what}, growing one by one / {floor}", each.core_us, each.floor_us),
         p99(f"step_{num}_grow_each", f"{what}, growing one by one", each),
         figure(f"step_{num}_3_components", f"{what}, 3 components / {floor}", every_kind.core_us, every_kind.floor_us),
         p99(f"step_{num}_3_components", f"{what}, 3 components", every_kind),
+        figure(f"step_{num}_3_components_whole", f"{whole_of}, 3 components; all of it", whole_every_kind.whole_us()),
         figure(
-            f"step_{num}_3_components_whole",
-            f"{what}, page {large}, 3 components; all of it",
-            whole_every_kind.whole_us(),
+            f"step_{num}_3_components_whole_host",
+            f"{whole_of}, 3 components, host tier; all of it",
+            all_with_host.whole_us(),
             goal=WHOLE_GOAL_3_COMPONENTS,
         ),
     ]
@@ -225,8 +231,9 @@ def p99(name: str, meaning: str, scheduler: Scheduler) -> Figure:
     return figure(f"{name}_p99", f"{meaning}; p99", [float(np.percentile(scheduler.core_us, 99))])
 
 
-def scheduled(workload: Workload, kinds: tuple[str, ...], grow: Grow, page: int) -> Scheduler:
-    scheduler = Scheduler(workload, kinds, grow, page)
+def scheduled(scheduler: Scheduler) -> Scheduler:
+    """After all its steps; those that warm up do not count."""
+    workload = scheduler.workload
     for _ in range(workload.warmup_steps):
         scheduler.step()
     for times in (scheduler.core_us, scheduler.token_us, scheduler.table_us, scheduler.floor_us):

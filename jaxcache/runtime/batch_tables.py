@@ -19,6 +19,7 @@ import numpy as np
 
 from jaxcache.core.bad_input import check_runnable
 from jaxcache.core.lease import Lease
+from jaxcache.core.node import FULL
 from jaxcache.core.prefix_cache import PrefixCache
 from jaxcache.core.serving import RefusedCall
 from jaxcache.types import PageIds, StateSlots
@@ -45,7 +46,6 @@ class BatchTables:
 
     def __init__(self, num_pages: Mapping[str, int]):
         self.num_pages = dict(num_pages)
-        self._nothing: list[Source] = [None] * len(self.num_pages)
         self._last: OrderedDict[tuple[int, int], Built] = OrderedDict()  # by shape
 
     def build(self, leases: Sequence[Lease | None], max_pages: int) -> dict[str, np.ndarray]:
@@ -53,7 +53,6 @@ class BatchTables:
         shape = (len(leases), max_pages)
         last = self._last.pop(shape, None) or self._empty(*shape)
         lease_ids = [NOBODY if lease is None else lease.id for lease in leases]
-        tables = [self._nothing if lease is None else lease.page_ids for lease in leases]
         moved = None
         if lease_ids != last.lease_ids:
             known = dict(zip(last.lease_ids, range(len(leases)), strict=True))
@@ -61,7 +60,7 @@ class BatchTables:
             at = np.array(moved)
         built = Built(lease_ids, [], [])
         for c, (name, absent) in enumerate(self.num_pages.items()):
-            sources, before, rows = [table[c] for table in tables], last.sources[c], last.rows[c]
+            sources, before, rows = _sources(leases, c), last.sources[c], last.rows[c]
             if moved is not None:
                 before = [before[row] for row in moved]
                 rows = rows.take(at, axis=0)
@@ -85,6 +84,13 @@ class BatchTables:
     def _empty(self, num_rows: int, max_pages: int) -> Built:
         absent = [np.full((num_rows + 1, max_pages), page, np.int32) for page in self.num_pages.values()]
         return Built([NOBODY] * num_rows, [[None] * (num_rows + 1)] * len(absent), absent)
+
+
+def _sources(leases: Sequence[Lease | None], c: int) -> list[Source]:
+    """`Lease.page_ids` of one component, for each of hundreds of leases in every step."""
+    if c == FULL:
+        return [None if lease is None else lease.table for lease in leases]
+    return [None if lease is None else lease.parts[c - 1].page_ids for lease in leases]
 
 
 def tables_of(

@@ -193,13 +193,13 @@ def steps(workload: Workload) -> list[Figure]:
     small, large = workload.page_tokens[0], workload.page_tokens[-1]
     host = 2 * workload.step_capacity
     together, each, every_kind, whole, whole_every_kind, whole_with_host, all_with_host = (
-        scheduled(Scheduler(workload, *settings))
-        for settings in (
-            (FULL, grow_all, small),
-            (FULL, grow_each, small),
-            (EVERY_KIND, grow_all, small),
-            (FULL, grow_all, large),
-            (EVERY_KIND, grow_all, large),
+        scheduled(Scheduler(workload, kinds, grow, page, host_tokens))
+        for kinds, grow, page, host_tokens in (
+            (FULL, grow_all, small, 0),
+            (FULL, grow_each, small, 0),
+            (EVERY_KIND, grow_all, small, 0),
+            (FULL, grow_all, large, 0),
+            (EVERY_KIND, grow_all, large, 0),
             (FULL, grow_all, large, host),
             (EVERY_KIND, grow_all, large, host),
         )

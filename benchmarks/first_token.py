@@ -5,7 +5,7 @@ device     all but the last page is in the device pools
 host       it was backed up, and the device pools were lost
 storage    another cache stored it: prefetch, load-back and the last page
 
-model      Qwen3-like with experts (all of them computed), random bfloat16 weights: 1.3e9 parameters on a GPU
+model      Qwen3-like with experts (all of them computed), random bfloat16 weights: 1.4e9 parameters on a GPU
 of_matmul  floating-point operations of the prefill's weights per second, as a share of what a large matmul does
 """
 

@@ -396,7 +396,7 @@ class Cache:
         """
         self._check_open()
         self.core.forget_device()
-        self.engine.discard_load_backs()
+        self.engine.forget_device()
         self._pools_check.forget()
 
     def snapshot(self, pools: DevicePools, directory: str | PathLike[str]) -> None:

@@ -127,6 +127,9 @@ class DeviceEffects(Effects):
         staging = staged.whole or self._assembled(component, len(dst), staged.shards)
         pools[component] = self.mover.scatter(component, pools[component], dst, staging)
 
+    def forget_device(self) -> None:
+        self.mover.drop_spares()
+
     def read_host(self, component: str, page_ids: PageIds) -> Staging:
         """At most `max_pages` host pages, which no job writes, on the devices, as `PageMover.gather` returns pages of
         the pools."""

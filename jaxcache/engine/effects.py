@@ -65,6 +65,10 @@ class Effects(ABC):
         """Puts what has been loaded into `pools`."""
 
     @abstractmethod
+    def forget_device(self) -> None:
+        """The pools are lost, or given up: keeps nothing that was made of them, nor memory beside them."""
+
+    @abstractmethod
     def workers(self, name: str, num_workers: int, niceness: int) -> Workers:
         """niceness: how much less urgent than all else their jobs are."""
 

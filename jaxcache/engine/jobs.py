@@ -214,7 +214,7 @@ class JobGraph:
         return job
 
     def all_of(self, jobs: Sequence[Job]) -> Job:
-        """Done with the last of these; fails like the first of them that fails. No worker takes part."""
+        """Done with the last of these; fails as the first in this order of those that fail. No worker takes part."""
         if len(jobs) == 1:
             return jobs[0]
         joined = Job()
@@ -222,8 +222,10 @@ class JobGraph:
             self._open.add(joined)
 
         def end() -> None:
-            joined.set_exception(next((error for job in jobs if (error := job.exception())), None))
-            self._is_done(joined)
+            try:
+                joined.set_exception(next((error for job in jobs if (error := job.exception())), None))
+            finally:
+                self._is_done(joined)
 
         remaining = _Countdown(len(jobs), end)
         for job in jobs:

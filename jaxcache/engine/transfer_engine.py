@@ -3,7 +3,7 @@
     serving thread                                      copy workers                     storage workers
     apply: scatter what earlier steps loaded    <------ rows -> device shard
            BACKUP: dispatch the gather NOW -----------> device shard -> rows ----------> STORE
-           LOAD_BACK: dispatch the staging, submit
+           LOAD_BACK: take or make staging, submit
            STORE, QUERY, FETCH: submit                                   rows <--------- FETCH
     poll : what storage delivered                       <------------------------------- QUERY
 
@@ -153,9 +153,11 @@ class TransferEngine(Generic[E]):
                 self.fault = self.fault or job.exception()
         self._raise_fault()
 
-    def discard_load_backs(self) -> None:
-        """What is on its way to the device will not be scattered; its host pages are still read to the end."""
+    def forget_device(self) -> None:
+        """The pools are lost, or given up. What is on its way to them will not be scattered; its host pages are still
+        read to the end."""
         self._load_backs.clear()
+        self.effects.forget_device()
 
     def set_storage(self, storage: Storage | None) -> None:
         """From now on asks this storage; transfers under way stay with the one they started with."""

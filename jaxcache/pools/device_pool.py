@@ -9,7 +9,7 @@ Both are local to each shard. Buckets are powers of two, so that `warmup` can co
 A padding id is `num_pages`, which a scatter drops. Never -1: that wraps around to the last page.
 
 On GPUs a scatter gives the staging back that it has read, and a later load-back fills it again. New arrays would be
-made by a program, which waits for the step that runs.
+made by a program, behind the model step that runs.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ class PageMover:
     ):
         """
         page_kernels:  see CacheConfig. ValueError for one that cannot be.
-        keeps_staging: what `scatter` has read is what a later `staging` returns
+        keeps_staging: what `scatter` has read is what a later `staging` returns; of each component as much as two
+                       transfers of `max_bucket` pages
         """
         if max_bucket < 1:
             raise ValueError(f"{max_bucket=} must be at least 1")
@@ -85,7 +86,7 @@ class PageMover:
         self._scatters = {
             name: _scatter_program(layout, page_kernels, keeps_staging) for name, layout in self.layouts.items()
         }
-        self._spares = SpareStaging(self.max_bucket) if keeps_staging else None
+        self._spares = SpareStaging(2 * self.max_bucket) if keeps_staging else None
 
     def gather(self, component: str, pools: ComponentPools, page_ids: np.ndarray) -> Staging:
         """Dispatches a copy of at most `max_bucket` pages; afterwards the pages may be overwritten.
@@ -133,7 +134,13 @@ class PageMover:
                 no_pages = np.full(bucket, self._num_pages[name], np.int32)
                 staging = self.gather(name, pools[name], no_pages)
                 pools[name] = self.scatter(name, pools[name], no_pages, staging)
+        self.drop_spares()
         return jax.block_until_ready(pools)
+
+    def drop_spares(self) -> None:
+        """Keeps no staging."""
+        if self._spares is not None:
+            self._spares.clear()
 
     def buckets(self) -> list[int]:
         """All bucket sizes."""
@@ -204,8 +211,12 @@ def _scatter_program(layout: PageLayout, page_kernels: str, keeps_staging: bool)
         check_vma=not any(is_kernel.values()),
     )
     pools, ids, staging = layout.shardings(), NamedSharding(layout.mesh, PartitionSpec()), layout.staging_shardings()
+
+    def scatter_all(pools, page_ids, staging):
+        return local(pools, page_ids, staging), staging if keeps_staging else None
+
     return jax.jit(
-        lambda pools, page_ids, staging: (local(pools, page_ids, staging), staging if keeps_staging else None),
+        scatter_all,
         donate_argnums=(0, 2) if keeps_staging else 0,
         in_shardings=(pools, ids, staging),
         out_shardings=(pools, staging if keeps_staging else None),

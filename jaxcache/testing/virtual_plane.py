@@ -88,8 +88,7 @@ class VirtualPlane(Effects):
         assert is_written.all(), f"rank {self.rank}: a load-back of {component} read a host page that was not written"
         pools[component][dst] = staged
 
-    def lose_device(self) -> None:
-        """What the device holds is lost."""
+    def forget_device(self) -> None:
         for rows in self.device:
             rows[:] = GARBAGE_BYTE
 

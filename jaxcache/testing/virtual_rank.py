@@ -89,8 +89,7 @@ class VirtualRank:
     def forget_device(self) -> None:
         """The device and all that is on its way to it are lost."""
         self.core.forget_device()
-        self.engine.discard_load_backs()
-        self.plane.lose_device()
+        self.engine.forget_device()
 
     # ---- what must hold
 

@@ -24,23 +24,24 @@ def copies(request, monkeypatch):
     return copies
 
 
+@pytest.mark.parametrize("num_ids", [5, 27])  # one list of copies, and three
 @pytest.mark.parametrize("columns", [slice(0, ROW_BYTES), slice(1024, 3072)], ids=["row", "field"])
-def test_there_and_back(copies, rng, columns):
+def test_there_and_back(copies, rng, columns, num_ids):
     owner, memory = pinned_memory(NUM_ROWS * ROW_BYTES, jax.devices()[0])
     rows = memory.reshape(NUM_ROWS, ROW_BYTES)
     rows[:] = 7
     num_bytes = columns.stop - columns.start
-    ids = rng.permutation(NUM_ROWS)[:5].astype(np.int32)
-    data = rng.integers(0, 256, (8, num_bytes), np.uint8)
+    ids = rng.permutation(NUM_ROWS)[:num_ids].astype(np.int32)
+    data = rng.integers(0, 256, (num_ids + 3, num_bytes), np.uint8)
     copies.to_rows(jnp.asarray(data), rows[:, columns], ids)
     expected = np.full_like(rows, 7)
-    expected[ids, columns] = data[:5]
+    expected[ids, columns] = data[:num_ids]
     np.testing.assert_array_equal(rows, expected)
 
-    staged = jnp.zeros((8, num_bytes), jnp.uint8)
+    staged = jnp.zeros((num_ids + 3, num_bytes), jnp.uint8)
     copies.from_rows(rows[:, columns], ids[::-1], staged)
-    np.testing.assert_array_equal(np.asarray(staged)[:5], data[4::-1])
-    np.testing.assert_array_equal(np.asarray(staged)[5:], 0)
+    np.testing.assert_array_equal(np.asarray(staged)[:num_ids], data[:num_ids][::-1])
+    np.testing.assert_array_equal(np.asarray(staged)[num_ids:], 0)
     del owner
 
 

@@ -53,6 +53,24 @@ def test_a_failed_dependency_fails_its_dependents_without_running_them(graph):
     assert ran == []
 
 
+def test_all_of_some_jobs(graph):
+    """Done with the last, and failed if one has."""
+    from concurrent.futures import Future
+
+    def fail(message):
+        raise OSError(message)
+
+    gate = Future()
+    good = [graph.submit(at_once(lambda: None), [gate]) for _ in range(3)]
+    bad = [graph.submit(at_once(fail, message), [gate]) for message in ("disk", "net")]
+    joined = [graph.all_of(jobs) for jobs in (good, [*good, bad[0]], [*bad, *good], bad[1:], good[1:])]
+    assert not any(job.done() for job in joined)
+    assert graph.num_open == 5 + 4  # one of one job is that job
+    gate.set_result(None)
+    assert [str(job.exception(10)) for job in joined] == ["None", "disk", "disk", "net", "None"]
+    assert graph.drain(10) and graph.num_open == 0
+
+
 def test_a_long_failed_chain_does_not_recurse(graph):
     from concurrent.futures import Future
 

@@ -280,12 +280,12 @@ def test_a_load_back_is_scattered_in_a_later_step_only(make_rig, monkeypatch):
     rig.check([1], 1)
 
 
-def test_discarded_load_backs_are_not_scattered(make_rig):
+def test_load_backs_to_lost_pools_are_not_scattered(make_rig):
     rig = make_rig()
     rig.write([0], 1)
     rig.apply(rig.backup([0], [0]), rig.load_back([0], [1]))
     rig.write([1], 2)
-    rig.engine.discard_load_backs()
+    rig.engine.forget_device()
     rig.apply()
     rig.check([1], 2)
 
@@ -327,14 +327,17 @@ def test_copies_that_fill_staging(make_rig, monkeypatch, platform, shape):
     rig = make_rig(shape)
     rig.pools = rig.effects.warmup(rig.pools)
     num_compiles = compile_count()
-    for value, (device, host, back) in enumerate((([3, 1, 7], [0, 1, 2], [8, 9, 10]), ([4, 2], [5, 4], [11, 0])), 1):
+    pieces = [([3, 1, 7], [0, 1, 2], [8, 9, 10]), ([4, 2], [5, 4], [11, 0]), ([7, 3, 1], [2, 0, 1], [10, 8, 9])]
+    for value, (device, host, back) in enumerate(3 * pieces, 1):
         rig.write(device, value)
         rig.apply(rig.backup(device, host), rig.load_back(host, back))
         rig.apply()
         rig.check(back, value)
     assert compile_count() == num_compiles
+    assert rig.effects.mover._spares is not None and rig.effects.mover._spares.take("full", 4) is not None
     rig.apply(rig.load_back([0, 1], [12, 13]))
-    rig.engine.discard_load_backs()  # its copy goes on
+    rig.engine.forget_device()  # its copy goes on
+    assert not rig.effects.mover._spares._spares  # an engine that sleeps wants its memory
     rig.apply(rig.load_back([2], [14]))
     rig.apply()
     for pages in (np.array(array, copy=True) for array in rig.pools["full"].values()):
@@ -342,14 +345,16 @@ def test_copies_that_fill_staging(make_rig, monkeypatch, platform, shape):
         assert not pages[[12, 13]].any()
 
 
-def test_a_failed_copy_is_a_fault(make_rig, monkeypatch):
+@pytest.mark.parametrize("shape", MESHES)
+def test_a_failed_copy_is_a_fault(make_rig, monkeypatch, shape):
+    """Of one device, while the others' end well."""
     staged_only(monkeypatch)
-    rig = make_rig()
+    rig = make_rig(shape)
 
     def fail(*args):
         raise MemoryError("staging")
 
-    monkeypatch.setattr(rig.shard_copies(), "to_rows", fail)
+    monkeypatch.setattr(list(rig.effects._shard_copies.values())[-1], "to_rows", fail)
     store = rig.store([0], keys(1))
     rig.apply(rig.backup([0], [0]), store, rig.load_back([0], [1]))
     assert rig.engine.drain(WAIT_S)

@@ -13,6 +13,8 @@ Ctrl-C ends an answer; a second one, or one at the prompt, ends the program.
 from __future__ import annotations
 
 import argparse
+import os
+import select
 import shutil
 import signal
 import sys
@@ -99,7 +101,7 @@ class Chat:
         commands = {"/why": self.why, "/stats": self.stats, "/restart": self.restart}
         while True:
             try:
-                line = self.console.input("[bold]> [/]").strip()
+                line = read_line(self.console, "[bold]> [/]").strip()
             except (EOFError, KeyboardInterrupt):
                 self.console.print()
                 return
@@ -111,6 +113,26 @@ class Chat:
                 self.console.print(f"{line}: only {', '.join([*commands, '/quit'])} are known")
             elif line:
                 self.say(line)
+
+
+def read_line(console: Console, prompt: str) -> str:
+    """The next line that is typed. EOFError at the end; KeyboardInterrupt for a Ctrl-C, whenever it comes: `input`
+    sleeps through one that comes just before it begins to wait, or that the system hands to another thread."""
+    if not sys.stdin.isatty():
+        return console.input(prompt)
+    console.print(prompt, end="")
+    told, tell = os.pipe2(os.O_NONBLOCK)
+    before = signal.set_wakeup_fd(tell)
+    try:
+        select.select([sys.stdin, told], [], [])
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(tell)
+        os.close(told)
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from models import decoder, entries
 from models.families.deepseek_v32 import DeepseekV32Config
 from models.loading import load_model
 from models.packing import GROUP, Packing
-from models.paged_attention import ExtendBatch, Held, plan_pages
+from models.paged_attention import BLOCK_TOKENS, ExtendBatch, Held, plan_pages
 from tests.models.families import LATENTS
 from tests.models.steps import PAGE_TOKENS, TOLERANCE, make_batch, shuffled_tables, zero_pools
 from tests.models.test_published_sizes import DEEPSEEK_V32
@@ -140,7 +140,7 @@ def chosen_on(mesh: jax.sharding.Mesh, arrays: tuple[np.ndarray, ...], table: np
 
     @partial(jax.shard_map, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
     def choose(q, weights, pool, batch):
-        pages = plan_pages(batch, "full", int(num_pages), PAGE_TOKENS)
+        pages = plan_pages(batch, "full", int(num_pages), PAGE_TOKENS, BLOCK_TOKENS)
         return entries.choose_entries(q, weights, Held(pool, (0,)), pages, top_k)
 
     return np.asarray(jax.jit(choose)(q, weights, pool, batch))[0]

@@ -16,7 +16,7 @@ from models.decoder import components, make_extend
 from models.entries import choose_entries
 from models.families.deepseek_v4 import DeepseekV4Config, packed_components
 from models.layer_plan import FULL, WINDOW
-from models.paged_attention import ExtendBatch, Held, plan_pages
+from models.paged_attention import BLOCK_TOKENS, ExtendBatch, Held, plan_pages
 from tests.models.families import FAMILIES
 from tests.models.serving import Answer, Driver, check_equal, random_tokens, reference, rig_on
 
@@ -48,7 +48,7 @@ def test_the_best_visible_entries_are_chosen_and_of_equal_ones_the_oldest(make_m
         check_vma=False,
     )
     def choose(q, weights, pool, batch):
-        pages = plan_pages(batch, FULL, 16, page_tokens, tokens_per_slot=rate)
+        pages = plan_pages(batch, FULL, 16, page_tokens, BLOCK_TOKENS, tokens_per_slot=rate)
         return choose_entries(q, weights, Held(pool, ()), pages, top_k)
 
     chosen = np.asarray(jax.jit(choose)(q, weights, keys, batch))[0]

@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pexpect
 import pytest
 from pexpect.fdpexpect import fdspawn
+from rich.console import Console
 
 from models import demo
+from models.chat import read_line
 from tests.models.tiny_gguf import write_tiny_gguf
 
 ROOT = Path(__file__).parents[2]
@@ -48,13 +52,6 @@ class Terminal:
 
     def press_ctrl_c(self) -> None:
         self.screen.send("\x03")
-
-    def press_ctrl_c_at_a_prompt(self) -> None:
-        """Again if nothing comes of it, as people do: a signal that arrives just before Python begins to wait for a
-        line is noticed only when something else wakes it."""
-        self.press_ctrl_c()
-        if self.screen.expect([pexpect.EOF, pexpect.TIMEOUT], timeout=WAIT_S / 2):
-            self.press_ctrl_c()
 
     def ends_with(self, status: int) -> None:
         self.screen.expect(pexpect.EOF)
@@ -153,8 +150,35 @@ def test_ctrl_c_ends_an_answer_and_then_the_program(tmp_path, terminal):
     chat.expect(r"\(ended\).*> ")
     chat.type("What was it about?")
     chat.expect(r"from device; first token after [\d,]+ ms.*> ")
-    chat.press_ctrl_c_at_a_prompt()
+    chat.press_ctrl_c()
     chat.ends_with(0)
+
+
+def test_a_ctrl_c_that_another_thread_receives_ends_the_wait_for_a_line(monkeypatch):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    master, slave = pty.openpty()
+    other = threading.Thread(target=threading.Event().wait, daemon=True)
+    other.start()
+    assert other.ident is not None
+    ring = threading.Timer(0.2, signal.pthread_kill, (other.ident, signal.SIGINT))
+    late = threading.Timer(20, os.write, (master, b"nothing ended the wait\n"))
+    ring.daemon = late.daemon = True
+    try:
+        with os.fdopen(slave) as stdin:
+            monkeypatch.setattr(sys, "stdin", stdin)
+            os.write(master, "größer\n".encode())
+            assert read_line(Console(), "> ") == "größer\n"
+            ring.start()
+            late.start()
+            with pytest.raises(KeyboardInterrupt):
+                read_line(Console(), "> ")
+            os.write(master, b"\x04")
+            with pytest.raises(EOFError):
+                read_line(Console(), "> ")
+    finally:
+        late.cancel()
+        os.close(master)
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("command", ["demo", "chat"])

@@ -9,6 +9,7 @@ STAMP  := $(VENV)/.stamp
 GPU_PYTHON ?= $(BIN)/python
 
 # Its tests run in so many processes on one host, if that Python has pytest-xdist; compiling is most of what they do.
+# (no:benchmark: pytest-benchmark, where it is installed, warns beside xdist, and a warning is an error here.)
 GPU_WORKERS ?= 8
 
 GPU_TESTS  := tests/kernels tests/pools tests/runtime tests/test_cache.py tests/multiprocess/test_serving.py \

@@ -18,15 +18,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 
+from benchmarks.copies import Copies
 from benchmarks.timing import seconds
-from jaxcache.components import FieldSpec, FullAttention
-from jaxcache.engine.device_effects import DeviceEffects
-from jaxcache.engine.transfer_engine import TransferEngine
-from jaxcache.pools.device_pool import init_pools
-from jaxcache.pools.page_layout import page_layouts
-from jaxcache.types import Move, Transfer, TransferKind
+from jaxcache.types import TransferKind
 
 PAGE_KIB = (64, 256, 1024, 4096)
 LARGE_KIB, LARGE_BYTES = 1024, 256 << 20
@@ -36,55 +32,26 @@ TURNS, TURN_STEPS = 5, 6  # the first step of a turn does not count: nothing is 
 Figures = dict[str, float]
 
 
-class Copies:
-    """One component on one device: pools of twice as many pages as are moved. Compiled when it is used first.
+class Pinned:
+    """As many contiguous bytes, on the device and in pinned memory."""
 
-    num_fields: of a page, all alike, as where a pool is a list of layers
-    """
-
-    def __init__(self, page_bytes: int, num_moved: int, num_fields: int = 1):
+    def __init__(self, num_bytes: int):
         device = jax.devices()[0]
-        axis_types = (jax.sharding.AxisType.Auto,) * 3
-        mesh = jax.make_mesh((1, 1, 1), ("cp", "tp", "pp"), axis_types=axis_types, devices=[device])
-        shape = (page_bytes // num_fields // 4 // 128, 128)
-        specs = tuple(FieldSpec(f"kv{i}", shape, "int32", ("slots", None)) for i in range(num_fields))
-        layouts = page_layouts([FullAttention("full", specs)], mesh)
-        pages = {"full": 2 * num_moved}
-        effects = DeviceEffects(layouts, mesh, pages, pages, num_moved)
-        self.engine = TransferEngine(effects, effects.parts({}), None, deadline_s=60, num_threads=4)
-        self.pools = init_pools(layouts, pages, mesh)
-        order = np.random.default_rng(0).permutation(2 * num_moved).astype(np.int32)
-        self.device_ids, self.host_ids = order[:num_moved], order[num_moved:]
-        self.num_bytes = num_moved * page_bytes
-        self.pinned = SingleDeviceSharding(device, memory_kind="pinned_host")
+        self.in_host = SingleDeviceSharding(device, memory_kind="pinned_host")
         self.on_device = SingleDeviceSharding(device, memory_kind=device.default_memory().kind)
-        self.flat = jnp.ones(self.num_bytes // 4, jnp.int32)
-        self.flat_host = jax.block_until_ready(jax.device_put(self.flat, self.pinned))
-        self.step = 0
+        self.flat = jnp.ones(num_bytes // 4, jnp.int32)
+        self.flat_host = jax.block_until_ready(jax.device_put(self.flat, self.in_host))
 
-    def apply(self, *kinds: TransferKind) -> None:
-        moves = {
-            TransferKind.BACKUP: Move("full", self.device_ids, self.host_ids),
-            TransferKind.LOAD_BACK: Move("full", self.host_ids, self.device_ids),
-        }
-        self.step += 1
-        transfers = [Transfer(2 * self.step + i, kind, self.step, (moves[kind],)) for i, kind in enumerate(kinds)]
-        self.pools = self.engine.apply(self.pools, transfers, self.step)
+    def down(self) -> None:
+        jax.block_until_ready(jax.device_put(self.flat, self.in_host))
 
-    def backup(self) -> None:
-        self.apply(TransferKind.BACKUP)
-        self.engine.drain()
-
-    def load_back(self) -> None:
-        self.apply(TransferKind.LOAD_BACK)
-        self.apply()
-        jax.block_until_ready(self.pools)
-
-    def pinned_down(self) -> None:
-        jax.block_until_ready(jax.device_put(self.flat, self.pinned))
-
-    def pinned_up(self) -> None:
+    def up(self) -> None:
         jax.block_until_ready(jax.device_put(self.flat_host, self.on_device))
+
+
+def one_device() -> Mesh:
+    axis_types = (jax.sharding.AxisType.Auto,) * 3
+    return jax.make_mesh((1, 1, 1), ("cp", "tp", "pp"), axis_types=axis_types, devices=jax.devices()[:1])
 
 
 def run(is_gpu: bool) -> Iterator[tuple[str, Figures]]:
@@ -101,8 +68,8 @@ def run(is_gpu: bool) -> Iterator[tuple[str, Figures]]:
 
 
 def host_copies(page_bytes: int, total: int) -> Figures:
-    copies = Copies(page_bytes, total // page_bytes)
-    actions = (copies.pinned_down, copies.backup, copies.pinned_up, copies.load_back)
+    copies, pinned = Copies(one_device(), page_bytes, total // page_bytes), Pinned(total)
+    actions = (pinned.down, copies.backup, pinned.up, copies.load_back)
     rounds = [[seconds(action) for action in actions] for _ in range(WARMUPS + REPEATS)][WARMUPS:]
     down, backup, up, load_back = (statistics.median(times) for times in zip(*rounds, strict=True))
     dispatch_s = statistics.median(_dispatch_s(copies) for _ in range(REPEATS))
@@ -121,7 +88,7 @@ def host_copies(page_bytes: int, total: int) -> Figures:
 
 def list_copies(part_bytes: int, num_pages: int) -> Figures:
     """Pages of as many bytes, one array a layer and all in one."""
-    listed, stacked = (Copies(LIST_LAYERS * part_bytes, num_pages, n) for n in (LIST_LAYERS, 1))
+    listed, stacked = (Copies(one_device(), LIST_LAYERS * part_bytes, num_pages, n) for n in (LIST_LAYERS, 1))
     actions = (listed.backup, listed.load_back, stacked.backup, stacked.load_back)
     rounds = [[seconds(action) for action in actions] for _ in range(WARMUPS + REPEATS)][WARMUPS:]
     backup, load_back, stacked_backup, stacked_load_back = (statistics.median(t) for t in zip(*rounds, strict=True))
@@ -153,7 +120,7 @@ def steps_while_copying(is_gpu: bool) -> Figures:
     scale = jnp.bfloat16(1e-4)
     products = jax.jit(lambda a: jax.lax.fori_loop(0, 40, lambda _, a: (a @ a) * scale, a))
     passes = jax.jit(lambda x: jax.lax.fori_loop(0, 24, lambda _, x: x + jnp.int8(1), x))
-    copies = Copies(1 << 20 if is_gpu else 1 << 16, 16)
+    copies = Copies(one_device(), 1 << 20 if is_gpu else 1 << 16, 16)
     both = (TransferKind.BACKUP, TransferKind.LOAD_BACK)
     figures: Figures = {}
     for name, program, value in (("products", products, matrix), ("passes", passes, memory)):

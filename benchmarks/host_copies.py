@@ -3,6 +3,7 @@
 backup     scattered pages into host rows, until they are there
 load-back  host rows into scattered pages, until the pools are computed
 ratio      (backup + load-back) / (memcpy of the bytes, once for each), medians of alternating turns
+dispatch   what 24 pages of 4 KiB take of the serving thread, the scatter of a load-back included
 lists      pools that are lists of 64 arrays, (backup + load-back) / the same of one array with as many bytes a page
 
 Through the transfer engine, on the largest mesh of 1, 2, 4 or 8 devices that the host has: a serving process has many
@@ -14,75 +15,34 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from dataclasses import replace
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from benchmarks.copies import Copies
 from benchmarks.timing import seconds
-from jaxcache.components import FieldSpec, FullAttention
-from jaxcache.engine.device_effects import DeviceEffects
-from jaxcache.engine.transfer_engine import TransferEngine
-from jaxcache.pools.device_pool import init_pools
-from jaxcache.pools.page_layout import page_layouts
-from jaxcache.types import Move, Transfer, TransferKind
+from jaxcache.types import TransferKind
 
 MESHES = {8: (2, 2, 2), 4: (2, 2, 1), 2: (1, 2, 1), 1: (1, 1, 1)}
-NUM_PAGES = 256  # of which a quarter is moved
+NUM_MOVED, NUM_MOVED_LISTS = 64, 16  # pages
 REPEATS = 30
 WARMUPS = 3
 GOAL_KIB = 64
+SMALL_KIB, NUM_MOVED_SMALL = 4, 24
 LIST_LAYERS, LIST_KIB = 64, (64, 2048, 8192)
 
 
-class Copies:
-    """One component whose page takes `row_kib` KiB on each rank.
-
-    num_layers: arrays that it is a list of; 0: one array
-    """
-
-    def __init__(self, row_kib: int, num_layers: int = 0, num_pages: int = NUM_PAGES):
-        num_devices = max(n for n in MESHES if n <= len(jax.devices()))
-        cp, tp, pp = MESHES[num_devices]
-        axis_types = (jax.sharding.AxisType.Auto,) * 3
-        devices = jax.devices()[:num_devices]
-        mesh = jax.make_mesh((cp, tp, pp), ("cp", "tp", "pp"), axis_types=axis_types, devices=devices)
-        floats = row_kib * 1024 // 4 // max(num_layers, 1)
-        part = FieldSpec(
-            "kv", (pp, 2, 8 * cp, 2 * tp, floats // 32), "float32", ("layers", None, "slots", "heads", None)
-        )
-        fields = tuple(replace(part, name=f"layer{i}") for i in range(num_layers)) or (part,)
-        layouts = page_layouts([FullAttention("full", fields)], mesh)
-        pages = {"full": num_pages}
-        num_moved = num_pages // 4
-        effects = DeviceEffects(layouts, mesh, pages, pages, max_bucket=64)
-        self.engine = TransferEngine(effects, effects.parts({}), None, deadline_s=60, num_threads=4)
-        self.pools = effects.warmup(init_pools(layouts, pages, mesh))
-        self.num_bytes = num_moved * layouts["full"].row_bytes * num_devices
-        self.flat = np.zeros(self.num_bytes, np.uint8), np.ones(self.num_bytes, np.uint8)
-        order = np.random.default_rng(0).permutation(num_pages).astype(np.int32)
-        self.device_ids, self.host_ids = order[:num_moved], order[-num_moved:]
-        self.step = 0
-
-    def memcpy(self) -> None:
-        np.copyto(*self.flat)
-
-    def backup(self) -> None:
-        self._apply(TransferKind.BACKUP, Move("full", self.device_ids, self.host_ids))
-        self.engine.drain()
-
-    def load_back(self) -> None:
-        self._apply(TransferKind.LOAD_BACK, Move("full", self.host_ids, self.device_ids))
-        self.pools = jax.block_until_ready(self.engine.apply(self.pools, (), self.step))
-
-    def _apply(self, kind: TransferKind, move: Move) -> None:
-        self.pools = self.engine.apply(self.pools, (Transfer(self.step + 1, kind, self.step, (move,)),), self.step)
-        self.step += 1
+def host_mesh() -> Mesh:
+    """The largest that this host has."""
+    num_devices = max(n for n in MESHES if n <= len(jax.devices()))
+    axis_types, devices = (jax.sharding.AxisType.Auto,) * 3, jax.devices()[:num_devices]
+    return jax.make_mesh(MESHES[num_devices], ("cp", "tp", "pp"), axis_types=axis_types, devices=devices)
 
 
 def measure_list(row_kib: int) -> dict[str, float]:
     """What a list costs, for pages of `row_kib` KiB on each rank."""
-    stacked, listed = Copies(row_kib, num_pages=64), Copies(row_kib, LIST_LAYERS, num_pages=64)
+    stacked, listed = (Copies(host_mesh(), row_kib << 10, NUM_MOVED_LISTS, n) for n in (1, LIST_LAYERS))
     actions = (stacked.backup, stacked.load_back, listed.backup, listed.load_back)
     rounds = [[seconds(action) for action in actions] for _ in range(WARMUPS + REPEATS)][WARMUPS:]
     of_stacked = [statistics.median(times) for times in zip(*rounds, strict=True)]
@@ -94,8 +54,9 @@ def measure_list(row_kib: int) -> dict[str, float]:
 
 def measure(row_kib: int) -> dict[str, float]:
     """GB/s and ratios for pages of `row_kib` KiB on each rank."""
-    copies = Copies(row_kib)
-    actions = (copies.memcpy, copies.backup, copies.load_back)
+    copies = Copies(host_mesh(), row_kib << 10, NUM_MOVED)
+    target, source = np.zeros(copies.num_bytes, np.uint8), np.ones(copies.num_bytes, np.uint8)
+    actions = (lambda: np.copyto(target, source), copies.backup, copies.load_back)
     rounds = [[seconds(action) for action in actions] for _ in range(WARMUPS + REPEATS)][WARMUPS:]
     memcpy_s, backup_s, load_back_s = (statistics.median(times) for times in zip(*rounds, strict=True))
     copies.engine.close()
@@ -108,8 +69,24 @@ def measure(row_kib: int) -> dict[str, float]:
     }
 
 
+def dispatch() -> dict[str, float]:
+    """What a small transfer takes of the serving thread."""
+    copies = Copies(host_mesh(), SMALL_KIB << 10, NUM_MOVED_SMALL)
+    times: dict[TransferKind, list[float]] = {TransferKind.BACKUP: [], TransferKind.LOAD_BACK: []}
+    for _ in range(WARMUPS + REPEATS):
+        for kind, taken in times.items():
+            taken.append(seconds(lambda kind=kind: copies.apply(kind)) + seconds(copies.apply))
+            copies.engine.drain()
+            jax.block_until_ready(copies.pools)
+    copies.engine.close()
+    return {
+        f"host_copies_dispatch_{kind.name.lower()}_us": statistics.median(taken[WARMUPS:]) * 1e6
+        for kind, taken in times.items()
+    }
+
+
 def run() -> dict[str, float]:
-    figures: dict[str, float] = {}
+    figures = dispatch()
     for row_kib in (16, GOAL_KIB, 256):
         figures |= measure(row_kib)
     for row_kib in LIST_KIB:

@@ -93,8 +93,8 @@ class CacheConfig:
     agreement_every_steps:  with no storage transfer live, the digest is exchanged every so many steps; ranks that
                             differ are found within twice as many
     agreement_timeout_s:    bound on waiting for the other ranks: then one of them is unresponsive, and serving ends
-    max_transfer_pages:     pages of the largest transfer program; longer transfers are cut. On GPUs twice as many pages
-                            of each component are kept beside the pools, once load-backs of that size have been
+    max_transfer_pages:     pages of the largest transfer program; longer transfers are cut. On GPUs up to twice as
+                            many pages of each component are kept beside the pools, for load-backs to come
     page_kernels:           which programs copy pages on GPUs: "pallas", "xla", or "auto": the one that measured faster
     storage_grid:           (cp, tp, pp): into how many values of storage slots, heads and layers of a page are cut, a
                             multiple of the mesh in each axis; meshes with the same grid share storage. None: the mesh

@@ -21,7 +21,7 @@ import numpy as np
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_size_t
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 _IN_STREAM_ORDER = 1  # CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
-FIRST_LIST = 8  # copies; each list is twice as long as the one before, and is handed over while that is copied
+FIRST_LIST = 8  # copies; each list is twice as long as the one before, and is handed over while that one is copied
 
 
 class CudaError(RuntimeError):

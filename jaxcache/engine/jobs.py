@@ -225,7 +225,7 @@ class JobGraph:
             try:
                 joined.set_exception(next((error for job in jobs if (error := job.exception())), None))
             finally:
-                self._is_done(joined)
+                self._leave(joined)
 
         remaining = _Countdown(len(jobs), end)
         for job in jobs:
@@ -263,9 +263,10 @@ class JobGraph:
         else:
             job.set_result(result)
         finally:
-            self._is_done(job)
+            self._leave(job)
 
-    def _is_done(self, job: Job) -> None:
+    def _leave(self, job: Job) -> None:
+        """It is done."""
         with self._idle:
             self._open.discard(job)
             if not self._open:
